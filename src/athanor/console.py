@@ -1,0 +1,75 @@
+"""What a person sees: a stage's closing table, its progress bar, its errors."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+# DVC's log is no terminal: a width of 80 would break paths there.
+out = Console(width=None if sys.stdout.isatty() else 100, soft_wrap=False)
+err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend; its text says how."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a stage's main; an error that a person can mend ends in its text alone."""
+    try:
+        main()
+    except UserError as error:
+        err.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("[bold red]stopped[/] by Ctrl-C")
+        sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        err.print("[bold red]this is a fault of Athanor's[/], not of your data or configuration")
+        sys.exit(1)
+
+
+def warn(text: str) -> None:
+    """Says what a person should know although the work goes on."""
+    err.print(f"[bold yellow]note:[/] {_plain(text)}", soft_wrap=True)
+
+
+def done(stage: str, facts: dict[str, Any]) -> None:
+    """Prints what a stage did and where it lies, a fact a line."""
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, title=stage, title_justify="left")
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, _plain(str(value)))
+    out.print(table)
+
+
+def side_by_side(title: str, head: list[str], rows: list[list[str]]) -> None:
+    """Prints a table with a header."""
+    table = Table(*head, box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*map(_plain, row))
+    out.print(table)
+
+
+def progress() -> Progress:
+    """A progress bar for long work: live on a terminal, silent in a log."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=out,
+        transient=True,
+        disable=not out.is_terminal,
+    )
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
