@@ -1,0 +1,325 @@
+"""Base models: where they come from, how they are loaded, what is trained on them and kept.
+
+A model is a folder on this machine or a repository of a hub; a repository is resolved once to a
+commit, and stages after `prepare` open that commit and no other. Only safetensors are read, and a
+model that asks for its own Python code is refused.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from athanor import files
+from athanor.console import UserError
+from athanor.schema import ModelConfig, TrainConfig
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# Everything a model needs, and nothing that could be run.
+PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model", "*.tiktoken"]
+REPO = re.compile(r"[\w][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model that was found.
+
+    `path` is what the configuration said; `commit` is the hub's commit, None for a local folder;
+    `digest` is the sha256 over weights, config.json and tokenizer.json.
+    """
+
+    path: str
+    revision: str | None
+    commit: str | None
+    digest: str
+
+    @classmethod
+    def read(cls, path: Path) -> "Source":
+        """Reads what `prepare` recorded."""
+        return cls(**files.read_json(path))
+
+    def write(self, path: Path) -> None:
+        """Records the source for the later stages."""
+        files.write_json(path, asdict(self))
+
+    def folder(self) -> Path:
+        """The model's folder on this machine, with the same contents that were recorded.
+
+        Raises:
+            UserError: where it is gone or, for a local folder, no longer the same.
+        """
+        if self.commit is not None:
+            return _download(self.path, self.commit)
+        folder = _local(self.path)
+        if digest(folder) != self.digest:
+            raise UserError(
+                f"the model in {folder} is not the one that was prepared: "
+                "`uv run dvc repro -f prepare` takes it as it is now"
+            )
+        return folder
+
+
+def resolve(path: str, revision: str | None) -> Source:
+    """Finds a model by folder or by hub repository, downloading it where needed.
+
+    The hub is huggingface_hub's: HF_ENDPOINT names a mirror, HF_TOKEN opens gated repositories.
+
+    Raises:
+        UserError: when it can't be found, reached, opened, or read without running its code.
+    """
+    if _is_repo(path):
+        folder = _download(path, revision)
+        source = Source(path, revision, folder.name, digest(folder))
+    else:
+        folder = _local(path)
+        source = Source(path, None, None, digest(folder))
+    _refuse_code(folder)
+    return source
+
+
+def misfits(model: ModelConfig, train: TrainConfig) -> Iterator[tuple[str, str]]:
+    """Yields (key, text) for what can't go together, as far as it is known without a network."""
+    folder = _known_folder(model)
+    if folder is None:
+        if not _is_repo(model.path):
+            yield "model.path", f"there is no folder {model.path}, and it is no owner/name of a hub"
+        return
+    yield from training_misfits(read_config(folder), train)
+
+
+def training_misfits(config: dict[str, Any], train: TrainConfig) -> Iterator[tuple[str, str]]:
+    """Yields (key, text) for what the model of this config.json can't be trained with."""
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and train.num_layers > layers:
+        yield (
+            "train.num_layers",
+            f"expected at most the model's {layers} layers or -1 for all, found {train.num_layers}",
+        )
+    if train.method == "full" and ("quantization" in config or "quantization_config" in config):
+        yield "train.method", "a quantized model can't be trained in full: use lora or dora"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} is no model's folder: expected config.json in it")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    return dict(config)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a model, in the order of their names.
+
+    Raises:
+        UserError: where there are none.
+    """
+    found = sorted(folder.glob("model*.safetensors"))
+    if not found:
+        there = sorted(path.name for path in folder.iterdir() if path.is_file())
+        raise UserError(
+            f"{folder}: expected model*.safetensors, the only weights that are read; "
+            f"found {', '.join(there) or 'nothing'}"
+        )
+    return found
+
+
+def _is_repo(path: str) -> bool:
+    return not Path(path).expanduser().is_dir() and bool(REPO.fullmatch(path)) and path[0] != "."
+
+
+def _local(path: str) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"model.path: there is no folder {path}, and it is no owner/name of a hub")
+    return folder
+
+
+def _known_folder(model: ModelConfig) -> Path | None:
+    """The model's folder if it is on this machine already; never asks a network."""
+    if not _is_repo(model.path):
+        folder = Path(model.path).expanduser()
+        return folder if (folder / "config.json").exists() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.path, "config.json", revision=model.revision or "main")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    """The folder of a hub repository at a revision, from the cache or from the hub."""
+    from huggingface_hub import constants, errors, snapshot_download
+
+    where = f"{repo} at {revision or 'main'} on {constants.ENDPOINT}"
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=PATTERNS))
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{where} is gated: ask for access on its page, then `uv run hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{where}: there is no such revision; check model.revision") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"{where}: there is no such repository, or it is private; check model.path, "
+            "or `uv run hf auth login`"
+        ) from error
+    except (OSError, errors.HfHubHTTPError) as error:
+        raise UserError(
+            f"{where} can't be reached and is not on this machine yet "
+            f"({type(error).__name__}): check the network, name a mirror with HF_ENDPOINT, "
+            "or give model.path a folder"
+        ) from error
+
+
+def digest(folder: Path) -> str:
+    """The sha256 over a model's weights, config.json and tokenizer.json."""
+    kept = weight_files(folder)
+    kept += [path for name in ("config.json", "tokenizer.json") if (path := folder / name).exists()]
+    return files.digest(kept)
+
+
+def _refuse_code(folder: Path) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for key in ("model_file", "auto_map"):
+            if config.get(key):
+                raise UserError(
+                    f"{path} asks for Python code of its own ({key}: {config[key]}); "
+                    "Athanor runs none: choose a model of an architecture that mlx-lm has"
+                )
+
+
+def load(folder: Path) -> "tuple[nn.Module, TokenizerWrapper]":
+    """Loads a model with mlx-lm, ready to compute on this machine.
+
+    On the CPU half precision is computed in float32: mlx's CPU products of float16 and bfloat16
+    take a path many times slower, and its compiler would call a C++ compiler for each kernel.
+    """
+    import mlx.core as mx
+    from mlx_lm.utils import load_model, load_tokenizer
+
+    if on_cpu():
+        mx.disable_compile()
+    try:
+        model, config = load_model(folder)
+    except ValueError as error:
+        raise UserError(f"{folder}: mlx-lm can't build this model: {error}") from error
+    if on_cpu():
+        model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
+    return model, load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+
+
+def load_tokenizer(folder: Path) -> "TokenizerWrapper":
+    """Loads a model's tokenizer with the end tokens that mlx-lm would stop at."""
+    from mlx_lm.utils import load_config
+    from mlx_lm.utils import load_tokenizer as load_with_ends
+
+    return load_with_ends(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
+
+
+def on_cpu() -> bool:
+    """Whether mlx computes on the CPU here."""
+    import mlx.core as mx
+
+    return bool(mx.default_device() == mx.Device(mx.cpu))
+
+
+def device() -> str:
+    """The device in words, for the record: what computes, and with which BLAS on Linux's CPU."""
+    import platform
+
+    import mlx.core as mx
+
+    from athanor import BLAS
+
+    if on_cpu():
+        blas = "Accelerate" if platform.system() == "Darwin" else BLAS
+        return f"cpu {platform.machine()} ({blas})"
+    return f"gpu {mx.device_info().get('device_name', '')}".strip()
+
+
+def make_trainable(model: "nn.Module", train: TrainConfig, seed: int) -> None:
+    """Freezes the model and makes the last `num_layers` layers trainable by the chosen method.
+
+    lora (Hu et al. 2021) and dora (Liu et al. 2024) are mlx-lm's layers on every linear map;
+    `full` trains the layers' own weights. The new weights come from `seed` alone.
+    """
+    import mlx.core as mx
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    mx.random.seed(seed)
+    model.freeze()
+    count = len(model.layers) if train.num_layers == -1 else train.num_layers
+    if train.method == "full":
+        for layer in model.layers[-count:]:
+            layer.unfreeze()
+    else:
+        linear_to_lora_layers(model, count, lora_parameters(train), use_dora=train.method == "dora")
+    mx.eval(model.parameters())
+
+
+def lora_parameters(train: TrainConfig) -> dict[str, Any]:
+    """The shape of LoRA and DoRA layers, under mlx-lm's names."""
+    return {"rank": train.rank, "scale": train.scale, "dropout": train.dropout}
+
+
+def save_adapters(model: "nn.Module", folder: Path, train: TrainConfig, source: Source) -> None:
+    """Writes the trainable weights as adapters.safetensors and adapter_config.json, as mlx-lm."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    with files.whole_folder(folder) as temporary:
+        weights = dict(tree_flatten(model.trainable_parameters()))
+        mx.save_safetensors(str(temporary / "adapters.safetensors"), weights)
+        full = train.method == "full"
+        files.write_json(
+            temporary / "adapter_config.json",
+            {
+                "fine_tune_type": train.method,
+                "num_layers": len(model.layers) if train.num_layers == -1 else train.num_layers,
+                "lora_parameters": None if full else lora_parameters(train),
+                "model": source.path,
+                "revision": source.commit,
+                "model_digest": source.digest,
+            },
+        )
+
+
+def load_adapters(model: "nn.Module", folder: Path) -> None:
+    """Puts adapters in mlx-lm's format onto their base model, in place."""
+    from mlx_lm.tuner.utils import load_adapters as put_on
+
+    put_on(model, str(folder))
+    model.eval()
+
+
+def parameter_counts(model: "nn.Module") -> tuple[int, int]:
+    """The numbers of trainable and of all parameters (those of quantized weights unpacked)."""
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import get_total_parameters
+
+    trainable = sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
+    return trainable, int(get_total_parameters(model))
+
+
+def stored_dtypes(folder: Path) -> "dict[str, mx.Dtype]":
+    """The dtype that each weight has on disk, by its name there."""
+    import mlx.core as mx
+
+    return {
+        name: value.dtype
+        for path in weight_files(folder)
+        for name, value in cast("dict[str, mx.array]", mx.load(str(path))).items()
+    }

@@ -1,0 +1,145 @@
+"""What a configuration may hold: one dataclass a section, and the values that make no sense.
+
+The types are here, the defaults in conf/. Nothing below has a default of its own, so each value
+has one home and a key that conf/ forgets is an error. `register` puts the types into Hydra's
+ConfigStore; the plugin in hydra_plugins/ calls it, so that DVC's own composition knows them too.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from omegaconf import MISSING
+
+METHODS = ("lora", "dora", "full")
+
+
+@dataclass
+class ModelConfig:
+    """The base model: a folder on this machine, or a repository of a hub at a revision."""
+
+    path: str = MISSING
+    revision: str | None = MISSING
+
+
+@dataclass
+class DataConfig:
+    """The names of the keys in data/*.jsonl (mlx-lm's names for them)."""
+
+    prompt_feature: str = MISSING
+    completion_feature: str = MISSING
+    chat_feature: str = MISSING
+    text_feature: str = MISSING
+
+
+@dataclass
+class TrainConfig:
+    """mlx-lm's own names. Lengths are in tokens, `iters` and `steps_*` in iterations."""
+
+    method: str = MISSING
+    num_layers: int = MISSING
+    rank: int = MISSING
+    scale: float = MISSING
+    dropout: float = MISSING
+    batch_size: int = MISSING
+    iters: int = MISSING
+    learning_rate: float = MISSING
+    val_batches: int = MISSING
+    steps_per_report: int = MISSING
+    steps_per_eval: int = MISSING
+    max_seq_length: int = MISSING
+    grad_checkpoint: bool = MISSING
+    grad_accumulation_steps: int = MISSING
+    mask_prompt: bool = MISSING
+
+
+@dataclass
+class TestConfig:
+    """How the tuned model is examined beside its base."""
+
+    __test__ = False  # the name is the stage's: pytest, look elsewhere
+
+    batch_size: int = MISSING
+    max_tokens: int = MISSING
+    max_rows: int = MISSING
+
+
+@dataclass
+class FuseConfig:
+    """How the fused model is written."""
+
+    dequantize: bool = MISSING
+
+
+@dataclass
+class Config:
+    """Everything: what params.yaml holds."""
+
+    seed: int = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    test: TestConfig = field(default_factory=TestConfig)
+    fuse: FuseConfig = field(default_factory=FuseConfig)
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "test": TestConfig,
+    "fuse": FuseConfig,
+}
+
+
+def all_keys() -> list[str]:
+    """Every key by its dotted name, in the order of the dataclasses."""
+    return ["seed"] + [f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in fields(cls)]
+
+
+def register() -> None:
+    """Registers the types in Hydra's ConfigStore, as the group option `schema: athanor`."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(group="schema", name="athanor", node=Config, package="_global_")
+
+
+def impossible(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields (key, what was expected) for each value that has the right type and makes no sense.
+
+    `value` maps dotted keys to values of the right type; keys that are missing are passed over.
+    """
+
+    def broken(key: str, holds: bool) -> bool:
+        return key in value and not holds
+
+    for key in ("model.path", *(k for k in value if k.startswith("data."))):
+        if broken(key, bool(value.get(key))):
+            yield key, "a text that is not empty"
+    if broken("seed", value.get("seed", 0) >= 0):
+        yield "seed", "0 or more"
+    if broken("train.method", value.get("train.method") in METHODS):
+        yield "train.method", "one of " + ", ".join(METHODS)
+    for key in ("train.num_layers", "train.val_batches", "test.max_rows"):
+        number = value.get(key, 1)
+        if broken(key, number == -1 or number >= 1):
+            yield key, "1 or more, or -1 for all"
+    for key in (
+        "train.rank",
+        "train.batch_size",
+        "train.iters",
+        "train.steps_per_report",
+        "train.steps_per_eval",
+        "train.grad_accumulation_steps",
+        "test.batch_size",
+        "test.max_tokens",
+    ):
+        if broken(key, value.get(key, 1) >= 1):
+            yield key, "1 or more"
+    if broken("train.max_seq_length", value.get("train.max_seq_length", 2) >= 2):
+        yield "train.max_seq_length", "2 or more"
+    for key in ("train.learning_rate", "train.scale"):
+        if broken(key, 0 < value.get(key, 1) < float("inf")):
+            yield key, "a finite number above 0"
+    if broken("train.dropout", 0 <= value.get("train.dropout", 0) < 1):
+        yield "train.dropout", "at least 0 and below 1"

@@ -1,0 +1,162 @@
+"""conf/ as a person changes it: every file composes, and every mistake is named before any work."""
+
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from athanor import config, schema
+from athanor.config import ConfigError, compose
+from athanor.console import UserError
+from omegaconf import OmegaConf
+
+
+@pytest.fixture
+def conf(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of conf/ beside the tiny model, in the current folder."""
+    shutil.copytree(repo / "conf", tmp_path / "conf")
+    (tmp_path / "models").symlink_to(repo / "models")
+    monkeypatch.chdir(tmp_path)
+    return Path("conf")
+
+
+def every_option() -> list[str]:
+    conf = Path(__file__).parent.parent / "conf"
+    return [f"{path.parent.name}={path.stem}" for path in sorted(conf.glob("*/*.yaml"))]
+
+
+@pytest.mark.parametrize("option", every_option())
+def test_every_file_composes(conf: Path, option: str) -> None:
+    composed = compose(conf, [option])
+    assert set(config.flat(composed)) == set(schema.all_keys())
+
+
+def test_tutorial_run_has_the_tutorials_numbers(conf: Path) -> None:
+    cfg = compose(conf, ["experiment=tutorial"])
+    assert cfg.model.path == "Qwen/Qwen2.5-1.5B"
+    assert (cfg.train.learning_rate, cfg.train.iters, cfg.train.batch_size) == (1e-4, 200, 1)
+    assert cfg.train.num_layers == -1
+
+
+def test_no_default_hides_in_the_dataclasses() -> None:
+    for cls in schema.SECTIONS.values():
+        for key in fields(cls):
+            assert OmegaConf.is_missing(OmegaConf.structured(cls), key.name), key.name
+
+
+def test_every_key_is_used(repo: Path) -> None:
+    """A key that no module but the schema names is dead."""
+    code = "\n".join(
+        path.read_text(encoding="utf-8")
+        for path in (repo / "src" / "athanor").glob("*.py")
+        if path.name != "schema.py"
+    )
+    dead = [k for k in schema.all_keys() if f".{k.rpartition('.')[2]}" not in code]
+    assert dead == []
+
+
+def test_all_problems_are_reported_together_with_their_places(conf: Path) -> None:
+    lora = conf / "train" / "lora.yaml"
+    text = lora.read_text(encoding="utf-8").replace("batch_size: 6", "batchsize: 6")
+    lora.write_text(text.replace("dropout: 0.0", "dropout: 1.5"), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        compose(conf, ["train.learing_rate=1", "train.iters=abc", "model=tinny", "seed=-1"])
+    problems = "\n".join(caught.value.problems)
+    assert f"train.batchsize ({lora}:{line(lora, 'batchsize')}): no such key" in problems
+    assert "did you mean train.batch_size?" in problems
+    assert f"train.dropout ({lora}:{line(lora, 'dropout')}): expected at least 0" in problems
+    assert "train.batch_size: missing" in problems
+    assert "did you mean train.learning_rate?" in problems
+    assert "train.iters (command line: train.iters=abc): expected a whole number" in problems
+    assert "conf/model/ has no tinny.yaml; did you mean tiny?" in problems
+    assert "seed (command line: seed=-1): expected 0 or more, found -1" in problems
+    assert len(caught.value.problems) == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.learning_rate=0", "train.learning_rate"),
+        ("train.learning_rate=inf", "train.learning_rate"),
+        ("train.learning_rate=nan", "train.learning_rate"),
+        ("train.scale=0", "train.scale"),
+        ("train.rank=0", "train.rank"),
+        ("train.batch_size=0", "train.batch_size"),
+        ("train.iters=0", "train.iters"),
+        ("train.iters=2.5", "train.iters"),
+        ("train.num_layers=0", "train.num_layers"),
+        ("train.num_layers=7", "at most the model's 6 layers"),
+        ("train.num_layers=-2", "train.num_layers"),
+        ("train.val_batches=0", "train.val_batches"),
+        ("train.max_seq_length=1", "train.max_seq_length"),
+        ("train.dropout=1", "train.dropout"),
+        ("train.method=lara", "one of lora, dora, full"),
+        ("train.mask_prompt=perhaps", "true or false"),
+        ("train.steps_per_eval=0", "train.steps_per_eval"),
+        ("train.grad_accumulation_steps=0", "train.grad_accumulation_steps"),
+        ("test.max_tokens=0", "test.max_tokens"),
+        ("test.batch_size=null", "test.batch_size"),
+        ("model.path=''", "model.path"),
+        ("model.path=models/none/here", "there is no folder models/none/here"),
+        ("data.prompt_feature=''", "data.prompt_feature"),
+        ("train=5", "has no 5.yaml"),
+        ("optimizer=adam", "optimizer"),
+    ],
+)
+def test_impossible_values_are_refused(conf: Path, override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compose(conf, [override])
+
+
+def test_seed_0_is_a_seed(conf: Path) -> None:
+    assert compose(conf, ["seed=0"]).seed == 0
+    assert compose(conf, ["seed=7"]).seed == 7
+
+
+def test_stages_read_what_was_written_and_take_overrides(conf: Path) -> None:
+    config.write(compose(conf, []))
+    cfg = config.load(["train.iters=3"])
+    assert cfg.train.iters == 3
+    assert config.flat(config.load([])) == config.flat(compose(conf, []))
+    with pytest.raises(ConfigError, match="athanor.config model=qwen3-0.6b"):
+        config.load(["model=qwen3-0.6b"])
+
+
+def test_stage_without_params_says_what_writes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"python -m athanor\.config"):
+        config.load([])
+
+
+def test_hand_edited_params_are_never_overwritten(conf: Path) -> None:
+    params = Path("params.yaml")
+    config.write(compose(conf, []))
+    config.write(compose(conf, ["train.iters=9"]))  # its own words it may replace
+    edited = params.read_text(encoding="utf-8").replace("iters: 9", "iters: 11")
+    params.write_text(edited, encoding="utf-8")
+    with pytest.raises(UserError, match=r"dvc exp run -S train\.iters=11"):
+        config.write(compose(conf, []))
+    assert params.read_text(encoding="utf-8") == edited
+
+
+def test_dvcs_own_composition_knows_the_types(repo: Path, tmp_path: Path) -> None:
+    """`dvc exp run -S` composes in DVC's process, where only the Hydra plugin can bring them."""
+    from dvc.utils.hydra import compose_and_dump
+    from hydra.errors import ConfigCompositionException
+
+    def dump(*overrides: str) -> str:
+        out = tmp_path / "params.yaml"
+        compose_and_dump(out, str(repo / "conf"), None, "config", str(tmp_path), list(overrides))
+        return out.read_text(encoding="utf-8")
+
+    assert "learning_rate: 0.0003" in dump("train.learning_rate=3e-4")
+    for wrong in ("train.learing_rate=1", "train.iters=abc"):
+        with pytest.raises(ConfigCompositionException):
+            dump(wrong)
+
+
+def line(path: Path, text: str) -> int:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next(i for i, content in enumerate(lines, 1) if content.startswith(text))
