@@ -1,0 +1,257 @@
+"""MLflow: one run a training, which the later stages add to.
+
+Importing MLflow takes seconds, and a store can be slow: everything is handed to a thread that
+talks to it, in the order in which it was said, while the work goes on. A store that fails costs
+its record and a warning, never the work.
+"""
+
+import fcntl
+import json
+import os
+import queue
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+
+from athanor import __version__, console
+
+EXPERIMENT = os.environ.get("MLFLOW_EXPERIMENT_NAME", "athanor")
+METRICS_A_CALL = 500
+
+
+def root() -> Path:
+    """The repository's folder: DVC's, also when a queued experiment runs in a copy of it."""
+    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+
+
+def store_uri() -> str:
+    """MLFLOW_TRACKING_URI, or else the SQLite store in mlruns/."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root()}/mlruns/mlflow.db"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a run read: shown in MLflow as a dataset."""
+
+    name: str
+    context: str
+    digest: str
+    rows: int
+
+
+class Run:
+    """A run that a thread writes to; use it as a context manager.
+
+    Leaving the block well ends the run FINISHED, an error ends it FAILED and Ctrl-C KILLED.
+    """
+
+    def __init__(self, opening: Callable[[Any], str | None]) -> None:
+        self.id: str | None = None
+        self.failure: Exception | None = None
+        self._opening = opening
+        self._said: queue.Queue[Callable[[Any, str], None] | list[Any] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if kind is None:
+            status = "FINISHED"
+        else:
+            status = "FAILED" if issubclass(kind, Exception) else "KILLED"
+            if isinstance(error, Exception):
+                self.tags({"failure": str(error)[:500]})
+        self._said.put(lambda client, run: client.set_terminated(run, status))
+        self.flush()
+
+    def flush(self) -> None:
+        """Waits until all that was said is written, and warns if it could not be."""
+        self._said.put(None)
+        self._thread.join()
+        if self.failure is not None:
+            console.warn(
+                f"MLflow at {store_uri()} took no record ({_short(self.failure)}); "
+                "the figures are in artifacts/"
+            )
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Records metrics at a step."""
+        now = int(time.time() * 1000)
+        self._said.put([(key, float(value), now, step) for key, value in values.items()])
+
+    def tags(self, values: dict[str, Any]) -> None:
+        """Sets tags."""
+
+        def say(client: Any, run: str) -> None:
+            for key, value in values.items():
+                client.set_tag(run, key, str(value))
+
+        self._said.put(say)
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Keeps a file, or all files of a folder."""
+
+        def say(client: Any, run: str) -> None:
+            if path.is_dir():
+                client.log_artifacts(run, str(path), folder)
+            else:
+                client.log_artifact(run, str(path), folder)
+
+        self._said.put(say)
+
+    def _work(self) -> None:
+        try:
+            client = _client()
+            self.id = self._opening(client)
+            more = self.id is not None
+            while more:
+                more = self._write(client, self._said.get())
+        except Exception as error:
+            self.failure = error
+
+    def _write(self, client: Any, said: Callable[[Any, str], None] | list[Any] | None) -> bool:
+        """Writes one thing that was said, metrics together with those that wait behind them."""
+        from mlflow.entities import Metric
+
+        assert self.id is not None
+        metrics: list[Any] = []
+        while isinstance(said, list):
+            metrics += [Metric(*point) for point in said]
+            if self._said.empty() or len(metrics) >= METRICS_A_CALL:
+                client.log_batch(self.id, metrics)
+                return True
+            said = self._said.get()
+        if metrics:
+            client.log_batch(self.id, metrics)
+        if said is None:
+            return False
+        said(client, self.id)
+        return True
+
+
+def start(name: str, params: dict[str, Any], tags: dict[str, Any], datasets: list[Dataset]) -> Run:
+    """Opens a new run."""
+
+    def opening(client: Any) -> str:
+        from mlflow.entities import Dataset as MlflowDataset
+        from mlflow.entities import DatasetInput, InputTag, Param
+
+        run = client.create_run(
+            _experiment(client),
+            run_name=name,
+            tags={key: str(value) for key, value in tags.items()},
+        )
+        client.log_batch(run.info.run_id, params=[Param(k, str(v)) for k, v in params.items()])
+        client.log_inputs(
+            run.info.run_id,
+            [
+                DatasetInput(
+                    MlflowDataset(
+                        name=dataset.name,
+                        digest=dataset.digest[:36],
+                        source_type="local",
+                        source=json.dumps({"uri": dataset.name}),
+                        profile=json.dumps({"num_rows": dataset.rows}),
+                    ),
+                    [InputTag("mlflow.data.context", dataset.context)],
+                )
+                for dataset in datasets
+            ],
+        )
+        return str(run.info.run_id)
+
+    return Run(opening)
+
+
+def resume(run_id: str | None) -> Run:
+    """Opens the run of a training again, to add to it.
+
+    A run that this store does not have (the training came out of DVC's cache, from another
+    machine) is not made anew: that is said, and nothing is logged.
+    """
+
+    def opening(client: Any) -> str | None:
+        found = client.search_runs(
+            [e.experiment_id for e in client.search_experiments()],
+            filter_string=f"attributes.run_id = '{run_id}'",
+            max_results=1,
+        )
+        if not found:
+            console.warn(
+                f"run {run_id} is not in {store_uri()}: the training was restored from DVC's "
+                "cache; nothing is logged, the figures are in artifacts/"
+            )
+            return None
+        return run_id
+
+    return Run(opening)
+
+
+def lineage() -> dict[str, str]:
+    """Tags that say which code, data and libraries a run was made with."""
+    tags = {
+        "athanor.version": __version__,
+        "mlx.version": version("mlx"),
+        "mlx_lm.version": version("mlx-lm"),
+    }
+    commit = _git("rev-parse", "HEAD")
+    if commit:
+        outputs = (":(exclude)params.yaml", ":(exclude)dvc.lock")
+        tags["mlflow.source.git.commit"] = commit
+        tags["git.dirty"] = str(bool(_git("status", "--porcelain", "--", ".", *outputs))).lower()
+    tracked = Path("data.dvc")
+    if tracked.exists():
+        tags["dvc.data"] = yaml.safe_load(tracked.read_text(encoding="utf-8"))["outs"][0]["md5"]
+    if experiment := os.environ.get("DVC_EXP_NAME"):
+        tags["dvc.experiment"] = experiment
+    return tags
+
+
+def _client() -> Any:
+    """A client of the store; the embedded one is created by one process, the others wait."""
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    from mlflow import MlflowClient
+
+    if not store_uri().startswith("sqlite:///"):
+        return MlflowClient(store_uri())
+    folder = Path(store_uri().removeprefix("sqlite:///")).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        client = MlflowClient(store_uri())
+        _experiment(client)
+    return client
+
+
+def _experiment(client: Any) -> str:
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is not None:
+        return str(found.experiment_id)
+    embedded = "MLFLOW_TRACKING_URI" not in os.environ
+    place = (root() / "mlruns" / "artifacts").as_uri() if embedded else None
+    return str(client.create_experiment(EXPERIMENT, artifact_location=place))
+
+
+def _git(*arguments: str) -> str:
+    try:
+        found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found.stdout.strip()
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
