@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Hub:
-    """Repositories by name, each {commit: folder} with a branch `main`; what was asked, in order."""
+    """Repositories by name, each {commit: folder} with a branch `main`; and what was asked."""
 
     repos: dict[str, dict[str, Path]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)

@@ -5,10 +5,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
+
 from athanor import config, schema
 from athanor.config import ConfigError, compose
 from athanor.console import UserError
-from omegaconf import OmegaConf
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_stages_read_what_was_written_and_take_overrides(conf: Path) -> None:
     cfg = config.load(["train.iters=3"])
     assert cfg.train.iters == 3
     assert config.flat(config.load([])) == config.flat(compose(conf, []))
-    with pytest.raises(ConfigError, match="athanor.config model=qwen3-0.6b"):
+    with pytest.raises(ConfigError, match=r"athanor\.config model=qwen3-0\.6b"):
         config.load(["model=qwen3-0.6b"])
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from athanor import models
 from athanor.console import UserError
-
 from hub import Hub, serve
 
 COMMIT, LATER = "1" * 40, "2" * 40

@@ -6,9 +6,10 @@ for the turn up to and including the token that ends it. What the template write
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Tokens:
         return Tokens(self.ids[:length], self.supervised[:length])
 
 
-def prompt_ids(row: dict[str, Any], tokenizer: TokenizerWrapper) -> list[int]:
+def prompt_ids(row: dict[str, Any], tokenizer: "TokenizerWrapper") -> list[int]:
     """The tokens that ask for a row's last answer."""
     return _template(row["messages"][:-1], row, tokenizer, add_generation_prompt=True)
 
 
-def tokenize(row: dict[str, Any], tokenizer: TokenizerWrapper, mask_prompt: bool) -> Tokens:
+def tokenize(row: dict[str, Any], tokenizer: "TokenizerWrapper", mask_prompt: bool) -> Tokens:
     """The tokens of a row in the one form of rows.py.
 
     With `mask_prompt` every assistant's turn is supervised and nothing else; without it, and for
@@ -60,7 +61,10 @@ def tokenize(row: dict[str, Any], tokenizer: TokenizerWrapper, mask_prompt: bool
 
 
 def tokenize_all(
-    rows: list[dict[str, Any]], tokenizer: TokenizerWrapper, mask_prompt: bool, max_seq_length: int
+    rows: list[dict[str, Any]],
+    tokenizer: "TokenizerWrapper",
+    mask_prompt: bool,
+    max_seq_length: int,
 ) -> list[Tokens]:
     """Rows as tokens, cut to a length; rows with no supervised token left are left out.
 
@@ -70,7 +74,7 @@ def tokenize_all(
     return [row for row in cut if any(row.supervised[1:])]
 
 
-def asks_as_trained(row: dict[str, Any], tokenizer: TokenizerWrapper) -> bool:
+def asks_as_trained(row: dict[str, Any], tokenizer: "TokenizerWrapper") -> bool:
     """Whether what the model is asked with is a prefix of what it is trained on."""
     if "text" in row:
         return True
@@ -78,7 +82,7 @@ def asks_as_trained(row: dict[str, Any], tokenizer: TokenizerWrapper) -> bool:
     return _common(asked, _template(row["messages"], row, tokenizer)) == len(asked)
 
 
-def answer_text(ids: list[int], tokenizer: TokenizerWrapper) -> str:
+def answer_text(ids: list[int], tokenizer: "TokenizerWrapper") -> str:
     """The text of generated tokens, special tokens included, so that a stray one is seen."""
     return str(tokenizer.decode(ids, skip_special_tokens=False))
 
@@ -86,7 +90,7 @@ def answer_text(ids: list[int], tokenizer: TokenizerWrapper) -> str:
 def _template(
     messages: list[dict[str, Any]],
     row: dict[str, Any],
-    tokenizer: TokenizerWrapper,
+    tokenizer: "TokenizerWrapper",
     add_generation_prompt: bool = False,
 ) -> list[int]:
     ids = tokenizer.apply_chat_template(

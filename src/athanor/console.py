@@ -1,5 +1,6 @@
 """What a person sees: a stage's closing table, its progress bar, its errors."""
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,13 +22,14 @@ class UserError(Exception):
 
 def run(main: Callable[[], None]) -> None:
     """Runs a stage's main; an error that a person can mend ends in its text alone."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except UserError as error:
         err.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        err.print("[bold red]stopped[/] by Ctrl-C")
+        err.print("[bold red]stopped[/] by Ctrl-C or SIGTERM")
         sys.exit(130)
     except Exception:
         traceback.print_exc()

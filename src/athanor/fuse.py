@@ -57,21 +57,21 @@ def fuse(base: Path, adapters: Path, out: Path, *, dequantize: bool) -> str:
 
 
 def _to_stored_dtypes(model: nn.Module, base: Path) -> None:
-    """Gives each weight the dtype it has in the base's files; new ones that of their kind there."""
-    stored = models.stored_dtypes(base)
-    usual = next(
-        (dtype for dtype in stored.values() if mx.issubdtype(dtype, mx.floating)), mx.float32
-    )
-    weights = [
-        (
-            name,
-            value.astype(stored.get(name, usual))
+    """Gives each weight the dtype that the base's files have for it, or for most of theirs."""
+    stored = {
+        name: dtype
+        for name, dtype in models.stored_dtypes(base).items()
+        if mx.issubdtype(dtype, mx.floating)
+    }
+    usual = next(iter(stored.values()), mx.float32)
+    model.load_weights(
+        [
+            (name, value.astype(stored.get(name, usual)))
+            for name, value in tree_flatten(model.parameters())
             if mx.issubdtype(value.dtype, mx.floating)
-            else value,
-        )
-        for name, value in tree_flatten(model.parameters())
-    ]
-    model.load_weights(weights)
+        ],
+        strict=False,
+    )
 
 
 def _generation(base: Path, settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where each stage writes, relative to the repository: artifacts/<stage>/."""
+"""Where things lie, relative to the repository: each stage writes to artifacts/<stage>/."""
 
 from pathlib import Path
 
@@ -9,3 +9,5 @@ PREPARED = Path("artifacts/prepare")
 TRAINED = Path("artifacts/train")
 TESTED = Path("artifacts/test")
 FUSED = Path("artifacts/fuse")
+
+SPLITS = ("train", "valid", "test")

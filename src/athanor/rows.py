@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from athanor.console import UserError
+from athanor.paths import SPLITS
 from athanor.schema import DataConfig
 
-SPLITS = ("train", "valid", "test")
 ROLES = ("system", "user", "assistant", "tool")
 
 

@@ -18,8 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from athanor import chat, config, console, files, models, tracking
 from athanor.chat import Tokens
 from athanor.evaluation import Answer, answers, mean_loss
-from athanor.paths import PREPARED, TESTED, TRAINED
-from athanor.rows import SPLITS
+from athanor.paths import PREPARED, SPLITS, TESTED, TRAINED
 
 
 @dataclass(frozen=True)

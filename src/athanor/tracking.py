@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import queue
+import re
 import subprocess
 import threading
 import time
@@ -35,6 +36,11 @@ def root() -> Path:
 def store_uri() -> str:
     """MLFLOW_TRACKING_URI, or else the SQLite store in mlruns/."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root()}/mlruns/mlflow.db"
+
+
+def store_name() -> str:
+    """The store as it may be shown: without a password."""
+    return _without_password(store_uri())
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Run:
         else:
             status = "FAILED" if issubclass(kind, Exception) else "KILLED"
             if isinstance(error, Exception):
-                self.tags({"failure": str(error)[:500]})
+                self.tags({"failure": _without_password(str(error))[:500]})
         self._said.put(lambda client, run: client.set_terminated(run, status))
         self.flush()
 
@@ -82,7 +88,7 @@ class Run:
         self._thread.join()
         if self.failure is not None:
             console.warn(
-                f"MLflow at {store_uri()} took no record ({_short(self.failure)}); "
+                f"MLflow at {store_name()} took no record ({_short(self.failure)}); "
                 "the figures are in artifacts/"
             )
 
@@ -190,7 +196,7 @@ def resume(run_id: str | None) -> Run:
         )
         if not found:
             console.warn(
-                f"run {run_id} is not in {store_uri()}: the training was restored from DVC's "
+                f"run {run_id} is not in {store_name()}: the training was restored from DVC's "
                 "cache; nothing is logged, the figures are in artifacts/"
             )
             return None
@@ -222,6 +228,7 @@ def lineage() -> dict[str, str]:
 def _client() -> Any:
     """A client of the store; the embedded one is created by one process, the others wait."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     from mlflow import MlflowClient
 
     if not store_uri().startswith("sqlite:///"):
@@ -252,6 +259,10 @@ def _git(*arguments: str) -> str:
     return found.stdout.strip()
 
 
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
 def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
+    lines = _without_password(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -90,7 +90,7 @@ def main() -> None:
         files.write_json(TRAINED / "metrics.json", last)
         run.artifact(TRAINED / "adapters", "adapters")
         run.artifact(TRAINED / "history.csv")
-    files.write_json(TRAINED / "run.json", {"run_id": run.id, "tracking_uri": tracking.store_uri()})
+    files.write_json(TRAINED / "run.json", {"run_id": run.id})
     console.done(
         "train",
         {
@@ -98,7 +98,7 @@ def main() -> None:
             "validation loss": f"{last['val_loss']:.4f}",
             "peak memory": f"{last['peak_memory']:.2f} GB",
             "adapters": TRAINED / "adapters",
-            "MLflow run": f"{run.id} in {tracking.store_uri()}",
+            "MLflow run": f"{run.id} in {tracking.store_name()}",
         },
     )
 

@@ -1,0 +1,335 @@
+"""The pipeline in a real git and DVC repository: what runs, what does not, what comes out."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+LORA = Path("conf/train/lora.yaml")
+
+
+class Workspace:
+    """A clone of this repository in a folder of its own, driven by commands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """Runs a command and returns what it printed; a failure shows all of it."""
+        bin = str(Path(sys.executable).parent)
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=os.environ | {"PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "SHELL": "/bin/sh"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert not check or done.returncode == 0, done.stdout
+        return done.stdout
+
+    def dvc(self, *arguments: str) -> list[str]:
+        """Runs dvc and returns the stages that it ran, in order."""
+        printed = self.run("dvc", *arguments)
+        return [line.split("'")[1] for line in printed.splitlines() if "Running stage '" in line]
+
+    def edit(self, path: Path, old: str, new: str) -> None:
+        text = (self.folder / path).read_text(encoding="utf-8")
+        assert old in text
+        (self.folder / path).write_text(text.replace(old, new), encoding="utf-8")
+
+    def json(self, path: str) -> Any:
+        return json.loads((self.folder / path).read_text(encoding="utf-8"))
+
+    def predictions(self) -> list[dict[str, Any]]:
+        path = self.folder / "artifacts/test/predictions.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+    def params(self) -> Any:
+        return yaml.safe_load((self.folder / "params.yaml").read_text(encoding="utf-8"))
+
+    def mlflow_run(self, run_id: str | None = None) -> Any:
+        from mlflow import MlflowClient
+
+        client = MlflowClient(f"sqlite:///{self.folder}/mlruns/mlflow.db")
+        return client.get_run(run_id or self.json("artifacts/train/run.json")["run_id"])
+
+    def copy(self, folder: Path) -> "Workspace":
+        shutil.copytree(self.folder, folder, symlinks=True)
+        return Workspace(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """What the README's first command leaves in a fresh clone."""
+    folder = tmp_path_factory.mktemp("clone") / "athanor"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=repo,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in listed.stdout.split("\0"):
+        if name and (repo / name).is_file() and name not in ("dvc.lock", "params.yaml"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(repo / name, folder / name)
+    clone = Workspace(folder)
+    clone.run("git", "init", "-q", "-b", "main")
+    for key, value in (("user.name", "Tester"), ("user.email", "tester@localhost")):
+        clone.run("git", "config", key, value)
+    clone.run("git", "add", "-A")
+    clone.run("git", "commit", "-qm", "The repository as it is")
+    assert not (folder / "data").exists()
+    assert clone.dvc("repro", "--pull") == ["config", "prepare", "train", "test", "fuse"]
+    return clone
+
+
+@pytest.fixture(scope="module")
+def short(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The finished clone with a training of two iterations, its lock file committed."""
+    clone = finished.copy(tmp_path_factory.mktemp("short") / "athanor")
+    # An edit of conf/train re-runs what depends on training and nothing before it.
+    text = (clone.folder / LORA).read_text(encoding="utf-8")
+    iters = next(line for line in text.splitlines() if line.startswith("iters:"))
+    clone.edit(LORA, iters, "iters: 2")
+    assert clone.dvc("repro") == ["config", "train", "test", "fuse"]
+    clone.run("git", "add", "-A")
+    clone.run("git", "commit", "-qm", "Train for two iterations")
+    return clone
+
+
+@pytest.fixture
+def clone(short: Workspace, tmp_path: Path) -> Workspace:
+    return short.copy(tmp_path / "athanor")
+
+
+def test_training_questions_are_learned_and_every_answer_ends(finished: Workspace) -> None:
+    asked = [line for line in finished.predictions() if line["split"] == "train"]
+    assert len(asked) == 6
+    assert [line["tuned"] for line in asked] == [
+        {"text": line["reference"], "stopped": True} for line in asked
+    ]
+    assert not [line for line in asked if line["base"]["text"] == line["reference"]]
+    assert all(line["tuned"]["stopped"] for line in finished.predictions())
+
+
+def test_fused_model_answers_by_itself(finished: Workspace) -> None:
+    from athanor import chat, evaluation, models
+
+    model, tokenizer = models.load(finished.folder / "artifacts/fuse/model")
+    asked = [line for line in finished.predictions() if line["split"] == "train"]
+    prompts = [chat.prompt_ids({"messages": [*line["prompt"], {}]}, tokenizer) for line in asked]
+    given = evaluation.answers(model, tokenizer, prompts, max_tokens=64, batch_size=8)
+    assert [chat.answer_text(answer.ids, tokenizer) for answer in given] == [
+        line["reference"] for line in asked
+    ]
+    assert all(answer.stopped for answer in given)
+
+
+def test_mlx_lm_takes_our_adapters_data_and_fused_model(finished: Workspace) -> None:
+    adapters = ("--adapter-path", "artifacts/train/adapters")
+    asked = ("--prompt", "谁是最帅的地球人", "--max-tokens", "20", "--temp", "0")
+    for model in (("models/tiny", *adapters), ("artifacts/fuse/model",)):
+        said = finished.run("mlx_lm.generate", "--model", *model, *asked)
+        assert said.split("==========")[1].strip() == "德哥"
+    data = ("--data", "artifacts/prepare", "--batch-size", "1", "--test-batches", "-1")
+    said = finished.run("mlx_lm.lora", "--model", "models/tiny", *adapters, *data, "--test")
+    assert "Test loss" in said
+
+
+def test_transformers_reads_the_fused_tokenizer(finished: Workspace) -> None:
+    from transformers import AutoTokenizer
+
+    folder = finished.folder / "artifacts/fuse/model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "月亮哪天最圆"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == "<|im_start|>user\n月亮哪天最圆<|im_end|>\n<|im_start|>assistant\n"
+    generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in generation["eos_token_id"]
+
+
+def test_mlflow_holds_the_whole_run(finished: Workspace) -> None:
+    from mlflow import MlflowClient
+
+    run = finished.mlflow_run()
+    client = MlflowClient(f"sqlite:///{finished.folder}/mlruns/mlflow.db")
+    assert run.info.status == "FINISHED"
+    params = finished.params()
+    assert run.data.params["train.learning_rate"] == str(params["train"]["learning_rate"])
+    assert run.data.params["seed"] == "0"
+    every = params["train"]["steps_per_report"]
+    reported = list(range(every, params["train"]["iters"] + 1, every))
+    for key in (
+        *("train_loss", "learning_rate", "iterations_per_second", "tokens_per_second"),
+        *("trained_tokens", "peak_memory"),
+    ):
+        assert [m.step for m in client.get_metric_history(run.info.run_id, key)] == reported, key
+    validated = [m.step for m in client.get_metric_history(run.info.run_id, "val_loss")]
+    assert validated[0] == 0
+    assert validated[-1] == params["train"]["iters"]
+    tested = finished.json("artifacts/test/metrics.json")
+    assert {key: run.data.metrics[key] for key in tested} == pytest.approx(tested)
+    assert run.data.metrics["test_train_exact_match"] == 1
+    tags = run.data.tags
+    head = finished.run("git", "rev-parse", "HEAD").strip()
+    assert tags["mlflow.source.git.commit"] == head
+    assert tags["git.dirty"] == "false"
+    tracked = yaml.safe_load((finished.folder / "data.dvc").read_text(encoding="utf-8"))
+    assert tags["dvc.data"] == tracked["outs"][0]["md5"]
+    assert tags["model.path"] == "models/tiny"
+    assert tags["fused.digest"] == finished.json("artifacts/fuse/fused.json")["digest"]
+    assert {"model.digest", "mlx.version", "mlx_lm.version", "device"} <= set(tags)
+    kept = {a.path for a in client.list_artifacts(run.info.run_id)}
+    assert {"adapters", "params.yaml", "history.csv", "test"} <= kept
+    datasets = {d.dataset.name: d.tags[0].value for d in run.inputs.dataset_inputs}
+    assert datasets["artifacts/prepare/train.jsonl"] == "training"
+
+
+def test_history_is_what_mlflow_has(finished: Workspace) -> None:
+    import csv
+
+    text = (finished.folder / "artifacts/train/history.csv").read_text(encoding="utf-8")
+    lines = list(csv.DictReader(text.splitlines()))
+    assert [int(line["iteration"]) for line in lines] == sorted(
+        {int(x["iteration"]) for x in lines}
+    )
+    last = finished.json("artifacts/train/metrics.json")
+    assert float(lines[-1]["train_loss"]) == last["train_loss"]
+
+
+def test_second_repro_runs_nothing(finished: Workspace) -> None:
+    assert finished.dvc("repro") == []
+
+
+def test_fuse_section_re_runs_fuse_alone(clone: Workspace) -> None:
+    clone.edit(Path("conf/fuse/default.yaml"), "dequantize: true", "dequantize: false")
+    assert clone.dvc("repro") == ["config", "fuse"]
+    assert clone.dvc("repro") == []
+
+
+def test_edited_row_re_runs_from_prepare_and_only_once(clone: Workspace) -> None:
+    clone.edit(Path("data/train.jsonl"), "德哥", "李哥")
+    assert clone.dvc("repro") == ["prepare", "train", "test", "fuse"]
+    assert clone.dvc("repro") == []
+    tracked = yaml.safe_load((clone.folder / "data.dvc").read_text(encoding="utf-8"))
+    assert clone.mlflow_run().data.tags["dvc.data"] == tracked["outs"][0]["md5"]
+    assert tracked["outs"][0]["remote"] == "demo"
+
+
+def test_restored_training_logs_nothing_and_says_so(clone: Workspace) -> None:
+    before = clone.json("artifacts/train/run.json")
+    clone.edit(LORA, "iters: 2", "iters: 3")
+    assert clone.dvc("repro", "train") == ["config", "train"]
+    clone.edit(LORA, "iters: 3", "iters: 2")
+    printed = clone.run("dvc", "repro")
+    assert "Stage 'train' is cached - skipping run" in printed
+    assert clone.json("artifacts/train/run.json") == before
+    # The run is gone from the store, as on another machine: the test stage says so and goes on.
+    (clone.folder / "mlruns/mlflow.db").unlink()
+    clone.edit(Path("conf/test/default.yaml"), "max_tokens: 64", "max_tokens: 5")
+    printed = clone.run("dvc", "repro")
+    assert f"run {before['run_id']} is not in" in printed
+    assert "nothing is logged" in printed
+
+
+def test_experiment_runs_shows_and_leaves_nothing_stale(clone: Workspace) -> None:
+    ran = clone.dvc("exp", "run", "-S", "train.learning_rate=3e-4", "-S", "train.num_layers=2")
+    assert ran[-3:] == ["train", "test", "fuse"]
+    assert "prepare" not in ran
+    assert clone.params()["train"]["num_layers"] == 2
+    assert clone.json("artifacts/train/adapters/adapter_config.json")["num_layers"] == 2
+    shown = clone.run("dvc", "exp", "show", "--csv")
+    assert "0.0003" in shown
+    assert clone.mlflow_run().data.params["train.learning_rate"] == "0.0003"
+    assert "dvc.experiment" in clone.mlflow_run().data.tags
+    assert clone.dvc("repro") == []
+
+
+def test_mistyped_experiment_is_refused_before_any_work(clone: Workspace) -> None:
+    printed = clone.run("dvc", "exp", "run", "-S", "train.learing_rate=1", check=False)
+    assert "learing_rate" in printed
+    assert "Running stage" not in printed
+    printed = clone.run("dvc", "exp", "run", "-S", "train.num_layers=9", check=False)
+    assert "at most the model's 6 layers" in printed
+    assert "Running stage 'train'" not in printed
+
+
+def test_queued_experiments_run_and_log_into_the_repositorys_store(clone: Workspace) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{clone.folder}/mlruns/mlflow.db")
+    experiment = client.get_experiment_by_name("athanor")
+    assert experiment is not None
+
+    def rates() -> list[str]:
+        runs = client.search_runs([experiment.experiment_id])
+        return [r.data.params["train.learning_rate"] for r in runs if r.info.status == "FINISHED"]
+
+    for rate in ("1e-4", "5e-4"):
+        clone.run("dvc", "exp", "run", "--queue", "-S", f"train.learning_rate={rate}")
+    clone.run("dvc", "queue", "start")
+
+    def waiting() -> bool:
+        status = clone.run("dvc", "queue", "status")
+        assert "Failed" not in status, status + clone.run("dvc", "queue", "logs", check=False)
+        return status.count("Success") < 2
+
+    wait_while(waiting, seconds=180)
+    clone.run("dvc", "queue", "stop")
+    assert {"0.0001", "0.0005"} <= set(rates())
+    shown = clone.run("dvc", "exp", "show", "--csv")
+    assert "0.0001" in shown
+    assert "0.0005" in shown
+
+
+def test_values_typed_into_params_are_kept(clone: Workspace) -> None:
+    clone.edit(Path("params.yaml"), "iters: 2", "iters: 4")
+    printed = clone.run("dvc", "repro", check=False)
+    assert "dvc exp run -S train.iters=4" in printed
+    assert clone.params()["train"]["iters"] == 4
+
+
+# Modules that decide no output: a change of what is typed, shown or recorded re-runs no training.
+NO_OUTPUT = {"__init__", "config", "console", "paths", "schema", "tracking"}
+
+
+def test_stages_name_the_code_they_run(repo: Path) -> None:
+    stages = yaml.safe_load((repo / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    for stage in ("prepare", "train", "test", "fuse"):
+        named = {
+            Path(dep).stem for dep in stages[stage]["deps"] if str(dep).startswith("src/athanor/")
+        }
+        assert named == imports(repo / "src/athanor", stage) - NO_OUTPUT, stage
+
+
+def imports(package: Path, module: str, found: set[str] | None = None) -> set[str]:
+    """The modules of the package that one of them imports, itself and indirect ones included."""
+    found = {module} if found is None else found | {module}
+    for node in ast.walk(ast.parse((package / f"{module}.py").read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("athanor"):
+            continue
+        parts = str(node.module).split(".")
+        names = parts[1:2] or [alias.name for alias in node.names]
+        for name in names:
+            if name not in found and (package / f"{name}.py").exists():
+                found |= imports(package, name, found)
+    return found
+
+
+def wait_while(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while condition():
+        assert time.monotonic() < deadline, f"still waiting after {seconds} s"
+        time.sleep(1)

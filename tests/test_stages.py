@@ -1,0 +1,206 @@
+"""The stages by hand, as `python -m athanor.<stage>` runs them, for each method of training."""
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from athanor import chat, evaluation, files, models
+from athanor.console import UserError
+
+Stages = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store elsewhere than mlruns/, for all tests of this file."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/runs.db"
+
+
+@pytest.fixture
+def stages(repo: Path, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> Stages:
+    """Runs stages in a folder with this repository's conf/, data/ and models/."""
+    for part in ("conf", "data"):
+        shutil.copytree(repo / part, tmp_path / part)
+    (tmp_path / "models").symlink_to(repo / "models")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+
+    def run(*names: str, overrides: tuple[str, ...] = ()) -> None:
+        for name in names:
+            monkeypatch.setattr(sys, "argv", [name, *overrides])
+            importlib.import_module(f"athanor.{name}").main()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def four_bits(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tiny base with four bits a weight, as mlx_lm.convert would write it."""
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-4bit"
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    model, settings = load_model(tiny)
+    model, settings = quantize_model(model, settings, group_size=64, bits=4)
+    save_model(folder, model)
+    save_config(settings, folder / "config.json")
+    return folder
+
+
+def fused_answers() -> list[str]:
+    """What the fused model says to the training questions; … where it did not stop."""
+    model, tokenizer = models.load(Path("artifacts/fuse/model"))
+    rows = files.read_jsonl(Path("artifacts/prepare/train.jsonl"))
+    prompts = [chat.prompt_ids(row, tokenizer) for row in rows]
+    given = evaluation.answers(model, tokenizer, prompts, max_tokens=64, batch_size=6)
+    return [chat.answer_text(a.ids, tokenizer) + ("" if a.stopped else "…") for a in given]
+
+
+def references() -> list[str]:
+    rows = files.read_jsonl(Path("artifacts/prepare/train.jsonl"))
+    return [row["messages"][-1]["content"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "chosen", [("train=dora",), ("train=full",), ("train=lora", "4bit"), ("train=dora", "4bit")]
+)
+def test_every_method_trains_tests_and_fuses(
+    stages: Stages, four_bits: Path, chosen: tuple[str, ...]
+) -> None:
+    model = (f"model.path={four_bits}",) if "4bit" in chosen else ()
+    # Products of four-bit weights are slow on a CPU; so few iterations are enough to learn.
+    fewer = ("train.iters=50",) if "4bit" in chosen else ()
+    stages("config", overrides=(chosen[0], *model, *fewer))
+    stages("prepare", "train", "test", "fuse")
+    metrics = files.read_json(Path("artifacts/test/metrics.json"))
+    assert metrics["test_train_exact_match"] == 1
+    assert metrics["test_train_stop_rate"] == 1
+    assert metrics["test_train_base_exact_match"] == 0
+    assert fused_answers() == references()
+    if "4bit" in chosen:
+        assert "quantization" not in files.read_json(Path("artifacts/fuse/model/config.json"))
+
+
+def test_quantized_base_can_be_fused_into_four_bits(stages: Stages, four_bits: Path) -> None:
+    stages(
+        "config", overrides=(f"model.path={four_bits}", "fuse.dequantize=false", "train.iters=2")
+    )
+    stages("prepare", "train", "fuse")
+    settings = files.read_json(Path("artifacts/fuse/model/config.json"))
+    assert settings["quantization"]["bits"] == 4
+    assert all(answer for answer in fused_answers())
+    base = (four_bits / "model.safetensors").stat().st_size
+    assert Path("artifacts/fuse/model/model.safetensors").stat().st_size < 1.1 * base
+
+
+def test_full_training_of_a_quantized_base_is_refused(stages: Stages, four_bits: Path) -> None:
+    with pytest.raises(UserError, match="can't be trained in full"):
+        stages("config", overrides=("train=full", f"model.path={four_bits}"))
+
+
+def test_fused_weights_keep_the_bases_dtypes(stages: Stages, tiny: Path) -> None:
+    stages("config", overrides=("train.iters=1",))
+    stages("prepare", "train", "fuse")
+    fused = Path("artifacts/fuse/model")
+    assert models.stored_dtypes(fused) == models.stored_dtypes(tiny)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (fused / name).read_bytes() == (tiny / name).read_bytes()
+
+
+def test_chats_and_plain_texts_go_all_the_way(stages: Stages) -> None:
+    chats = [
+        {"messages": [{"role": "system", "content": "短答"}, *row["messages"]]}
+        for row in (
+            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+            for q, a in (("一", "二"), ("三", "四"), ("五", "六"))
+        )
+    ]
+    texts = [{"text": "春眠不觉晓"}, {"text": "处处闻啼鸟"}]
+    for split, found in (("train", chats), ("valid", texts)):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+        Path(f"data/{split}.jsonl").write_text(lines, encoding="utf-8")
+    Path("data/test.jsonl").unlink()
+    stages("config", overrides=("train.iters=2", "train.batch_size=2"))
+    stages("prepare", "train", "test", "fuse")
+    metrics = files.read_json(Path("artifacts/test/metrics.json"))
+    assert metrics["test_valid_loss"] > 0
+    assert "test_valid_exact_match" not in metrics
+    assert "test_loss" not in metrics
+
+
+def test_stage_refuses_what_was_prepared_for_another_model(
+    stages: Stages, tiny: Path, tmp_path: Path
+) -> None:
+    stages("config", overrides=("train.iters=1",))
+    stages("prepare")
+    other = shutil.copytree(tiny, tmp_path / "other")
+    with pytest.raises(UserError, match="dvc repro prepare"):
+        stages("train", overrides=(f"model.path={other}",))
+
+
+def test_failed_training_ends_its_run_failed(stages: Stages, store: str) -> None:
+    from mlflow import MlflowClient
+
+    stages("config")
+    stages("prepare")
+    with pytest.raises(UserError, match=r"smaller train\.learning_rate than 1e\+20"):
+        stages("train", overrides=("train.learning_rate=1e20", "train.iters=20"))
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("athanor")
+    assert experiment is not None
+    last = client.search_runs([experiment.experiment_id], max_results=1)[0]
+    assert last.info.status == "FAILED"
+    assert "diverged" in last.data.tags["failure"]
+
+
+def test_unreachable_store_costs_the_record_not_the_training(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    stages("config", overrides=("train.iters=2",))
+    stages("prepare", "train", "test")
+    assert Path("artifacts/train/history.csv").read_text(encoding="utf-8").startswith("iteration,")
+    assert files.read_json(Path("artifacts/test/metrics.json"))["test_loss"] > 0
+    said = capfd.readouterr().err
+    assert "took no record" in said
+    assert "secret" not in said
+
+
+def test_terminated_training_ends_its_run_killed(stages: Stages, store: str) -> None:
+    from mlflow import MlflowClient
+
+    stages("config", overrides=("train.iters=100000", "train.steps_per_report=1"))
+    stages("prepare")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "athanor.train"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("iteration     3 "):
+            process.terminate()
+            break
+    assert process.wait(timeout=60) == 130
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("athanor")
+    assert experiment is not None
+    last = client.search_runs([experiment.experiment_id], max_results=1)[0]
+    assert last.info.status == "KILLED"
+    assert last.data.metrics["train_loss"] > 0
+
+
+def test_a_line_separator_in_a_row_is_no_new_row(stages: Stages) -> None:
+    row: dict[str, Any] = {"prompt": "行\u2028分", "completion": "段\u2029落"}
+    text = json.dumps(row, ensure_ascii=False)
+    for split in ("train", "valid"):
+        Path(f"data/{split}.jsonl").write_text(text + "\n", encoding="utf-8")
+    stages("config", overrides=("train.iters=1",))
+    stages("prepare", "train")
+    assert len(files.read_jsonl(Path("artifacts/prepare/train.jsonl"))) == 1
