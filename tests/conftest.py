@@ -1,6 +1,9 @@
 """What tests share: the repository's own parts, and copies of it to work in."""
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,22 @@ REPO = Path(__file__).parent.parent
 def repo() -> Path:
     """The repository."""
     return REPO
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rows that data.dvc names, pulled from the remote in this repository.
+
+    A fresh clone has no data/, and what a person put there is not what these tests are about.
+    """
+    folder = tmp_path_factory.mktemp("data")
+    for name in (".dvc/config", ".dvc/demo-remote", "data.dvc"):
+        copy = shutil.copytree if (REPO / name).is_dir() else shutil.copyfile
+        (folder / name).parent.mkdir(exist_ok=True)
+        copy(REPO / name, folder / name)
+    (folder / ".dvc/config.local").write_text("[core]\nno_scm = true\n", encoding="utf-8")
+    subprocess.run([sys.executable, "-m", "dvc", "pull", "-q", "data.dvc"], cwd=folder, check=True)
+    return folder / "data"
 
 
 @pytest.fixture(scope="session")

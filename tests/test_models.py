@@ -26,11 +26,11 @@ def hub(tiny: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def prepare(repo: Path, hub: Hub, tmp_path: Path) -> Callable[..., Run]:
+def prepare(repo: Path, data: Path, hub: Hub, tmp_path: Path) -> Callable[..., Run]:
     """Runs the real stages config and prepare against the hub, from a folder of their own."""
     (tmp_path / "work").mkdir()
-    for part in ("conf", "data", "models"):
-        (tmp_path / "work" / part).symlink_to(repo / part)
+    for part in (repo / "conf", repo / "models", data):
+        (tmp_path / "work" / part.name).symlink_to(part)
 
     def run(*overrides: str, endpoint: str | None = None) -> Run:
         env = os.environ | {
@@ -92,10 +92,13 @@ def test_only_what_is_read_is_downloaded(
     shutil.copytree(tiny, folder)
     (folder / "pytorch_model.bin").write_bytes(b"never read")
     (folder / "modeling_tiny.py").write_text("raise SystemExit('never run')")
+    (folder / "consolidated.safetensors").write_bytes(b"never read")
     hub.add("team/mixed", folder, COMMIT)
     done = prepare("model.path=team/mixed", "model.revision=null")
     assert done.returncode == 0, done.stderr
-    assert not [asked for asked in hub.asked if asked.endswith((".bin", ".py"))]
+    assert not [
+        asked for asked in hub.asked if asked.endswith((".bin", ".py", "consolidated.safetensors"))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +134,17 @@ def copy(tiny: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny, tmp_path / "model"))
 
 
+def test_a_broken_model_is_no_traceback(tiny: Path, tmp_path: Path) -> None:
+    folder = copy(tiny, tmp_path)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(UserError, match="mlx-lm can't load this model"):
+        models.load(folder)
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="the tokenizer can't be loaded"):
+        models.load_tokenizer(folder)
+
+
 @pytest.mark.parametrize(
     ("file", "key", "value"),
     [
@@ -160,7 +174,7 @@ def test_a_local_model_that_changed_since_prepare_is_noticed(tiny: Path, tmp_pat
     folder = copy(tiny, tmp_path)
     source = models.resolve(str(folder), None)
     assert source.folder() == folder
-    config = folder / "config.json"
-    config.write_text(config.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     with pytest.raises(UserError, match="dvc repro -f prepare"):
         source.folder()

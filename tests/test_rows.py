@@ -25,13 +25,9 @@ def write(folder: Path, train: str, valid: str = GOOD) -> Path:
     return folder
 
 
-def test_the_tutorials_rows(repo: Path, names: DataConfig) -> None:
-    found = rows.read(repo / "data", names)
-    assert {split: len(some) for split, some in found.items()} == {
-        "train": 6,
-        "valid": 3,
-        "test": 3,
-    }
+def test_the_tutorials_rows(data: Path, names: DataConfig) -> None:
+    found = rows.read(data, names)
+    assert [len(found[split]) for split in ("train", "valid", "test")] == [6, 3, 3]
     assert found["train"][5].value["messages"][1] == {"role": "assistant", "content": "德哥"}
     assert found["train"][5].where.endswith("train.jsonl:6")
 
@@ -39,7 +35,8 @@ def test_the_tutorials_rows(repo: Path, names: DataConfig) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", "Expecting property name"),
+        ("{", "no JSON object a line: Expecting property name"),
+        ('{"prompt": "问", "completion": "\\ud83d"}', "half a character"),
         ('{"prompt": "问"}', "'completion'"),
         ('{"prompt": "问", "completion": ""}', "not empty"),
         ('{"prompt": 5, "completion": "答"}', "'prompt'"),
@@ -48,7 +45,8 @@ def test_the_tutorials_rows(repo: Path, names: DataConfig) -> None:
         ('{"messages": []}', "a list of messages"),
         ('{"messages": [{"role": "user", "content": "问"}]}', "does not end with an assistant"),
         ('{"messages": [{"role": "robot", "content": "问"}]}', "message 1: expected a role"),
-        ('{"messages": [{"role": "assistant"}]}', "message 1: expected a text"),
+        ('{"messages": [{"role": "user", "content": "问"}, {"role": "assistant"}]}', "message 2"),
+        ('{"messages": [{"role": "assistant", "content": "答"}]}', "a question before the answer"),
         ('{"text": " "}', "not empty"),
     ],
 )
@@ -62,10 +60,12 @@ def test_bad_rows_are_named(tmp_path: Path, names: DataConfig, line: str, said: 
 
 
 def test_all_bad_rows_of_all_files_are_named_together(tmp_path: Path, names: DataConfig) -> None:
+    (tmp_path / "test.jsonl").write_text('{"text": ""}', encoding="utf-8")
     with pytest.raises(UserError) as caught:
         rows.read(write(tmp_path, f"{GOOD}\n{{\n[]\n", '{"text": "一"}\n' + GOOD), names)
     text = str(caught.value)
-    assert "3 problems" in text
+    assert "4 problems" in text
+    assert f"{tmp_path / 'test.jsonl'}:1: expected a text" in text
     assert "train.jsonl:2" in text
     assert "train.jsonl:3" in text
     assert "expected one format in a file, found text (line 1) and completions (line 2)" in text
@@ -81,8 +81,15 @@ def test_invalid_utf8_is_named(tmp_path: Path, names: DataConfig) -> None:
 def test_missing_files_are_named_and_test_may_be(tmp_path: Path, names: DataConfig) -> None:
     assert rows.read(write(tmp_path, GOOD), names)["test"] == []
     (tmp_path / "valid.jsonl").unlink()
-    with pytest.raises(UserError, match=r"valid\.jsonl: missing"):
+    (tmp_path / "val.jsonl").write_text(GOOD, encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"valid\.jsonl: missing; .* holds train\.jsonl, val\.jsonl"
+    ):
         rows.read(tmp_path, names)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path, names: DataConfig) -> None:
+    assert len(rows.read(write(tmp_path, "\ufeff" + GOOD), names)["train"]) == 1
 
 
 def test_keys_go_by_configured_names(tmp_path: Path, names: DataConfig) -> None:

@@ -16,14 +16,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.utils import dequantize_model, save_model
+from mlx_lm.utils import dequantize_model, load_config, save_model
 
 from athanor import config, console, files, models, tracking
 from athanor.paths import FUSED, PREPARED, TRAINED
 
 # What a folder holds besides config.json, generation_config.json and the weights.
 CARRIED = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
-CARRIED += ["chat_template*", "*.tiktoken", "spiece.model", "LICENSE*"]
+CARRIED += ["chat_template*", "*.tiktoken"]
 
 
 def fuse(base: Path, adapters: Path, out: Path, *, dequantize: bool) -> str:
@@ -44,8 +44,7 @@ def fuse(base: Path, adapters: Path, out: Path, *, dequantize: bool) -> str:
         settings.pop("quantization_config", None)
     _to_stored_dtypes(model, base)
 
-    ends = sorted(tokenizer.eos_token_ids)
-    settings["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    settings["eos_token_id"] = _ends(base, tokenizer.eos_token_ids)
     with files.whole_folder(out) as folder:
         save_model(folder, model)
         for pattern in CARRIED:
@@ -57,7 +56,7 @@ def fuse(base: Path, adapters: Path, out: Path, *, dequantize: bool) -> str:
 
 
 def _to_stored_dtypes(model: nn.Module, base: Path) -> None:
-    """Gives each weight the dtype that the base's files have for it, or for most of theirs."""
+    """Gives each weight the dtype that the base's files have for it, or else for their first."""
     stored = {
         name: dtype
         for name, dtype in models.stored_dtypes(base).items()
@@ -72,6 +71,14 @@ def _to_stored_dtypes(model: nn.Module, base: Path) -> None:
         ],
         strict=False,
     )
+
+
+def _ends(base: Path, used: set[int]) -> int | list[int]:
+    """The tokens that end an answer here: the base's in their order, then the others."""
+    stated = load_config(base).get("eos_token_id") or []
+    first = [stated] if isinstance(stated, int) else list(stated)
+    ends = first + sorted(used - set(first))
+    return ends[0] if len(ends) == 1 else ends
 
 
 def _generation(base: Path, settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ commit, and stages after `prepare` open that commit and no other. Only safetenso
 model that asks for its own Python code is refused.
 """
 
+import errno
 import json
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from athanor import files
+from athanor import chat, files
 from athanor.console import UserError
 from athanor.schema import ModelConfig, TrainConfig
 
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-# Everything a model needs, and nothing that could be run.
-PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model", "*.tiktoken"]
-REPO = re.compile(r"[\w][\w.-]*/[\w.-]+")
+# Everything that a model needs and nothing that could be run, from the repository's top folder.
+PATTERNS = ["*.json", "model*.safetensors", "*.txt", "*.jinja", "tokenizer.model", "*.tiktoken"]
+# As huggingface_hub takes them: letters and digits, single - . _ between them.
+REPO = re.compile(r"\w+([.-]\w+)*/\w+([.-]\w+)*")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Source:
     """A base model that was found.
 
     `path` is what the configuration said; `commit` is the hub's commit, None for a local folder;
-    `digest` is the sha256 over weights, config.json and tokenizer.json.
+    `digest` is the sha256 over all files that are read.
     """
 
     path: str
@@ -78,7 +80,7 @@ def resolve(path: str, revision: str | None) -> Source:
         source = Source(path, revision, folder.name, digest(folder))
     else:
         folder = _local(path)
-        source = Source(path, None, None, digest(folder))
+        source = Source(path, revision, None, digest(folder))
     _refuse_code(folder)
     return source
 
@@ -86,11 +88,10 @@ def resolve(path: str, revision: str | None) -> Source:
 def misfits(model: ModelConfig, train: TrainConfig) -> Iterator[tuple[str, str]]:
     """Yields (key, text) for what can't go together, as far as it is known without a network."""
     folder = _known_folder(model)
-    if folder is None:
-        if not _is_repo(model.path):
-            yield "model.path", f"there is no folder {model.path}, and it is no owner/name of a hub"
-        return
-    yield from training_misfits(read_config(folder), train)
+    if folder is not None:
+        yield from training_misfits(read_config(folder), train)
+    elif not _is_repo(model.path):
+        yield "model.path", f"{_no_folder(model.path)}, and it is no owner/name of a hub"
 
 
 def training_misfits(config: dict[str, Any], train: TrainConfig) -> Iterator[tuple[str, str]]:
@@ -134,14 +135,18 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _is_repo(path: str) -> bool:
-    return not Path(path).expanduser().is_dir() and bool(REPO.fullmatch(path)) and path[0] != "."
+    return not Path(path).expanduser().is_dir() and bool(REPO.fullmatch(path))
 
 
 def _local(path: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"model.path: there is no folder {path}, and it is no owner/name of a hub")
+        raise UserError(f"model.path: {_no_folder(path)}, and it is no owner/name of a hub")
     return folder
+
+
+def _no_folder(path: str) -> str:
+    return f"there is no folder {path} with a model in it"
 
 
 def _known_folder(model: ModelConfig) -> Path | None:
@@ -157,11 +162,16 @@ def _known_folder(model: ModelConfig) -> Path | None:
 
 def _download(repo: str, revision: str | None) -> Path:
     """The folder of a hub repository at a revision, from the cache or from the hub."""
+    import httpx2
     from huggingface_hub import constants, errors, snapshot_download
 
     where = f"{repo} at {revision or 'main'} on {constants.ENDPOINT}"
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=PATTERNS))
+        return Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=PATTERNS, ignore_patterns="*/*"
+            )
+        )
     except errors.GatedRepoError as error:
         raise UserError(
             f"{where} is gated: ask for access on its page, then `uv run hf auth login`"
@@ -173,19 +183,24 @@ def _download(repo: str, revision: str | None) -> Path:
             f"{where}: there is no such repository, or it is private; check model.path, "
             "or `uv run hf auth login`"
         ) from error
-    except (OSError, errors.HfHubHTTPError) as error:
+    except (OSError, httpx2.HTTPError, errors.HfHubHTTPError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise UserError(f"{where}: the disk is full at {constants.HF_HUB_CACHE}") from error
         raise UserError(
-            f"{where} can't be reached and is not on this machine yet "
-            f"({type(error).__name__}): check the network, name a mirror with HF_ENDPOINT, "
-            "or give model.path a folder"
+            f"{where} can't be reached and is not whole on this machine yet "
+            f"({type(error).__name__}), and {_no_folder(repo)}: check model.path and the network, "
+            "or name a mirror with HF_ENDPOINT; what has arrived is kept"
         ) from error
 
 
 def digest(folder: Path) -> str:
-    """The sha256 over a model's weights, config.json and tokenizer.json."""
-    kept = weight_files(folder)
-    kept += [path for name in ("config.json", "tokenizer.json") if (path := folder / name).exists()]
-    return files.digest(kept)
+    """The sha256 over all files that are read of a model: weights, configs, tokenizer, template.
+
+    Raises:
+        UserError: where there are no safetensors.
+    """
+    weight_files(folder)
+    return files.digest({path for pattern in PATTERNS for path in folder.glob(pattern)})
 
 
 def _refuse_code(folder: Path) -> None:
@@ -212,21 +227,32 @@ def load(folder: Path) -> "tuple[nn.Module, TokenizerWrapper]":
     if on_cpu():
         mx.disable_compile()
     try:
-        model, config = load_model(folder)
-    except ValueError as error:
-        raise UserError(f"{folder}: mlx-lm can't build this model: {error}") from error
+        model, _ = load_model(folder)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: mlx-lm can't load this model: {error}") from error
     if on_cpu():
         model.set_dtype(mx.float32)
         mx.eval(model.parameters())
-    return model, load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+    return model, load_tokenizer(folder)
 
 
 def load_tokenizer(folder: Path) -> "TokenizerWrapper":
-    """Loads a model's tokenizer with the end tokens that mlx-lm would stop at."""
+    """Loads a model's tokenizer; its end tokens are the model's and the chat template's own.
+
+    Raises:
+        UserError: when its files or its template are broken.
+    """
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load_with_ends
 
-    return load_with_ends(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
+    try:
+        tokenizer = load_with_ends(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
+        end = chat.end_of_turn(tokenizer)
+    except Exception as error:  # tokenizers and templates raise what they like
+        raise UserError(f"{folder}: the tokenizer can't be loaded: {error}") from error
+    if end is not None:
+        tokenizer.eos_token_ids = tokenizer.eos_token_ids | {end}
+    return tokenizer
 
 
 def on_cpu() -> bool:
@@ -254,7 +280,8 @@ def make_trainable(model: "nn.Module", train: TrainConfig, seed: int) -> None:
     """Freezes the model and makes the last `num_layers` layers trainable by the chosen method.
 
     lora (Hu et al. 2021) and dora (Liu et al. 2024) are mlx-lm's layers on every linear map;
-    `full` trains the layers' own weights. The new weights come from `seed` alone.
+    `full` trains the layers' own weights. The new weights come from `seed` alone. Whatever is
+    trained is float32: half precision rounds small updates away, and Adam's second moment to 0.
     """
     import mlx.core as mx
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -264,6 +291,7 @@ def make_trainable(model: "nn.Module", train: TrainConfig, seed: int) -> None:
     count = len(model.layers) if train.num_layers == -1 else train.num_layers
     if train.method == "full":
         for layer in model.layers[-count:]:
+            layer.set_dtype(mx.float32)
             layer.unfreeze()
     else:
         linear_to_lora_layers(model, count, lora_parameters(train), use_dora=train.method == "dora")

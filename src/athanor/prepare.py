@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from athanor import chat, config, console, files, models, rows
+from athanor.chat import Tokens
 from athanor.paths import DATA, PREPARED
 from athanor.schema import DataConfig
 
@@ -34,28 +35,47 @@ def prepare(
     splits = rows.read(data, names)
     source = models.resolve(model_path, revision)
     tokenizer = models.load_tokenizer(source.folder())
-    if not tokenizer.has_chat_template and any("messages" in r.value for r in splits["train"]):
+    chats = [row for found in splits.values() for row in found if "messages" in row.value]
+    if chats and not tokenizer.has_chat_template:
         raise console.UserError(
-            f"{model_path} has no chat template, so it can't be asked a question: choose an "
-            "instruct model, or give rows as plain text"
+            f"{model_path} has no chat template, so it can't be asked a question, and "
+            f"{chats[0].where} asks one: choose an instruct model, or give rows as plain text"
         )
+    problems: list[str] = []
     report: dict[str, Any] = {}
     for split, found in splits.items():
-        tokens = [chat.tokenize(row.value, tokenizer, mask_prompt) for row in found]
+        tokens: list[Tokens] = []
+        otherwise = missed = 0
+        for row in found:
+            try:
+                tokens.append(chat.tokenize(row.value, tokenizer, mask_prompt))
+                otherwise += not chat.asks_as_trained(row.value, tokenizer)
+                missed += chat.unsupervised_turns(row.value, tokenizer) if mask_prompt else 0
+            except Exception as error:  # chat templates raise what they like
+                problems.append(f"{row.where}: {model_path}'s chat template refuses it: {error}")
+                tokens.append(Tokens([], []))
         kept = [row.cut(max_seq_length) for row in tokens]
+        empty = [
+            row.where for row, cut in zip(found, kept, strict=True) if not any(cut.supervised[1:])
+        ]
         report[split] = {
             "rows": len(found),
             "tokens": sum(map(len, kept)),
             "supervised_tokens": sum(sum(row.supervised) for row in kept),
             "longest_row": max(map(len, tokens), default=0),
             "rows_cut": sum(len(row) > max_seq_length for row in tokens),
-            "rows_without_an_answer_left": [
-                row.where for row, cut in zip(found, kept, strict=True) if not any(cut.supervised)
-            ],
-            "rows_asked_otherwise_than_trained": sum(
-                not chat.asks_as_trained(row.value, tokenizer) for row in found
-            ),
+            "rows_with_nothing_to_learn": empty,
+            "rows_asked_otherwise_than_trained": otherwise,
+            "answers_not_found": missed,
         }
+        if split != "test" and len(empty) == len(found) and not problems:
+            problems.append(
+                f"{data}/{split}.jsonl: no row has a token left to learn in its first "
+                f"{max_seq_length} tokens; train.max_seq_length sets how many are read"
+            )
+    if problems:
+        raise console.UserError("data: nothing was prepared\n  " + "\n  ".join(problems))
+    for split, found in splits.items():
         files.write_jsonl(out / f"{split}.jsonl", [row.value for row in found])
     files.write_json(out / "report.json", report)
     source.write(out / "model.json")
@@ -103,10 +123,15 @@ def _warn(split: str, found: dict[str, Any], max_seq_length: int) -> None:
             f"{found['rows_cut']} rows of {split} are longer than {max_seq_length} tokens and "
             "will be cut; train.max_seq_length raises the limit"
         )
-    if empty := found["rows_without_an_answer_left"]:
+    if empty := found["rows_with_nothing_to_learn"]:
         console.warn(
             f"{len(empty)} rows of {split} have no token left to learn and are left out: "
             + ", ".join(empty[:5])
+        )
+    if found["answers_not_found"]:
+        console.warn(
+            f"{found['answers_not_found']} answers of {split} can't be found in what the model's "
+            "chat template makes of their conversations, and are not learned"
         )
     if found["rows_asked_otherwise_than_trained"]:
         console.warn(

@@ -34,10 +34,15 @@ def read(folder: Path, names: DataConfig) -> dict[str, list[Row]]:
     splits: dict[str, list[Row]] = {}
     for split in SPLITS:
         path = folder / f"{split}.jsonl"
+        before = len(problems)
         splits[split] = _read_file(path, names, problems) if path.exists() else []
         if split != "test" and not path.exists():
-            problems.append(f"{path}: missing; a row a line, as in the README")
-        elif split != "test" and not splits[split] and not problems:
+            there = ", ".join(sorted(found.name for found in folder.glob("*"))) or "nothing"
+            problems.append(
+                f"{path}: missing; {folder} holds {there} "
+                "(`uv run dvc pull data.dvc` brings the rows that data.dvc names)"
+            )
+        elif split != "test" and not splits[split] and len(problems) == before:
             problems.append(f"{path}: no row in it")
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -53,7 +58,15 @@ def _read_file(path: Path, names: DataConfig, problems: list[str]) -> list[Row]:
             continue
         where = f"{path}:{number}"
         try:
-            value, kind = _one_form(json.loads(line.decode("utf-8")), names)
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            value, kind = _one_form(json.loads(text), names)
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except json.JSONDecodeError as error:
+            problems.append(f"{where}: no JSON object a line: {error.msg} at column {error.colno}")
+            continue
+        except UnicodeEncodeError:
+            problems.append(f"{where}: half a character (a lone surrogate, as of a cut emoji)")
+            continue
         except (ValueError, RecursionError) as error:
             problems.append(f"{where}: {error}")
             continue
@@ -106,4 +119,7 @@ def _messages(messages: Any, key: str) -> list[dict[str, Any]]:
             raise ValueError(f"message {number}: expected a text under 'content'")
     if messages[-1]["role"] != "assistant":
         raise ValueError("the conversation does not end with an assistant's answer")
-    return messages
+    if len(messages) == 1:
+        raise ValueError("expected a question before the answer, found the answer alone")
+    # Templates read `content` of every message, also where a tool is called instead.
+    return [message | {"content": message.get("content") or ""} for message in messages]

@@ -80,9 +80,13 @@ def predictions(
                 who: {"text": chat.answer_text(answer.ids, tokenizer), "stopped": answer.stopped}
                 for who, answer in zip(("base", "tuned"), pair, strict=True)
             }
-            *prompt, reference = row["messages"]
             lines.append(
-                {"split": name, "prompt": prompt, "reference": reference["content"], **said}
+                {
+                    "split": name,
+                    "prompt": row["messages"][:-1],
+                    "reference": chat.expected_answer(row, tokenizer),
+                    **said,
+                }
             )
     return lines
 

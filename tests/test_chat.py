@@ -1,0 +1,129 @@
+"""Which tokens are learned, for templates of the kinds that models come with."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from athanor import chat, models
+
+QUESTIONS = {
+    "messages": [
+        {"role": "user", "content": "一"},
+        {"role": "assistant", "content": "第一答"},
+        {"role": "user", "content": "二"},
+        {"role": "assistant", "content": "第二答"},
+    ]
+}
+
+# Like Qwen3's: an empty thought before the last answer, and only there.
+QWEN3 = """{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' -}}
+{%- if m.role == 'assistant' and loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif -%}
+{{- m.content + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+
+# Like R1's: asks with an open thought that no finished conversation has.
+R1 = """{%- for m in messages -%}
+{%- set said = m.content.split('</think>')[-1] -%}
+{{- '<|im_start|>' + m.role + '\\n' + said + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n<think>\\n' }}{%- endif -%}"""
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def make(tiny: Path, tmp_path: Path) -> Make:
+    """The tiny model's tokenizer with another template or another end token."""
+
+    def build(template: str | None = None, **settings: Any) -> Any:
+        folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        for name, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id")):
+            path = folder / name
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if key in settings:
+                path.write_text(json.dumps(content | {key: settings[key]}), encoding="utf-8")
+        if "eos_token_id" in settings:
+            (folder / "generation_config.json").unlink()
+        return models.load_tokenizer(folder)
+
+    return build
+
+
+def learned(row: dict[str, Any], tokenizer: Any) -> str:
+    found = chat.tokenize(row, tokenizer, mask_prompt=True)
+    ids = [i for i, s in zip(found.ids, found.supervised, strict=True) if s]
+    return str(tokenizer.decode(ids))
+
+
+def test_answers_and_their_end_are_supervised_and_nothing_else(tiny: Path) -> None:
+    tokenizer = models.load_tokenizer(tiny)
+    row = {
+        "messages": [
+            {"role": "system", "content": "你是助手"},
+            {"role": "user", "content": "一"},
+            {"role": "assistant", "content": "第一答"},
+            {"role": "user", "content": "二"},
+            {"role": "assistant", "content": "第二答"},
+        ]
+    }
+    found = chat.tokenize(row, tokenizer, mask_prompt=True)
+    learned = [i for i, s in zip(found.ids, found.supervised, strict=True) if s]
+    assert tokenizer.decode(learned) == "第一答<|im_end|>第二答<|im_end|>"
+    everything = chat.tokenize(row, tokenizer, mask_prompt=False)
+    assert everything.ids == found.ids
+    assert all(everything.supervised)
+    assert chat.asks_as_trained(row, tokenizer)
+
+
+def test_plain_text_ends_with_an_end_token(tiny: Path) -> None:
+    tokenizer = models.load_tokenizer(tiny)
+    found = chat.tokenize({"text": "一段文字"}, tokenizer, mask_prompt=True)
+    assert found.ids[-1] == tokenizer.eos_token_id
+    assert all(found.supervised)
+
+
+def test_every_turn_is_learned_where_earlier_ones_are_written_otherwise(make: Make) -> None:
+    tokenizer = make(QWEN3)
+    assert learned(QUESTIONS, tokenizer) == (
+        "第一答<|im_end|><think>\n\n</think>\n\n第二答<|im_end|>"
+    )
+    assert chat.unsupervised_turns(QUESTIONS, tokenizer) == 0
+    assert chat.asks_as_trained(QUESTIONS, tokenizer)
+    assert chat.expected_answer(QUESTIONS, tokenizer) == "<think>\n\n</think>\n\n第二答"
+
+
+def test_a_prompt_that_no_training_text_has_is_noticed(make: Make) -> None:
+    tokenizer = make(R1)
+    assert learned(QUESTIONS, tokenizer) == "第一答<|im_end|>第二答<|im_end|>"
+    assert not chat.asks_as_trained(QUESTIONS, tokenizer)
+    assert chat.expected_answer(QUESTIONS, tokenizer) == "第二答"
+
+
+def test_the_templates_own_end_is_learned_and_stopped_at(make: Make, tiny: Path) -> None:
+    """Qwen2.5's base models end texts with another token than their template ends turns."""
+    usual = models.load_tokenizer(tiny)
+    texts_end = usual.convert_tokens_to_ids("<|endoftext|>")
+    tokenizer = make(eos_token="<|endoftext|>", eos_token_id=texts_end)
+    assert tokenizer.eos_token_id == texts_end
+    assert usual.convert_tokens_to_ids("<|im_end|>") in tokenizer.eos_token_ids
+    assert learned(QUESTIONS, tokenizer) == "第一答<|im_end|>第二答<|im_end|>"
+
+
+def test_an_answer_that_repeats_its_question_is_learned_once(make: Make) -> None:
+    row = {
+        "messages": [
+            {"role": "user", "content": "重复"},
+            {"role": "assistant", "content": "重复"},
+            {"role": "user", "content": "重复"},
+            {"role": "assistant", "content": "重复"},
+        ]
+    }
+    assert learned(row, make()) == "重复<|im_end|>重复<|im_end|>"
