@@ -7,6 +7,7 @@ from a generator that anything else draws from.
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +17,6 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
-from mlx_lm.tuner.trainer import grad_checkpoint as checkpoint_layers
 
 from athanor.chat import Tokens
 from athanor.console import UserError
@@ -39,11 +39,34 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 def batches(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
     """Endless batches of row numbers: every row once an epoch, the last batch what is left."""
     epoch = 0
-    while True:
+    while count:
         order = epoch_order(count, seed, epoch)
         for start in range(0, count, batch_size):
             yield order[start : start + batch_size]
         epoch += 1
+
+
+@contextmanager
+def checkpointed(layer: nn.Module) -> Iterator[None]:
+    """While the block runs, layers of this kind keep their inputs only and compute the rest again.
+
+    That is mlx_lm.tuner.trainer's grad_checkpoint, which patches the class for good.
+    """
+    kind = type(layer)
+    call = kind.__call__
+
+    def compute(module: nn.Module, *inputs: Any, **named: Any) -> Any:
+        def inner(parameters: Any, *inputs: Any, **named: Any) -> Any:
+            module.update(parameters)
+            return call(module, *inputs, **named)
+
+        return mx.checkpoint(inner)(module.trainable_parameters(), *inputs, **named)
+
+    kind.__call__ = compute
+    try:
+        yield
+    finally:
+        kind.__call__ = call
 
 
 def train(
@@ -78,8 +101,6 @@ def train(
     Raises:
         UserError: when the loss is no longer a number.
     """
-    if grad_checkpoint:
-        checkpoint_layers(model.layers[0])
     held_out = valid if val_batches == -1 else valid[: val_batches * batch_size]
     optimizer = optim.Adam(learning_rate=learning_rate)
     loss_and_grad = nn.value_and_grad(model, summed_loss)
@@ -98,7 +119,8 @@ def train(
     window_loss, window_start, window_steps = 0.0, time.perf_counter(), 0
     for iteration, numbers in enumerate(batches(len(rows), batch_size, seed), 1):
         inputs, targets, mask = padded([rows[i] for i in numbers])
-        loss, step_gradient = loss_and_grad(model, inputs, targets, mask)
+        with checkpointed(model.layers[0]) if grad_checkpoint else nullcontext():
+            loss, step_gradient = loss_and_grad(model, inputs, targets, mask)
         tokens = sum(sum(rows[i].supervised[1:]) for i in numbers)
         gradient = step_gradient if gradient is None else tree_map(mx.add, gradient, step_gradient)
         update_tokens += tokens
