@@ -10,6 +10,7 @@ is reported before any work, all of them together, each with its file and line.
 
 import difflib
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -23,7 +24,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from athanor import console, files, models, schema
@@ -48,6 +49,10 @@ def compose(conf: Path, overrides: list[str]) -> Config:
     Raises:
         ConfigError: with every problem of the files and of the overrides.
     """
+    if not (conf / "config.yaml").exists():
+        raise console.UserError(
+            f"there is no {conf}/config.yaml in {Path.cwd()}: run this in the repository's folder"
+        )
     groups = {
         folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
         for folder in sorted(conf.iterdir())
@@ -107,7 +112,7 @@ def _split(
                     f"{_nearest(option, groups[key])}"
                 )
             else:
-                chosen.append(text)
+                chosen.append(text.lstrip("+"))
         elif key in schema.SECTIONS and isinstance(override.value(), str):
             problems.append(
                 f"command line: {text}: a whole section is chosen where conf/ is composed: "
@@ -176,7 +181,7 @@ def _checked(tree: dict[str, Any], places: dict[str, str], problems: list[str]) 
             problems.append(f"{key}: missing; conf/ gives it no value")
     for key, expected in schema.impossible(sound):
         report(key, f"expected {expected}, found {sound[key]!r}")
-    if not problems:
+    if {"model.path", "model.revision", "train.num_layers", "train.method"} <= sound.keys():
         for key, text in models.misfits(config.model, config.train):
             report(key, text)
     if problems:
@@ -246,20 +251,39 @@ def write(config: Config, params: Path = PARAMS, lock: Path = Path("dvc.lock")) 
     """
     body = OmegaConf.to_yaml(config)
     if params.exists() and not _ours(params.read_bytes(), lock):
-        old = OmegaConf.load(params)
-        typed = {
-            key: OmegaConf.select(cast(DictConfig, old), key)
-            for key, value in flat(config).items()
-            if OmegaConf.select(cast(DictConfig, old), key) != value
-        }
+        typed = _differences(params, body)
         if typed:
-            options = " ".join(f"-S {shlex.quote(f'{k}={v}')}" for k, v in typed.items())
+            options = " ".join(f"-S {shlex.quote(option)}" for option in typed)
             raise console.UserError(
                 f"{params} was edited by hand, and conf/ says otherwise; nothing was overwritten\n"
                 f"  to run what it says:  uv run dvc exp run {options}\n"
                 f"  to go back to conf/:  rm {params}"
             )
     files.write_text(params, f"{HEADER}{_digest(body)}\n{body}")
+
+
+def _differences(params: Path, body: str) -> list[str]:
+    """What params.yaml says otherwise than `body`, as Hydra overrides.
+
+    Raises:
+        UserError: where it can't be read.
+    """
+
+    def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(tree, dict):
+            return {prefix: tree}
+        return {k: v for key in tree for k, v in leaves(tree[key], f"{prefix}.{key}").items()}
+
+    try:
+        typed = leaves(OmegaConf.to_container(OmegaConf.load(params)))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise console.UserError(f"{params} is not YAML; mend it or remove it: {error}") from error
+    composed = leaves(OmegaConf.to_container(OmegaConf.create(body)))
+    return [
+        f"{key[1:]}={value if isinstance(value, str) and value.isalnum() else json.dumps(value)}"
+        for key, value in typed.items()
+        if key not in composed or composed[key] != value
+    ]
 
 
 def _ours(content: bytes, lock: Path) -> bool:
@@ -277,7 +301,12 @@ def _digest(body: str) -> str:
 def main() -> None:
     overrides = sys.argv[1:]
     if os.environ.get("DVC_EXP_NAME") and PARAMS.exists():
-        config = load(overrides)
+        try:
+            config = load(overrides)
+        except ConfigError:
+            # DVC wrote what was just refused; left there, the next `dvc repro` would take it up.
+            PARAMS.unlink()
+            raise
         console.done("config", {"checked": f"{PARAMS}, as DVC composed it", **_summary(config)})
     else:
         config = compose(CONF, overrides)
