@@ -24,10 +24,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def stages(repo: Path, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch) -> Stages:
+def stages(
+    repo: Path, data: Path, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> Stages:
     """Runs stages in a folder with this repository's conf/, data/ and models/."""
-    for part in ("conf", "data"):
-        shutil.copytree(repo / part, tmp_path / part)
+    for part in (repo / "conf", data):
+        shutil.copytree(part, tmp_path / part.name)
     (tmp_path / "models").symlink_to(repo / "models")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
@@ -66,6 +68,15 @@ def fused_answers() -> list[str]:
 def references() -> list[str]:
     rows = files.read_jsonl(Path("artifacts/prepare/train.jsonl"))
     return [row["messages"][-1]["content"] for row in rows]
+
+
+def last_run(store: str) -> Any:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("athanor")
+    assert experiment is not None
+    return client.search_runs([experiment.experiment_id], max_results=1)[0]
 
 
 @pytest.mark.parametrize(
@@ -146,16 +157,11 @@ def test_stage_refuses_what_was_prepared_for_another_model(
 
 
 def test_failed_training_ends_its_run_failed(stages: Stages, store: str) -> None:
-    from mlflow import MlflowClient
-
     stages("config")
     stages("prepare")
     with pytest.raises(UserError, match=r"smaller train\.learning_rate than 1e\+20"):
         stages("train", overrides=("train.learning_rate=1e20", "train.iters=20"))
-    client = MlflowClient(store)
-    experiment = client.get_experiment_by_name("athanor")
-    assert experiment is not None
-    last = client.search_runs([experiment.experiment_id], max_results=1)[0]
+    last = last_run(store)
     assert last.info.status == "FAILED"
     assert "diverged" in last.data.tags["failure"]
 
@@ -175,8 +181,6 @@ def test_unreachable_store_costs_the_record_not_the_training(
 
 
 def test_terminated_training_ends_its_run_killed(stages: Stages, store: str) -> None:
-    from mlflow import MlflowClient
-
     stages("config", overrides=("train.iters=100000", "train.steps_per_report=1"))
     stages("prepare")
     process = subprocess.Popen(
@@ -188,12 +192,69 @@ def test_terminated_training_ends_its_run_killed(stages: Stages, store: str) -> 
             process.terminate()
             break
     assert process.wait(timeout=60) == 130
-    client = MlflowClient(store)
-    experiment = client.get_experiment_by_name("athanor")
-    assert experiment is not None
-    last = client.search_runs([experiment.experiment_id], max_results=1)[0]
+    last = last_run(store)
     assert last.info.status == "KILLED"
     assert last.data.metrics["train_loss"] > 0
+
+
+def test_failed_test_stage_leaves_the_trainings_record_alone(stages: Stages, store: str) -> None:
+    stages("config", overrides=("train.iters=1",))
+    stages("prepare", "train")
+    Path("artifacts/prepare/test.jsonl").unlink()
+    with pytest.raises(UserError, match="`uv run dvc repro prepare` writes it"):
+        stages("test")
+    run = last_run(store)
+    assert run.info.status == "FINISHED"
+    assert "failure" not in run.data.tags
+
+
+def test_stages_out_of_order_say_which_comes_first(stages: Stages) -> None:
+    stages("config")
+    for stage, first in (("train", "prepare"), ("test", "train"), ("fuse", "train")):
+        with pytest.raises(UserError, match=f"`uv run dvc repro {first}`"):
+            stages(stage)
+
+
+def test_rows_with_nothing_to_learn_stop_before_training(stages: Stages) -> None:
+    stages("config", overrides=("train.max_seq_length=5",))
+    with pytest.raises(UserError, match=r"train\.jsonl: no row has a token left to learn"):
+        stages("prepare")
+
+
+def test_rows_that_a_template_refuses_are_named(stages: Stages, tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "strict"))
+    template = folder / "chat_template.jinja"
+    refusal = (
+        "{%- if messages[0].role == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}"
+    )
+    template.write_text(refusal + template.read_text(encoding="utf-8"), encoding="utf-8")
+    lines = Path("data/train.jsonl").read_text(encoding="utf-8").splitlines()
+    chats = [
+        {
+            "messages": [
+                *([{"role": "system", "content": "短答"}] if number == 3 else []),
+                {"role": "user", "content": json.loads(line)["prompt"]},
+                {"role": "assistant", "content": json.loads(line)["completion"]},
+            ]
+        }
+        for number, line in enumerate(lines, 1)
+    ]
+    files.write_jsonl(Path("data/train.jsonl"), chats)
+    stages("config", overrides=(f"model.path={folder}",))
+    with pytest.raises(UserError, match=r"train\.jsonl:3: .*no system"):
+        stages("prepare")
+
+
+def test_full_training_is_float32_where_the_base_is_not(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the base stays float16, in which Adam's second moment would round to 0."""
+    monkeypatch.setattr(models, "on_cpu", lambda: False)
+    stages("config", overrides=("train=full", "train.iters=4", "train.num_layers=2"))
+    stages("prepare", "train", "fuse")
+    assert files.read_json(Path("artifacts/train/metrics.json"))["train_loss"] > 0
+    fused = models.stored_dtypes(Path("artifacts/fuse/model"))
+    assert set(map(str, fused.values())) == {"mlx.core.float16"}
 
 
 def test_a_line_separator_in_a_row_is_no_new_row(stages: Stages) -> None:

@@ -33,7 +33,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     except Exception:
         traceback.print_exc()
-        err.print("[bold red]this is a fault of Athanor's[/], not of your data or configuration")
+        err.print("[bold red]unexpected error[/]: the lines above are what a report of it needs")
         sys.exit(1)
 
 

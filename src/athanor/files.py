@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from athanor.console import UserError
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text to a temporary name beside `path`, flushes it and renames it."""
@@ -29,7 +31,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON, Chinese as Chinese."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
@@ -38,14 +40,20 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file that an earlier stage wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Reads a JSON file that an earlier stage wrote to artifacts/<stage>/."""
+    return json.loads(_written(path).read_text(encoding="utf-8"))
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """Reads a JSONL file that an earlier stage wrote."""
-    with path.open(encoding="utf-8") as file:
+    """Reads a JSONL file that an earlier stage wrote to artifacts/<stage>/."""
+    with _written(path).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def _written(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(f"{path} is not there: `uv run dvc repro {path.parent.name}` writes it")
+    return path
 
 
 @contextmanager

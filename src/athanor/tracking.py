@@ -6,11 +6,13 @@ its record and a warning, never the work.
 """
 
 import fcntl
+import getpass
 import json
 import os
 import queue
 import re
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -56,13 +58,16 @@ class Dataset:
 class Run:
     """A run that a thread writes to; use it as a context manager.
 
-    Leaving the block well ends the run FINISHED, an error ends it FAILED and Ctrl-C KILLED.
+    A run that was started here ends FINISHED when the block is left well, FAILED on an error and
+    KILLED on Ctrl-C. A resumed one is a training's, whose end a later stage does not change.
     """
 
-    def __init__(self, opening: Callable[[Any], str | None]) -> None:
+    def __init__(self, opening: Callable[[Any], str | None], resumed: bool) -> None:
         self.id: str | None = None
         self.failure: Exception | None = None
         self._opening = opening
+        self._resumed = resumed
+        self._opened = threading.Event()
         self._said: queue.Queue[Callable[[Any, str], None] | list[Any] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
@@ -73,17 +78,12 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        if kind is None:
+        if not self._resumed:
             status = "FINISHED"
-        else:
-            status = "FAILED" if issubclass(kind, Exception) else "KILLED"
-            if isinstance(error, Exception):
+            if kind is not None:
+                status = "FAILED" if issubclass(kind, Exception) else "KILLED"
                 self.tags({"failure": _without_password(str(error))[:500]})
-        self._said.put(lambda client, run: client.set_terminated(run, status))
-        self.flush()
-
-    def flush(self) -> None:
-        """Waits until all that was said is written, and warns if it could not be."""
+            self._said.put(lambda client, run: client.set_terminated(run, status))
         self._said.put(None)
         self._thread.join()
         if self.failure is not None:
@@ -91,6 +91,15 @@ class Run:
                 f"MLflow at {store_name()} took no record ({_short(self.failure)}); "
                 "the figures are in artifacts/"
             )
+
+    def opened(self) -> str | None:
+        """The run's id, as soon as it has one; None if the store can't be reached."""
+        self._opened.wait()
+        return self.id
+
+    def shown(self) -> str:
+        """The run in words."""
+        return f"{self.id} in {store_name()}" if self.id else "not recorded"
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Records metrics at a step."""
@@ -121,11 +130,14 @@ class Run:
         try:
             client = _client()
             self.id = self._opening(client)
+            self._opened.set()
             more = self.id is not None
             while more:
                 more = self._write(client, self._said.get())
         except Exception as error:
             self.failure = error
+        finally:
+            self._opened.set()
 
     def _write(self, client: Any, said: Callable[[Any, str], None] | list[Any] | None) -> bool:
         """Writes one thing that was said, metrics together with those that wait behind them."""
@@ -178,17 +190,20 @@ def start(name: str, params: dict[str, Any], tags: dict[str, Any], datasets: lis
         )
         return str(run.info.run_id)
 
-    return Run(opening)
+    return Run(opening, resumed=False)
 
 
 def resume(run_id: str | None) -> Run:
-    """Opens the run of a training again, to add to it.
+    """Opens the run of a training again, to add to it; without an id, one that keeps nothing.
 
     A run that this store does not have (the training came out of DVC's cache, from another
     machine) is not made anew: that is said, and nothing is logged.
     """
 
     def opening(client: Any) -> str | None:
+        if run_id is None:
+            console.warn("the training has no run in MLflow, so nothing is logged")
+            return None
         found = client.search_runs(
             [e.experiment_id for e in client.search_experiments()],
             filter_string=f"attributes.run_id = '{run_id}'",
@@ -202,12 +217,15 @@ def resume(run_id: str | None) -> Run:
             return None
         return run_id
 
-    return Run(opening)
+    return Run(opening, resumed=True)
 
 
 def lineage() -> dict[str, str]:
     """Tags that say which code, data and libraries a run was made with."""
     tags = {
+        "mlflow.user": _user(),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": f"athanor.{Path(sys.argv[0]).stem}",
         "athanor.version": __version__,
         "mlx.version": version("mlx"),
         "mlx_lm.version": version("mlx-lm"),
@@ -229,6 +247,7 @@ def _client() -> Any:
     """A client of the store; the embedded one is created by one process, the others wait."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     from mlflow import MlflowClient
 
     if not store_uri().startswith("sqlite:///"):
@@ -246,9 +265,11 @@ def _experiment(client: Any) -> str:
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is not None:
         return str(found.experiment_id)
-    embedded = "MLFLOW_TRACKING_URI" not in os.environ
+    embedded = not os.environ.get("MLFLOW_TRACKING_URI")
     place = (root() / "mlruns" / "artifacts").as_uri() if embedded else None
-    return str(client.create_experiment(EXPERIMENT, artifact_location=place))
+    # Without its kind MLflow's UI opens an experiment as one of prompts and traces.
+    tags = {"mlflow.experimentKind": "custom_model_development"}
+    return str(client.create_experiment(EXPERIMENT, artifact_location=place, tags=tags))
 
 
 def _git(*arguments: str) -> str:
@@ -261,6 +282,13 @@ def _git(*arguments: str) -> str:
 
 def _without_password(text: str) -> str:
     return re.sub(r"//[^/@\s]*@", "//", text)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user that has no name
+        return ""
 
 
 def _short(error: Exception) -> str:

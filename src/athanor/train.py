@@ -22,10 +22,10 @@ from athanor.training import Point, train
 def main() -> None:
     cfg = config.load(sys.argv[1:])
     source = models.Source.read(PREPARED / "model.json")
-    if source.path != cfg.model.path:
+    if (source.path, source.revision) != (cfg.model.path, cfg.model.revision):
         raise console.UserError(
-            f"prepare was run for {source.path}, params.yaml says {cfg.model.path}: "
-            "`uv run dvc repro prepare`"
+            f"prepare was run for {source.path} at {source.revision}, and now the model is "
+            f"{cfg.model.path} at {cfg.model.revision}: `uv run dvc repro prepare`"
         )
     prepared = {
         split: files.read_jsonl(PREPARED / f"{split}.jsonl") for split in ("train", "valid")
@@ -90,7 +90,7 @@ def main() -> None:
         files.write_json(TRAINED / "metrics.json", last)
         run.artifact(TRAINED / "adapters", "adapters")
         run.artifact(TRAINED / "history.csv")
-    files.write_json(TRAINED / "run.json", {"run_id": run.id})
+        files.write_json(TRAINED / "run.json", {"run_id": run.opened()})
     console.done(
         "train",
         {
@@ -98,7 +98,7 @@ def main() -> None:
             "validation loss": f"{last['val_loss']:.4f}",
             "peak memory": f"{last['peak_memory']:.2f} GB",
             "adapters": TRAINED / "adapters",
-            "MLflow run": f"{run.id} in {tracking.store_name()}",
+            "MLflow run": run.shown(),
         },
     )
 
