@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from athanor import config, schema
-from athanor.config import ConfigError, compose
+from athanor import config, schema, settings
 from athanor.console import UserError
+from athanor.settings import ConfigError, compose
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def every_option() -> list[str]:
 @pytest.mark.parametrize("option", every_option())
 def test_every_file_composes(conf: Path, option: str) -> None:
     composed = compose(conf, [option])
-    assert set(config.flat(composed)) == set(schema.all_keys())
+    assert set(settings.flat(composed)) == set(schema.all_keys())
 
 
 def test_tutorial_run_has_the_tutorials_numbers(conf: Path) -> None:
@@ -127,11 +127,11 @@ def test_seed_0_is_a_seed(conf: Path) -> None:
 
 def test_stages_read_what_was_written_and_take_overrides(conf: Path) -> None:
     config.write(compose(conf, []))
-    cfg = config.load(["train.iters=3"])
+    cfg = settings.load(["train.iters=3"])
     assert cfg.train.iters == 3
-    assert config.flat(config.load([])) == config.flat(compose(conf, []))
+    assert settings.flat(settings.load([])) == settings.flat(compose(conf, []))
     with pytest.raises(ConfigError, match=r"athanor\.config model=qwen3-0\.6b"):
-        config.load(["model=qwen3-0.6b"])
+        settings.load(["model=qwen3-0.6b"])
 
 
 def test_stage_without_params_says_what_writes_them(
@@ -139,7 +139,7 @@ def test_stage_without_params_says_what_writes_them(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"python -m athanor\.config"):
-        config.load([])
+        settings.load([])
 
 
 def test_hand_edited_params_are_never_overwritten(conf: Path) -> None:

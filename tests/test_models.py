@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from athanor import models
+from athanor import models, sources
 from athanor.console import UserError
 from hub import Hub, serve
 
@@ -54,8 +54,8 @@ def prepare(repo: Path, data: Path, hub: Hub, tmp_path: Path) -> Callable[..., R
     return run
 
 
-def recorded(tmp_path: Path) -> models.Source:
-    return models.Source.read(tmp_path / "work" / "artifacts" / "prepare" / "model.json")
+def recorded(tmp_path: Path) -> sources.Source:
+    return sources.Source.read(tmp_path / "work" / "artifacts" / "prepare" / "model.json")
 
 
 def test_hub_repo_is_resolved_once_to_a_commit(
@@ -65,12 +65,12 @@ def test_hub_repo_is_resolved_once_to_a_commit(
     assert done.returncode == 0, done.stderr
     source = recorded(tmp_path)
     assert (source.path, source.commit) == ("team/tiny", COMMIT)
-    assert source.digest == models.resolve(str(tiny), None).digest
+    assert source.digest == sources.resolve(str(tiny), None).digest
     # What later stages do: the same commit from the cache, whatever main has become since.
     hub.add("team/tiny", tmp_path, LATER)
     asked = len(hub.asked)
     code = (
-        "from pathlib import Path; from athanor.models import Source; "
+        "from pathlib import Path; from athanor.sources import Source; "
         "print(Source.read(Path('artifacts/prepare/model.json')).folder())"
     )
     env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache")}
@@ -160,19 +160,19 @@ def test_a_model_with_its_own_code_is_refused(
     settings = json.loads((folder / file).read_text(encoding="utf-8"))
     (folder / file).write_text(json.dumps(settings | {key: value}), encoding="utf-8")
     with pytest.raises(UserError, match=key):
-        models.resolve(str(folder), None)
+        sources.resolve(str(folder), None)
 
 
 def test_only_safetensors_are_read(tiny: Path, tmp_path: Path) -> None:
     folder = copy(tiny, tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"found .*pytorch_model\.bin"):
-        models.resolve(str(folder), None)
+        sources.resolve(str(folder), None)
 
 
 def test_a_local_model_that_changed_since_prepare_is_noticed(tiny: Path, tmp_path: Path) -> None:
     folder = copy(tiny, tmp_path)
-    source = models.resolve(str(folder), None)
+    source = sources.resolve(str(folder), None)
     assert source.folder() == folder
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text(encoding="utf-8") + "\n", encoding="utf-8")

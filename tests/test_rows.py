@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from athanor import config, rows
+from athanor import rows, settings
 from athanor.console import UserError
 from athanor.schema import DataConfig
 
@@ -16,7 +16,7 @@ GOOD = '{"prompt": "问", "completion": "答"}'
 def names(repo: Path) -> DataConfig:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(repo)
-        return config.compose(Path("conf"), []).data
+        return settings.compose(Path("conf"), []).data
 
 
 def write(folder: Path, train: str, valid: str = GOOD) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from athanor import chat, config, models, training
+from athanor import chat, models, settings, training
 from athanor.chat import Tokens
 from athanor.evaluation import mean_loss, padded, summed_loss
 from athanor.schema import Config
@@ -45,7 +45,7 @@ def tokens(tiny: Path) -> list[Tokens]:
 def cfg(repo: Path) -> Config:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(repo)
-        return config.compose(Path("conf"), [])
+        return settings.compose(Path("conf"), [])
 
 
 @pytest.fixture

@@ -8,239 +8,24 @@ before this stage: then it is only checked. Either way every typo, wrong type an
 is reported before any work, all of them together, each with its file and line.
 """
 
-import difflib
 import hashlib
 import json
 import os
-import re
 import shlex
 import sys
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from athanor import console, files, models, schema
+from athanor import console, files, settings
 from athanor.paths import CONF, PARAMS
 from athanor.schema import Config
+from athanor.settings import ConfigError
 
 HEADER = "# Composed from conf/ by athanor.config. To change a value, edit conf/. "
-
-
-class ConfigError(console.UserError):
-    """One or more problems of a configuration, in the order in which they were found."""
-
-    def __init__(self, problems: list[str]) -> None:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"config: {count}; nothing was run\n  " + "\n  ".join(problems))
-        self.problems = problems
-
-
-def compose(conf: Path, overrides: list[str]) -> Config:
-    """Composes `conf`/config.yaml with Hydra overrides into a checked configuration.
-
-    Raises:
-        ConfigError: with every problem of the files and of the overrides.
-    """
-    if not (conf / "config.yaml").exists():
-        raise console.UserError(
-            f"there is no {conf}/config.yaml in {Path.cwd()}: run this in the repository's folder"
-        )
-    groups = {
-        folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
-        for folder in sorted(conf.iterdir())
-        if folder.is_dir()
-    }
-    values, chosen, problems = _split(overrides, groups)
-    tree, choices = _compose(conf, "config", ["~schema", *chosen, *values.values()])
-    places = _places(conf, choices) | {
-        key: f"command line: {text[2:]}" for key, text in values.items()
-    }
-    return _checked(tree, places, problems)
-
-
-def load(overrides: list[str], params: Path = PARAMS) -> Config:
-    """Reads params.yaml for a stage that is run by hand or by DVC, with Hydra overrides of values.
-
-    Raises:
-        ConfigError: with every problem; UserError where there is no params.yaml.
-    """
-    if not params.exists():
-        raise console.UserError(
-            f"{params} is not there: `uv run python -m athanor.config` writes it from conf/, "
-            "`uv run dvc repro --pull` runs everything"
-        )
-    values, _, problems = _split(overrides, {})
-    tree, _ = _compose(params.parent.resolve(), params.stem, list(values.values()))
-    places = _lines(params, "") | {key: f"command line: {text[2:]}" for key, text in values.items()}
-    return _checked(tree, places, problems)
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """The values by dotted key, in the order of the dataclasses."""
-    return {key: OmegaConf.select(cast(Any, config), key) for key in schema.all_keys()}
-
-
-def _split(
-    overrides: list[str], groups: dict[str, list[str]]
-) -> tuple[dict[str, str], list[str], list[str]]:
-    """Sorts overrides into values (dotted key: Hydra text), choices of groups, and problems.
-
-    Values get Hydra's `++`, so that a mistyped key reaches our check and is reported with the rest.
-    """
-    values: dict[str, str] = {}
-    chosen, problems = [], []
-    for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            problems.append(f"command line: {text}: {str(error).splitlines()[0]}")
-            continue
-        key = override.key_or_group
-        if key in groups:
-            option = str(override.value())
-            if not override.is_delete() and option not in [*groups[key], "None"]:
-                problems.append(
-                    f"command line: {text}: conf/{key}/ has no {option}.yaml; "
-                    f"{_nearest(option, groups[key])}"
-                )
-            else:
-                chosen.append(text.lstrip("+"))
-        elif key in schema.SECTIONS and isinstance(override.value(), str):
-            problems.append(
-                f"command line: {text}: a whole section is chosen where conf/ is composed: "
-                f"`uv run python -m athanor.config {text}` or `uv run dvc exp run -S {text}`"
-            )
-        elif override.is_sweep_override() or override.is_delete():
-            problems.append(f"command line: {text}: expected one value, as in key=value")
-        else:
-            values[key] = "++" + text.lstrip("+")
-    return values, chosen, problems
-
-
-def _compose(
-    folder: Path, name: str, overrides: list[str]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Hydra's composition as a plain tree, and which option each group took."""
-    try:
-        with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-            config = hydra_compose(name, overrides, return_hydra_config=True)
-        choices = {str(k): str(v) for k, v in config.hydra.runtime.choices.items()}
-        tree = OmegaConf.to_container(
-            OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]), resolve=True
-        )
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError([" ".join(str(error).split())]) from error
-    return cast(dict[str, Any], tree), choices
-
-
-def _checked(tree: dict[str, Any], places: dict[str, str], problems: list[str]) -> Config:
-    """Turns a plain tree into a Config, or raises ConfigError with all that is wrong.
-
-    `problems` are those that were found on the way to the tree; they are reported with the rest.
-    """
-
-    def report(key: str, text: str) -> None:
-        problems.append(f"{key} ({places[key]}): {text}" if key in places else f"{key}: {text}")
-
-    config = OmegaConf.structured(Config)
-    sound: dict[str, Any] = {}
-
-    def take(key: str, value: Any) -> None:
-        try:
-            OmegaConf.update(config, key, value)
-            sound[key] = OmegaConf.select(config, key)
-        except OmegaConfBaseException:
-            report(key, f"expected {_kind(key)}, found {value!r}")
-
-    for name, value in tree.items():
-        if name == "seed":
-            take(name, value)
-        elif name not in schema.SECTIONS:
-            report(name, f"no such key; {_nearest(name, ['seed', *schema.SECTIONS])}")
-        elif not isinstance(value, dict):
-            report(name, f"expected a section with keys, found {value!r}")
-        else:
-            known = [field.name for field in fields(schema.SECTIONS[name])]
-            for leaf, leaf_value in value.items():
-                if leaf in known:
-                    take(f"{name}.{leaf}", leaf_value)
-                else:
-                    report(f"{name}.{leaf}", f"no such key; {_nearest(leaf, known, f'{name}.')}")
-    for key in schema.all_keys():
-        section, _, leaf = key.rpartition(".")
-        given = tree.get(section, {}) if section else tree
-        if isinstance(given, dict) and given.get(leaf, MISSING) == MISSING:
-            problems.append(f"{key}: missing; conf/ gives it no value")
-    for key, expected in schema.impossible(sound):
-        report(key, f"expected {expected}, found {sound[key]!r}")
-    if {"model.path", "model.revision", "train.num_layers", "train.method"} <= sound.keys():
-        for key, text in models.misfits(config.model, config.train):
-            report(key, text)
-    if problems:
-        raise ConfigError(problems)
-    return cast(Config, config)
-
-
-def _kind(key: str) -> str:
-    """The type of a key in words."""
-    section, _, leaf = key.rpartition(".")
-    cls = schema.SECTIONS[section] if section else Config
-    kind = next(field.type for field in fields(cls) if field.name == leaf)
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return words.get(cast(Any, kind), "a text or null")
-
-
-def _nearest(name: str, known: list[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {prefix}{close[0]}?"
-    return "there are " + ", ".join(prefix + other for other in known)
-
-
-def _places(conf: Path, choices: dict[str, str]) -> dict[str, str]:
-    """Where each dotted key gets its value: "file:line", the last of the composition's files."""
-    order = sorted(choices, key=lambda group: group == "experiment")
-    found: dict[str, str] = {}
-    for group in order:
-        path = conf / group / f"{choices[group]}.yaml"
-        if path.exists():
-            found |= _lines(path, group)
-    return found | {k: v for k, v in _lines(conf / "config.yaml", "").items() if k not in found}
-
-
-def _lines(path: Path, package: str) -> dict[str, str]:
-    """The "file:line" of each leaf in one YAML file and in the files of its own defaults list."""
-    text = path.read_text(encoding="utf-8")
-    if re.match(r"#\s*@package\s+_global_", text):
-        package = ""
-    found: dict[str, str] = {}
-
-    def walk(node: yaml.Node, prefix: str) -> None:
-        if not isinstance(node, yaml.MappingNode):
-            return
-        for key_node, value_node in node.value:
-            key = f"{prefix}.{key_node.value}".lstrip(".")
-            if key.endswith("defaults") and isinstance(value_node, yaml.SequenceNode):
-                for item in value_node.value:
-                    beside = path.parent / f"{item.value}.yaml"
-                    if isinstance(item, yaml.ScalarNode) and package and beside.exists():
-                        found.update(_lines(beside, package))
-                continue
-            found[key] = f"{path}:{key_node.start_mark.line + 1}"
-            walk(value_node, key)
-
-    root = yaml.compose(text)
-    if root is not None:
-        walk(root, package)
-    return found
 
 
 def write(config: Config, params: Path = PARAMS, lock: Path = Path("dvc.lock")) -> None:
@@ -302,14 +87,14 @@ def main() -> None:
     overrides = sys.argv[1:]
     if os.environ.get("DVC_EXP_NAME") and PARAMS.exists():
         try:
-            config = load(overrides)
+            config = settings.load(overrides)
         except ConfigError:
             # DVC wrote what was just refused; left there, the next `dvc repro` would take it up.
             PARAMS.unlink()
             raise
         console.done("config", {"checked": f"{PARAMS}, as DVC composed it", **_summary(config)})
     else:
-        config = compose(CONF, overrides)
+        config = settings.compose(CONF, overrides)
         write(config)
         console.done("config", {"wrote": PARAMS, **_summary(config)})
 

@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import dequantize_model, load_config, save_model
 
-from athanor import config, console, files, models, tracking
+from athanor import console, files, models, settings, sources, tracking
 from athanor.paths import FUSED, PREPARED, TRAINED
 
 # What a folder holds besides config.json, generation_config.json and the weights.
@@ -37,7 +37,7 @@ def fuse(base: Path, adapters: Path, out: Path, *, dequantize: bool) -> str:
     ]
     if fused:
         model.update_modules(tree_unflatten(fused))
-    settings = models.read_config(base)
+    settings = sources.read_config(base)
     if dequantize and ("quantization" in settings or "quantization_config" in settings):
         model = dequantize_model(model)
         settings.pop("quantization", None)
@@ -52,7 +52,7 @@ def fuse(base: Path, adapters: Path, out: Path, *, dequantize: bool) -> str:
                 shutil.copyfile(path, folder / path.name)
         files.write_json(folder / "generation_config.json", _generation(base, settings, tokenizer))
         files.write_json(folder / "config.json", settings)
-    return models.digest(out)
+    return sources.digest(out)
 
 
 def _to_stored_dtypes(model: nn.Module, base: Path) -> None:
@@ -92,9 +92,9 @@ def _generation(base: Path, settings: dict[str, Any], tokenizer: Any) -> dict[st
 
 
 def main() -> None:
-    cfg = config.load(sys.argv[1:])
+    cfg = settings.load(sys.argv[1:])
     with tracking.resume(files.read_json(TRAINED / "run.json")["run_id"]) as run:
-        source = models.Source.read(PREPARED / "model.json")
+        source = sources.Source.read(PREPARED / "model.json")
         out = FUSED / "model"
         digest = fuse(source.folder(), TRAINED / "adapters", out, dequantize=cfg.fuse.dequantize)
         files.write_json(FUSED / "fused.json", {"digest": digest, "base": source.path})

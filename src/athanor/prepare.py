@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from athanor import chat, config, console, files, models, rows
+from athanor import chat, console, files, models, rows, settings, sources
 from athanor.chat import Tokens
 from athanor.paths import DATA, PREPARED
 from athanor.schema import DataConfig
@@ -33,7 +33,7 @@ def prepare(
         UserError: for bad rows, a model that can't be found or opened, or one without a template.
     """
     splits = rows.read(data, names)
-    source = models.resolve(model_path, revision)
+    source = sources.resolve(model_path, revision)
     tokenizer = models.load_tokenizer(source.folder())
     chats = [row for found in splits.values() for row in found if "messages" in row.value]
     if chats and not tokenizer.has_chat_template:
@@ -83,7 +83,7 @@ def prepare(
 
 
 def main() -> None:
-    cfg = config.load(sys.argv[1:])
+    cfg = settings.load(sys.argv[1:])
     report = prepare(
         DATA,
         PREPARED,
@@ -93,10 +93,10 @@ def main() -> None:
         max_seq_length=cfg.train.max_seq_length,
         mask_prompt=cfg.train.mask_prompt,
     )
-    source = models.Source.read(PREPARED / "model.json")
-    misfits = list(models.training_misfits(models.read_config(source.folder()), cfg.train))
+    source = sources.Source.read(PREPARED / "model.json")
+    misfits = list(sources.training_misfits(sources.read_config(source.folder()), cfg.train))
     if misfits:
-        raise config.ConfigError([f"{key}: {text}" for key, text in misfits])
+        raise settings.ConfigError([f"{key}: {text}" for key, text in misfits])
     for split, found in report.items():
         _warn(split, found, cfg.train.max_seq_length)
     console.side_by_side(

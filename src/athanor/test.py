@@ -15,7 +15,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from athanor import chat, config, console, files, models, tracking
+from athanor import chat, console, files, models, settings, sources, tracking
 from athanor.chat import Tokens
 from athanor.evaluation import Answer, answers, mean_loss
 from athanor.paths import PREPARED, SPLITS, TESTED, TRAINED
@@ -120,9 +120,9 @@ def is_exact(line: dict[str, Any], who: str) -> bool:
 
 
 def main() -> None:
-    cfg = config.load(sys.argv[1:])
+    cfg = settings.load(sys.argv[1:])
     with tracking.resume(files.read_json(TRAINED / "run.json")["run_id"]) as run:
-        source = models.Source.read(PREPARED / "model.json")
+        source = sources.Source.read(PREPARED / "model.json")
         model, tokenizer = models.load(source.folder())
         splits = {}
         for name in SPLITS:

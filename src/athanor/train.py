@@ -13,15 +13,15 @@ import io
 import sys
 from pathlib import Path
 
-from athanor import chat, config, console, files, models, tracking
+from athanor import chat, console, files, models, settings, sources, tracking
 from athanor.paths import PARAMS, PREPARED, TRAINED
 from athanor.schema import Config
 from athanor.training import Point, train
 
 
 def main() -> None:
-    cfg = config.load(sys.argv[1:])
-    source = models.Source.read(PREPARED / "model.json")
+    cfg = settings.load(sys.argv[1:])
+    source = sources.Source.read(PREPARED / "model.json")
     if (source.path, source.revision) != (cfg.model.path, cfg.model.revision):
         raise console.UserError(
             f"prepare was run for {source.path} at {source.revision}, and now the model is "
@@ -33,7 +33,7 @@ def main() -> None:
     points: list[Point] = []
     with tracking.start(
         run_name(cfg),
-        config.flat(cfg),
+        settings.flat(cfg),
         {**tracking.lineage(), **_model_tags(source), "device": models.device()},
         [
             tracking.Dataset(
@@ -125,7 +125,7 @@ def run_name(cfg: Config) -> str:
     )
 
 
-def _model_tags(source: models.Source) -> dict[str, str]:
+def _model_tags(source: sources.Source) -> dict[str, str]:
     tags = {"model.path": source.path, "model.digest": source.digest}
     return tags | ({"model.commit": source.commit} if source.commit else {})
 
