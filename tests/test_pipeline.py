@@ -287,7 +287,7 @@ def test_queued_experiments_run_and_log_into_the_repositorys_store(clone: Worksp
 
     for rate in ("1e-4", "5e-4"):
         clone.run("dvc", "exp", "run", "--queue", "-S", f"train.learning_rate={rate}")
-    clone.run("dvc", "queue", "start")
+    clone.run("dvc", "queue", "start", "--jobs", "2")
 
     def waiting() -> bool:
         status = clone.run("dvc", "queue", "status")
@@ -340,4 +340,4 @@ def wait_while(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while condition():
         assert time.monotonic() < deadline, f"still waiting after {seconds} s"
-        time.sleep(1)
+        time.sleep(5)
