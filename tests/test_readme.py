@@ -1,0 +1,35 @@
+"""The READMEs stay true: what they point at exists, what they tell to type is understood."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from athanor import settings
+
+
+@pytest.fixture(scope="module", params=["README.md", "README.zh.md"])
+def text(repo: Path, request: pytest.FixtureRequest) -> str:
+    return (repo / request.param).read_text(encoding="utf-8")
+
+
+def test_links_lead_somewhere(repo: Path, text: str) -> None:
+    links = re.findall(r"\]\(([^)#]+?)\)", text)
+    assert links
+    assert [x for x in links if not x.startswith("https://") and not (repo / x).exists()] == []
+
+
+def test_overrides_compose(repo: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repo)
+    found = re.findall(r"-S ([\w.]+=[\w.,-]+)", text) + re.findall(r"athanor\.train (\S+)`", text)
+    assert len(found) > 3
+    for option in found:
+        key, _, values = option.partition("=")
+        for value in values.split(","):
+            settings.compose(Path("conf"), [f"{key}={value}"])
+
+
+def test_tree_names_every_module(repo: Path) -> None:
+    text = (repo / "README.md").read_text(encoding="utf-8")
+    modules = {path.name for path in (repo / "src/athanor").glob("*.py")} - {"__init__.py"}
+    assert {name for name in modules if name not in text} == set()
