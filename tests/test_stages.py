@@ -205,6 +205,18 @@ def test_failed_test_stage_leaves_the_trainings_record_alone(stages: Stages, sto
     assert "failure" not in run.data.tags
 
 
+def test_run_keeps_the_configuration_that_it_ran(stages: Stages, store: str) -> None:
+    from mlflow import MlflowClient
+
+    stages("config")
+    stages("prepare")
+    stages("train", overrides=("train.iters=1", "train.learning_rate=7e-4"))
+    run = last_run(store)
+    assert run.data.params["train.learning_rate"] == "0.0007"
+    kept = MlflowClient(store).download_artifacts(run.info.run_id, "params.yaml")
+    assert "learning_rate: 0.0007" in Path(kept).read_text(encoding="utf-8")
+
+
 def test_stages_out_of_order_say_which_comes_first(stages: Stages) -> None:
     stages("config")
     for stage, first in (("train", "prepare"), ("test", "train"), ("fuse", "train")):

@@ -126,6 +126,10 @@ class Run:
 
         self._said.put(say)
 
+    def text(self, text: str, name: str) -> None:
+        """Keeps a text as an artifact."""
+        self._said.put(lambda client, run: client.log_text(run, text, name))
+
     def _work(self) -> None:
         try:
             client = _client()

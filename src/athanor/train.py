@@ -13,6 +13,8 @@ import io
 import sys
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from athanor import chat, console, files, models, settings, sources, tracking
 from athanor.paths import PARAMS, PREPARED, TRAINED
 from athanor.schema import Config
@@ -45,7 +47,7 @@ def main() -> None:
             for split, context in (("train", "training"), ("valid", "validation"))
         ],
     ) as run:
-        run.artifact(PARAMS)
+        run.text(OmegaConf.to_yaml(cfg), PARAMS.name)  # with the overrides of this command
         folder = source.folder()
         model, tokenizer = models.load(folder)
         tokens = {
