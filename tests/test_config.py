@@ -110,6 +110,7 @@ def test_all_problems_are_reported_together_with_their_places(conf: Path) -> Non
         ("test.batch_size=null", "test.batch_size"),
         ("model.path=''", "model.path"),
         ("model.path=models/none/here", "there is no folder models/none/here"),
+        ("model.path=models/tinny", "did you mean models/tiny?"),
         ("data.prompt_feature=''", "data.prompt_feature"),
         ("train=5", "has no 5.yaml"),
         ("optimizer=adam", "optimizer"),

@@ -80,7 +80,7 @@ def finished(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         check=True,
     )
     for name in listed.stdout.split("\0"):
-        if name and (repo / name).is_file() and name not in ("dvc.lock", "params.yaml"):
+        if name and (repo / name).is_file() and name != "dvc.lock":
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(repo / name, folder / name)
     clone = Workspace(folder)
@@ -103,8 +103,9 @@ def short(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Work
     iters = next(line for line in text.splitlines() if line.startswith("iters:"))
     clone.edit(LORA, iters, "iters: 2")
     assert clone.dvc("repro") == ["config", "train", "test", "fuse"]
-    clone.run("git", "add", "-A")
-    clone.run("git", "commit", "-qm", "Train for two iterations")
+    clone.run("git", "commit", "-qam", "Train for two iterations")
+    clone.run("git", "add", "dvc.lock")
+    clone.run("git", "commit", "-qm", "Its result")
     return clone
 
 
@@ -300,6 +301,27 @@ def test_queued_experiments_run_and_log_into_the_repositorys_store(clone: Worksp
     shown = clone.run("dvc", "exp", "show", "--csv")
     assert "0.0001" in shown
     assert "0.0005" in shown
+
+
+def test_result_that_was_pushed_is_pulled_in_a_clone(clone: Workspace, tmp_path: Path) -> None:
+    clone.run("dvc", "remote", "add", "-d", "mine", str(tmp_path / "remote"))
+    clone.edit(Path("data.dvc"), "remote: demo", "remote: mine")
+    clone.run("dvc", "push")
+    clone.run("git", "commit", "-qam", "A remote of my own")
+    clone.run("git", "clone", "-q", str(clone.folder), str(tmp_path / "other"))
+    other = Workspace(tmp_path / "other")
+    assert other.dvc("repro", "--pull") == []
+    assert other.json("artifacts/fuse/fused.json") == clone.json("artifacts/fuse/fused.json")
+    assert (other.folder / "artifacts/fuse/model/model.safetensors").exists()
+
+
+def test_repro_says_that_it_goes_on_with_an_experiments_values(clone: Workspace) -> None:
+    clone.dvc("exp", "run", "-S", "train.iters=1", "config")
+    printed = clone.run("dvc", "repro", "train")
+    assert "not those of conf/: train.iters=1;" in printed
+    (clone.folder / "params.yaml").unlink()
+    assert clone.dvc("repro", "config") == ["config"]
+    assert clone.params()["train"]["iters"] == 2
 
 
 def test_values_typed_into_params_are_kept(clone: Workspace) -> None:

@@ -35,7 +35,7 @@ def test_the_tutorials_rows(data: Path, names: DataConfig) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", "no JSON object a line: Expecting property name"),
+        ("{", "not valid JSON, one object a line: Expecting property name"),
         ('{"prompt": "问", "completion": "\\ud83d"}', "half a character"),
         ('{"prompt": "问"}', "'completion'"),
         ('{"prompt": "问", "completion": ""}', "not empty"),
@@ -46,6 +46,11 @@ def test_the_tutorials_rows(data: Path, names: DataConfig) -> None:
         ('{"messages": [{"role": "user", "content": "问"}]}', "does not end with an assistant"),
         ('{"messages": [{"role": "robot", "content": "问"}]}', "message 1: expected a role"),
         ('{"messages": [{"role": "user", "content": "问"}, {"role": "assistant"}]}', "message 2"),
+        (
+            '{"messages": [{"role": "user", "content": "问"}, '
+            '{"role": "assistant", "content": ""}]}',
+            "message 2: expected a text that is not empty",
+        ),
         ('{"messages": [{"role": "assistant", "content": "答"}]}', "a question before the answer"),
         ('{"text": " "}', "not empty"),
     ],

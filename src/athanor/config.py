@@ -96,7 +96,7 @@ def main() -> None:
     else:
         config = settings.compose(CONF, overrides)
         write(config)
-        console.done("config", {"wrote": PARAMS, **_summary(config)})
+        console.done("config", {"wrote": f"{PARAMS}; git keeps it", **_summary(config)})
 
 
 def _summary(config: Config) -> dict[str, Any]:

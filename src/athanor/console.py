@@ -29,7 +29,10 @@ def run(main: Callable[[], None]) -> None:
         err.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        err.print("[bold red]stopped[/] by Ctrl-C or SIGTERM")
+        err.print(
+            "[bold red]stopped[/] by Ctrl-C or SIGTERM; what this stage wrote before comes back "
+            "with `uv run dvc checkout`"
+        )
         sys.exit(130)
     except Exception:
         traceback.print_exc()

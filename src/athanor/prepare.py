@@ -84,6 +84,7 @@ def prepare(
 
 def main() -> None:
     cfg = settings.load(sys.argv[1:])
+    settings.say_what_is_not_in_conf(cfg)
     report = prepare(
         DATA,
         PREPARED,

@@ -62,7 +62,9 @@ def _read_file(path: Path, names: DataConfig, problems: list[str]) -> list[Row]:
             value, kind = _one_form(json.loads(text), names)
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except json.JSONDecodeError as error:
-            problems.append(f"{where}: no JSON object a line: {error.msg} at column {error.colno}")
+            problems.append(
+                f"{where}: not valid JSON, one object a line: {error.msg} (column {error.colno})"
+            )
             continue
         except UnicodeEncodeError:
             problems.append(f"{where}: half a character (a lone surrogate, as of a cut emoji)")
@@ -115,8 +117,10 @@ def _messages(messages: Any, key: str) -> list[dict[str, Any]]:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise ValueError(f"message {number}: expected a role, one of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise ValueError(f"message {number}: expected a text under 'content'")
+        content = message.get("content")
+        said = isinstance(content, str) and (content.strip() or message["role"] == "tool")
+        if not said and not message.get("tool_calls"):
+            raise ValueError(f"message {number}: expected a text that is not empty under 'content'")
     if messages[-1]["role"] != "assistant":
         raise ValueError("the conversation does not end with an assistant's answer")
     if len(messages) == 1:

@@ -5,6 +5,7 @@ forced in, so that every typo, wrong type and impossible value is found, each wi
 """
 
 import difflib
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from athanor import console, schema, sources
-from athanor.paths import PARAMS
+from athanor.paths import CONF, PARAMS
 from athanor.schema import Config
 
 
@@ -75,6 +76,19 @@ def load(overrides: list[str], params: Path = PARAMS) -> Config:
 def flat(config: Config) -> dict[str, Any]:
     """The values by dotted key, in the order of the dataclasses."""
     return {key: OmegaConf.select(cast(Any, config), key) for key in schema.all_keys()}
+
+
+def say_what_is_not_in_conf(config: Config) -> None:
+    """Notes where `dvc repro` runs on with the values of an experiment that was run before it."""
+    if not os.environ.get("DVC_STAGE") or os.environ.get("DVC_EXP_NAME"):
+        return
+    composed = flat(compose(CONF, []))
+    other = [f"{key}={value}" for key, value in flat(config).items() if composed[key] != value]
+    if other:
+        console.warn(
+            f"{PARAMS} holds an experiment's values, not those of {CONF}/: {', '.join(other)}; "
+            f"`rm {PARAMS} && uv run dvc repro` goes back to {CONF}/"
+        )
 
 
 def _split(

@@ -4,6 +4,7 @@ A repository is resolved once, to a commit, and stages after `prepare` open that
 other. Only safetensors are read, and a model that asks for its own Python code is refused.
 """
 
+import difflib
 import errno
 import json
 import re
@@ -129,7 +130,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _is_repo(path: str) -> bool:
-    return not Path(path).expanduser().is_dir() and bool(REPO.fullmatch(path))
+    """Whether a path can only mean a hub's owner/name: models/tinny is a slip, not a repository."""
+    return bool(REPO.fullmatch(path)) and not Path(path).parent.is_dir()
 
 
 def _local(path: str) -> Path:
@@ -140,7 +142,11 @@ def _local(path: str) -> Path:
 
 
 def _no_folder(path: str) -> str:
-    return f"there is no folder {path} with a model in it"
+    beside = [str(found.parent) for found in Path(path).expanduser().parent.glob("*/config.json")]
+    close = difflib.get_close_matches(path, beside, n=1)
+    return f"there is no folder {path} with a model in it" + (
+        f" (did you mean {close[0]}?)" if close else ""
+    )
 
 
 def _known_folder(model: ModelConfig) -> Path | None:

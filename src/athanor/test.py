@@ -161,8 +161,8 @@ def _show(splits: dict[str, Split], metrics: dict[str, float], lines: list[dict[
                     f"{name}, {who}",
                     f"{metrics[f'{prefix}{mark}loss']:.4f}",
                     f"{metrics[f'{prefix}{mark}perplexity']:.4g}",
-                    f"{exact} of {asked}",
-                    f"{stopped} of {asked}",
+                    f"{exact} of {asked}" if asked else "–",
+                    f"{stopped} of {asked}" if asked else "–",
                 ]
             )
     console.side_by_side(

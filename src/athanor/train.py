@@ -23,6 +23,7 @@ from athanor.training import Point, train
 
 def main() -> None:
     cfg = settings.load(sys.argv[1:])
+    settings.say_what_is_not_in_conf(cfg)
     source = sources.Source.read(PREPARED / "model.json")
     if (source.path, source.revision) != (cfg.model.path, cfg.model.revision):
         raise console.UserError(
@@ -123,7 +124,7 @@ def run_name(cfg: Config) -> str:
     layers = "all" if cfg.train.num_layers == -1 else str(cfg.train.num_layers)
     return (
         f"{Path(cfg.model.path).name} {cfg.train.method} "
-        f"lr={cfg.train.learning_rate:g} layers={layers}"
+        f"lr={cfg.train.learning_rate:g} layers={layers} iters={cfg.train.iters}"
     )
 
 
