@@ -177,6 +177,8 @@ def test_mlflow_holds_the_whole_run(finished: Workspace) -> None:
         *("trained_tokens", "peak_memory"),
     ):
         assert [m.step for m in client.get_metric_history(run.info.run_id, key)] == reported, key
+    points = client.get_metric_history(run.info.run_id, "train_loss")
+    assert run.info.start_time < points[0].timestamp < points[-1].timestamp <= run.info.end_time
     validated = [m.step for m in client.get_metric_history(run.info.run_id, "val_loss")]
     assert validated[0] == 0
     assert validated[-1] == params["train"]["iters"]

@@ -83,7 +83,8 @@ class Run:
             if kind is not None:
                 status = "FAILED" if issubclass(kind, Exception) else "KILLED"
                 self.tags({"failure": _without_password(str(error))[:500]})
-            self._said.put(lambda client, run: client.set_terminated(run, status))
+            ended = _now()
+            self._said.put(lambda client, run: client.set_terminated(run, status, ended))
         self._said.put(None)
         self._thread.join()
         if self.failure is not None:
@@ -103,7 +104,7 @@ class Run:
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Records metrics at a step."""
-        now = int(time.time() * 1000)
+        now = _now()
         self._said.put([(key, float(value), now, step) for key, value in values.items()])
 
     def tags(self, values: dict[str, Any]) -> None:
@@ -165,6 +166,7 @@ class Run:
 
 def start(name: str, params: dict[str, Any], tags: dict[str, Any], datasets: list[Dataset]) -> Run:
     """Opens a new run."""
+    started = _now()
 
     def opening(client: Any) -> str:
         from mlflow.entities import Dataset as MlflowDataset
@@ -172,6 +174,7 @@ def start(name: str, params: dict[str, Any], tags: dict[str, Any], datasets: lis
 
         run = client.create_run(
             _experiment(client),
+            start_time=started,
             run_name=name,
             tags={key: str(value) for key, value in tags.items()},
         )
@@ -286,6 +289,11 @@ def _git(*arguments: str) -> str:
 
 def _without_password(text: str) -> str:
     return re.sub(r"//[^/@\s]*@", "//", text)
+
+
+def _now() -> int:
+    """Milliseconds, as MLflow counts them; taken when a thing happens, not when it is written."""
+    return int(time.time() * 1000)
 
 
 def _user() -> str:

@@ -17,6 +17,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map
+from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from athanor.chat import Tokens
 from athanor.console import UserError
@@ -111,6 +112,7 @@ def train(
         model.train()
         on_point(Point(iteration, {"val_loss": loss}))
 
+    maybe_set_recommended_wired_limit()  # Metal: keep a large model from being paged out
     mx.random.seed(seed)
     mx.reset_peak_memory()
     validate(0)
