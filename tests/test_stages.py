@@ -205,6 +205,31 @@ def test_failed_test_stage_leaves_the_trainings_record_alone(stages: Stages, sto
     assert "failure" not in run.data.tags
 
 
+def test_base_that_does_not_stop_at_its_templates_end_does_when_tuned(
+    stages: Stages, tiny: Path, tmp_path: Path
+) -> None:
+    """Like Qwen2.5's bases: texts end with one token, the template's turns with another."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "texts-end"))
+    (folder / "generation_config.json").unlink()
+    usual = models.load_tokenizer(tiny)
+    text_end, turn_end = map(usual.convert_tokens_to_ids, ("<|endoftext|>", "<|im_end|>"))
+    for name, key, value in (
+        ("config.json", "eos_token_id", text_end),
+        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
+    ):
+        settings = files.read_json(folder / name)
+        files.write_json(folder / name, settings | {key: value})
+    stages("config", overrides=(f"model.path={folder}", "train.iters=20"))
+    stages("prepare", "train", "test", "fuse")
+    lines = files.read_jsonl(Path("artifacts/test/predictions.jsonl"))
+    tuned = [line["tuned"] for line in lines if line["split"] == "train"]
+    assert tuned == [{"text": text, "stopped": True} for text in references()]
+    for name in ("config.json", "generation_config.json"):
+        ends = files.read_json(Path("artifacts/fuse/model") / name)["eos_token_id"]
+        assert ends == [text_end, turn_end]
+    assert fused_answers() == references()
+
+
 def test_run_keeps_the_configuration_that_it_ran(stages: Stages, store: str) -> None:
     from mlflow import MlflowClient
 

@@ -21,7 +21,7 @@ def load(folder: Path) -> "tuple[nn.Module, TokenizerWrapper]":
     take a path many times slower, and its compiler would call a C++ compiler for each kernel.
     """
     import mlx.core as mx
-    from mlx_lm.utils import load_model, load_tokenizer
+    from mlx_lm.utils import load_model
 
     if on_cpu():
         mx.disable_compile()
