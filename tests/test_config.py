@@ -1,5 +1,6 @@
 """conf/ as a person changes it: every file composes, and every mistake is named before any work."""
 
+import ast
 import re
 import shutil
 from dataclasses import fields
@@ -48,14 +49,18 @@ def test_no_default_hides_in_the_dataclasses() -> None:
 
 def test_every_key_is_used(repo: Path) -> None:
     """A key that no code reads from its own section is dead."""
-    code = "\n".join(
-        path.read_text(encoding="utf-8") for path in (repo / "src" / "athanor").glob("*.py")
-    )
-    sections = {"data": "names", "": "cfg"}  # rows.py calls its section `names`
+    read = set()
+    for path in (repo / "src" / "athanor").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                owner = node.value
+                section = owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", "")
+                read.add(f"{section}.{node.attr}")
+    aliases = {"data": "names"}  # rows.py calls its section `names`
     dead = []
     for key in schema.all_keys():
         section, _, leaf = key.rpartition(".")
-        if not re.search(rf"\b{sections.get(section, section)}\.{leaf}\b(?!\")", code):
+        if f"{aliases.get(section, section or 'cfg')}.{leaf}" not in read:
             dead.append(key)
     assert dead == []
 

@@ -96,7 +96,9 @@ def main() -> None:
     else:
         config = settings.compose(CONF, overrides)
         write(config)
-        console.done("config", {"wrote": f"{PARAMS}; git keeps it", **_summary(config)})
+        console.done(
+            "config", {"wrote": f"{PARAMS}; commit it together with dvc.lock", **_summary(config)}
+        )
 
 
 def _summary(config: Config) -> dict[str, Any]:

@@ -27,7 +27,7 @@ CARRIED += ["chat_template*", "*.tiktoken"]
 
 
 def fuse(base: Path, adapters: Path, out: Path, *, dequantize: bool) -> str:
-    """Writes the fused model to `out` and returns the sha256 of its weights and tokenizer."""
+    """Writes the fused model to `out` and returns the sha256 over its files."""
     model, tokenizer = models.load(base)
     models.load_adapters(model, adapters)
     fused = [

@@ -112,7 +112,7 @@ def main() -> None:
         "",
         {
             "model": f"{source.path} {source.commit or ''}".strip(),
-            "weights": source.digest[:12],
+            "digest": source.digest[:12],
             "wrote": f"{PREPARED}/: train.jsonl, valid.jsonl, test.jsonl, report.json, model.json",
         },
     )

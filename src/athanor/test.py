@@ -101,8 +101,7 @@ def figures(
     """
     found: dict[str, float] = {}
     for name, outcome in outcomes.items():
-        prefix = "test_" if name == "test" else f"test_{name}_"
-        prefix += "base_" if who == "base" else ""
+        prefix = metric_prefix(name, who)
         if not math.isnan(outcome.loss):
             found[f"{prefix}loss"] = outcome.loss
             found[f"{prefix}perplexity"] = math.exp(min(outcome.loss, 700))
@@ -112,6 +111,11 @@ def figures(
             found[f"{prefix}exact_match"] = sum(exact) / len(asked)
             found[f"{prefix}stop_rate"] = sum(line[who]["stopped"] for line in asked) / len(asked)
     return found
+
+
+def metric_prefix(split: str, who: str) -> str:
+    """What a metric's name begins with: test_ or test_<split>_, then base_ for the base model."""
+    return ("test_" if split == "test" else f"test_{split}_") + ("base_" if who == "base" else "")
 
 
 def is_exact(line: dict[str, Any], who: str) -> bool:
@@ -149,9 +153,9 @@ def main() -> None:
 def _show(splits: dict[str, Split], metrics: dict[str, float], lines: list[dict[str, Any]]) -> None:
     rows = []
     for name, split in splits.items():
-        prefix = "test_" if name == "test" else f"test_{name}_"
-        for who, mark in (("base", "base_"), ("tuned", "")):
-            if f"{prefix}{mark}loss" not in metrics:
+        for who in ("base", "tuned"):
+            prefix = metric_prefix(name, who)
+            if f"{prefix}loss" not in metrics:
                 continue
             asked = len(split.questions)
             exact = sum(is_exact(line, who) for line in lines if line["split"] == name)
@@ -159,8 +163,8 @@ def _show(splits: dict[str, Split], metrics: dict[str, float], lines: list[dict[
             rows.append(
                 [
                     f"{name}, {who}",
-                    f"{metrics[f'{prefix}{mark}loss']:.4f}",
-                    f"{metrics[f'{prefix}{mark}perplexity']:.4g}",
+                    f"{metrics[f'{prefix}loss']:.4f}",
+                    f"{metrics[f'{prefix}perplexity']:.4g}",
                     f"{exact} of {asked}" if asked else "–",
                     f"{stopped} of {asked}" if asked else "–",
                 ]
