@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import athanor  # noqa: F401  # before any test imports mlx: chooses its BLAS
+
 # No test may reach a hub: a try fails at once, wherever it happens.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("MLFLOW_TRACKING_URI", None)
@@ -45,3 +47,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny() -> Path:
     """The tiny base model's folder."""
     return REPO / "models" / "tiny"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=5, help="kills in test_resuming")
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int:
+    """How often a training is killed."""
+    return int(request.config.getoption("--kills"))

@@ -347,8 +347,13 @@ def test_stages_name_the_code_they_run(repo: Path) -> None:
 
 
 def imports(package: Path, module: str, found: set[str] | None = None) -> set[str]:
-    """The modules of the package that one of them imports, itself and indirect ones included."""
+    """The modules that one of them imports, itself and indirect ones included.
+
+    What a module imports that decides no output decides none through it either.
+    """
     found = {module} if found is None else found | {module}
+    if module in NO_OUTPUT:
+        return found
     for node in ast.walk(ast.parse((package / f"{module}.py").read_text(encoding="utf-8"))):
         if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("athanor"):
             continue

@@ -1,21 +1,32 @@
-"""The loop, on the real tiny model: what is learned, in which order, and to the same bytes."""
+"""The loop, on the real tiny model: what is learned, beside mlx-lm's, and to the same bytes."""
 
-from collections.abc import Callable
-from itertools import islice
+import math
+import sys
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.tuner import trainer as peer
+from mlx_lm.tuner.datasets import CacheDataset, create_dataset
 
-from athanor import chat, models, settings, training
+from athanor import chat, files, models, optimizers, schema, settings
+from athanor.batches import Batch, Batches, padded
 from athanor.chat import Tokens
-from athanor.evaluation import mean_loss, padded, summed_loss
+from athanor.checkpoints import Checkpoints
+from athanor.console import UserError
+from athanor.evaluation import mean_loss, summed_loss
 from athanor.schema import Config
+from athanor.training import Point, Trainer
 
 Rows = list[dict[str, Any]]
+Weights = dict[str, np.ndarray]
 
 
 def completion(prompt: str, answer: str) -> dict[str, Any]:
@@ -49,84 +60,175 @@ def cfg(repo: Path) -> Config:
 
 
 @pytest.fixture
-def trained(tiny: Path, tokens: list[Tokens], cfg: Config) -> Callable[..., dict[str, np.ndarray]]:
-    """Trains the tiny model for a few iterations and returns its adapters."""
+def fresh(tiny: Path, cfg: Config) -> Callable[..., nn.Module]:
+    """The tiny model, made trainable: by LoRA on its last two layers if nothing else is said."""
 
-    def run(**changed: Any) -> dict[str, np.ndarray]:
-        settings: dict[str, Any] = {
-            "seed": 0,
-            "batch_size": 2,
-            "iters": 4,
+    def make(seed: int = 0, **changed: Any) -> nn.Module:
+        train = types.SimpleNamespace(**vars_of(cfg) | {"num_layers": 2} | changed)
+        model, _ = models.load(tiny)
+        models.make_trainable(model, train, seed)  # type: ignore[arg-type]
+        return model
+
+    return make
+
+
+def vars_of(cfg: Config) -> dict[str, Any]:
+    return {
+        key.removeprefix("train."): value
+        for key, value in settings.flat(cfg).items()
+        if key.startswith("train.")
+    }
+
+
+@pytest.fixture
+def trainer(fresh: Callable[..., nn.Module], tokens: list[Tokens]) -> Callable[..., Trainer]:
+    """A trainer of a few iterations on two of five rows at a time, with dropout."""
+
+    def make(**changed: Any) -> Trainer:
+        given: dict[str, Any] = {
+            "rows": tokens,
+            "optimizer": "adam",
             "learning_rate": 1e-3,
-            "val_batches": -1,
+            "seed": 0,
+            "iters": 4,
+            "batch_size": 2,
             "steps_per_report": 2,
             "steps_per_eval": 2,
-            "grad_checkpoint": False,
-            "grad_accumulation_steps": 1,
-            "on_iteration": lambda _: None,
-            "on_point": lambda _: None,
+            "dropout": 0.2,
         } | changed
-        model, _ = models.load(tiny)
-        models.make_trainable(model, cfg.train, settings["seed"])
-        training.train(model, tokens, tokens[:3], **settings)
-        return {k: np.array(v) for k, v in tree_flatten(model.trainable_parameters())}
+        rows, seed = given.pop("rows"), given["seed"]
+        model = fresh(seed, dropout=given.pop("dropout"))
+        optimizer = optimizers.build(given.pop("optimizer"), {}, given.pop("learning_rate"))
+        batches = given.pop("batches", Batches(rows, given["batch_size"], seed))
+        valid = given.pop("valid", tokens[:3])
+        return Trainer(model, batches, valid, optimizer, **given)
 
-    return run
+    return make
 
 
-def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+def ran(trainer: Trainer) -> Weights:
+    trainer.run()
+    return arrays(trainer)
+
+
+def arrays(trainer: Trainer) -> Weights:
+    return {key: np.array(value) for key, value in trainer.weights().items()}
+
+
+def same(a: Weights, b: Weights) -> bool:
     return a.keys() == b.keys() and all(a[k].tobytes() == b[k].tobytes() for k in a)
 
 
+@pytest.mark.parametrize("method", schema.METHODS)
+def test_losses_are_mlx_lms_with_its_own_loss_and_batches(
+    method: str, fresh: Callable[..., nn.Module], tiny: Path, tmp_path: Path
+) -> None:
+    """The oracle: 50 steps by mlx_lm.tuner.trainer, and the same 50 by ours."""
+    seen: list[tuple[mx.array, mx.array]] = []
+    theirs: list[float] = []
+
+    def remembered(**given: Any) -> Iterator[tuple[mx.array, mx.array]]:
+        np.random.seed(5)
+        for batch in peer.iterate_batches(**given):
+            seen.append(batch)
+            yield batch
+
+    def by_their_loss(model: nn.Module, batch: mx.array, lengths: mx.array) -> mx.array:
+        mean, count = peer.default_loss(model, batch, lengths)
+        return mean * count
+
+    def as_they_came(iteration: int) -> Batch:
+        batch, lengths = seen[iteration - 1]
+        steps = mx.arange(1, batch.shape[1])
+        counted = mx.logical_and(steps >= lengths[:, 0:1], steps <= lengths[:, 1:])
+        return Batch([0], (batch, lengths), int(counted.sum()))
+
+    peer.train(
+        fresh(method=method),
+        optim.Adam(learning_rate=1e-4),
+        CacheDataset(
+            create_dataset(
+                ROWS, models.load_tokenizer(tiny), types.SimpleNamespace(mask_prompt=True)
+            )
+        ),
+        args=peer.TrainingArgs(
+            batch_size=2,
+            iters=50,
+            steps_per_report=1,
+            steps_per_save=99,
+            adapter_file=str(tmp_path / "adapters.safetensors"),
+        ),
+        iterate_batches=remembered,
+        training_callback=types.SimpleNamespace(
+            on_train_loss_report=lambda report: theirs.append(report["train_loss"])
+        ),
+    )
+    ours: list[float] = []
+    Trainer(
+        fresh(method=method),
+        as_they_came,
+        [],
+        optim.Adam(learning_rate=1e-4),
+        seed=0,
+        iters=50,
+        batch_size=2,
+        steps_per_report=1,
+        steps_per_eval=99,
+        loss=by_their_loss,
+        on_point=lambda point: ours.append(point.metrics["train_loss"]),
+    ).run()
+    assert len(ours) == len(theirs) == 50
+    assert theirs[-1] < theirs[0] / 2
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
 def test_padding_and_prompts_move_no_parameter(tiny: Path, tokens: list[Tokens]) -> None:
-    """The gradient of a padded batch is the sum of its rows' own, whatever the padding holds."""
+    """What stands at a padding position changes nothing; what a prompt asks for is not learned."""
     model, _ = models.load(tiny)
     model.freeze()
     model.layers[-1].unfreeze()
-    gradient = training.nn.value_and_grad(model, summed_loss)
+    gradient = nn.value_and_grad(model, summed_loss)
 
     def flat_gradient(*arrays: mx.array) -> np.ndarray:
         _, found = gradient(model, *arrays)
         return np.concatenate([np.array(v).ravel() for _, v in tree_flatten(found)])
 
     inputs, targets, mask = padded(tokens)
-    assert (mask == 0).any() and targets.shape[1] > min(map(len, tokens))
+    assert targets.shape[1] > min(map(len, tokens))
     together = flat_gradient(inputs, targets, mask)
     apart = sum(flat_gradient(*padded([row])) for row in tokens)
     np.testing.assert_allclose(together, apart, rtol=1e-3, atol=1e-4)
-    junk = mx.where(mask == 0, 7, targets)
-    np.testing.assert_array_equal(together, flat_gradient(inputs, junk, mask))
+    # Other targets wherever nothing is supervised, prompts and padding: not a bit changes.
+    np.testing.assert_array_equal(
+        together, flat_gradient(inputs, mx.where(mask == 0, 7, targets), mask)
+    )
+    # Other tokens read at padding positions: not a bit either.
+    lengths = mx.array([len(row) for row in tokens])[:, None]
+    beyond = mx.arange(inputs.shape[1])[None] >= lengths
+    assert beyond.any()
+    np.testing.assert_array_equal(
+        together, flat_gradient(mx.where(beyond, 7, inputs), targets, mask)
+    )
+    # Rows whose answers are not supervised have no gradient at all.
+    assert not flat_gradient(inputs, targets, mx.zeros_like(mask)).any()
 
 
-@pytest.mark.parametrize(("count", "batch_size"), [(5, 2), (6, 6), (3, 4), (7, 3), (1, 1)])
-def test_every_row_comes_once_an_epoch(count: int, batch_size: int) -> None:
-    an_epoch = -(-count // batch_size)
-    found = list(islice(training.batches(count, batch_size, seed=3), 2 * an_epoch))
-    for epoch in (found[:an_epoch], found[an_epoch:]):
-        assert sorted(number for batch in epoch for number in batch) == list(range(count))
-        assert max(map(len, epoch)) <= batch_size
-
-
-def test_order_depends_on_seed_and_epoch_alone() -> None:
-    assert training.epoch_order(50, 0, 0) == training.epoch_order(50, 0, 0)
-    assert training.epoch_order(50, 0, 0) != training.epoch_order(50, 0, 1)
-    assert training.epoch_order(50, 0, 0) != training.epoch_order(50, 1, 0)
-
-
-def test_same_seed_same_bytes_however_often_one_looks(
-    trained: Callable[..., dict[str, np.ndarray]],
-) -> None:
-    first = trained()
-    assert same(first, trained(steps_per_eval=1, val_batches=1, steps_per_report=1))
-    assert not same(first, trained(seed=1))
+def test_same_seed_same_bytes_however_often_one_looks(trainer: Callable[..., Trainer]) -> None:
+    first = ran(trainer())
+    assert same(first, ran(trainer()))
+    looked = trainer(steps_per_eval=1, steps_per_report=1, valid=[])
+    np.random.seed(7)
+    mx.random.seed(7)
+    assert same(first, ran(looked))
+    assert not same(first, ran(trainer(seed=1)))
 
 
 def test_accumulated_batches_weigh_by_their_tokens(
-    trained: Callable[..., dict[str, np.ndarray]], tokens: list[Tokens]
+    trainer: Callable[..., Trainer], tokens: list[Tokens]
 ) -> None:
     """Uneven batches that make up one epoch give the update of that epoch in one batch."""
-    whole = trained(batch_size=len(tokens), iters=1)
-    pieces = trained(batch_size=2, iters=3, grad_accumulation_steps=3)
+    whole = ran(trainer(batch_size=len(tokens), iters=1, dropout=0.0))
+    pieces = ran(trainer(batch_size=2, iters=3, grad_accumulation_steps=3, dropout=0.0))
     for key in whole:
         np.testing.assert_allclose(whole[key], pieces[key], atol=2e-4, err_msg=key)
 
@@ -136,35 +238,256 @@ def test_validation_loss_is_the_same_in_any_batches(tiny: Path, tokens: list[Tok
     expected, count = mean_loss(model, tokens, 1)
     assert count == sum(sum(row.supervised[1:]) for row in tokens)
     for batch_size in (2, 3, 8):
-        assert mean_loss(model, tokens, batch_size)[0] == pytest.approx(expected, abs=1e-5)
+        assert mean_loss(model, tokens, batch_size)[0] == pytest.approx(expected, abs=1e-6)
+    assert mean_loss(model, tokens[:3], 4)[1] == sum(sum(r.supervised[1:]) for r in tokens[:3])
 
 
 def test_reports_are_means_over_supervised_tokens(
-    tiny: Path, tokens: list[Tokens], trained: Callable[..., dict[str, np.ndarray]]
+    tiny: Path, tokens: list[Tokens], trainer: Callable[..., Trainer]
 ) -> None:
     """At a rate too small to learn, the train loss of an epoch is the loss on all its tokens."""
-    points: list[training.Point] = []
-    trained(
-        learning_rate=1e-12, iters=3, steps_per_report=3, steps_per_eval=9, on_point=points.append
-    )
+    points: list[Point] = []
+    trainer(
+        learning_rate=1e-12,
+        iters=3,
+        steps_per_report=3,
+        steps_per_eval=9,
+        dropout=0.0,
+        on_point=points.append,
+    ).run()
     model, _ = models.load(tiny)
     report = next(point.metrics for point in points if "train_loss" in point.metrics)
     expected, count = mean_loss(model, tokens, 8)
     assert report["train_loss"] == pytest.approx(expected, abs=1e-4)
     assert report["trained_tokens"] == count
+    assert report["learning_rate"] == 1e-12
+    assert report["active_memory"] <= report["peak_memory"]
     assert [point.iteration for point in points if "val_loss" in point.metrics] == [0, 3]
 
 
+def test_gradients_are_clipped_to_their_limit(trainer: Callable[..., Trainer]) -> None:
+    """With plain gradient descent at rate 1 the step is the clipped gradient, 0.5 long."""
+    given = {"optimizer": "sgd", "learning_rate": 1.0, "iters": 1}
+    free = trainer(**given)
+    before = arrays(free)
+    after = ran(free)
+    clipped = ran(trainer(**given, max_grad_norm=0.5))
+
+    def distance(weights: Weights) -> float:
+        return math.sqrt(sum(float(((weights[k] - before[k]) ** 2).sum()) for k in before))
+
+    assert free.state.grad_norm is not None
+    assert distance(after) == pytest.approx(free.state.grad_norm, rel=1e-3)
+    assert free.state.grad_norm > 0.5
+    assert distance(clipped) == pytest.approx(0.5, rel=1e-3)
+
+
 def test_grad_checkpoint_saves_memory_and_changes_no_result(
-    trained: Callable[..., dict[str, np.ndarray]],
+    trainer: Callable[..., Trainer],
 ) -> None:
     from mlx_lm.models.qwen2 import TransformerBlock
 
     call, results, peaks = TransformerBlock.__call__, [], []
     for grad_checkpoint in (False, True):
-        results.append(trained(iters=2, grad_checkpoint=grad_checkpoint))
+        results.append(ran(trainer(iters=2, grad_checkpoint=grad_checkpoint, dropout=0.0)))
         peaks.append(mx.get_peak_memory())
     assert TransformerBlock.__call__ is call
     assert peaks[1] < peaks[0]
     for key, value in results[0].items():
         np.testing.assert_allclose(value, results[1][key], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", schema.OPTIMIZERS)
+def test_every_optimizer_learns_and_resumes_to_the_byte(
+    name: str, trainer: Callable[..., Trainer], cfg: Config, tmp_path: Path
+) -> None:
+    """Stopped between the two batches of an update, with dropout: its sum of gradients is kept."""
+    options = vars_of(cfg)["optimizer_config"][name]
+    schedule = optimizers.schedule("cosine", 1e-3, 0.0, 2, 4)
+    given = {
+        "iters": 8,
+        "grad_accumulation_steps": 2,
+        "steps_per_eval": 3,
+        "max_grad_norm": 1.0,
+        "steps_per_report": 2,
+        "save_every": 5,
+    }
+
+    def made(checkpoints: Checkpoints | None = None) -> Trainer:
+        one = trainer(**given, checkpoints=checkpoints)
+        one.optimizer = optimizers.build(name, options, schedule)
+        one.optimizer.init(one.model.trainable_parameters())
+        return one
+
+    whole = made()
+    weights = ran(whole)
+    losses = [p.metrics["train_loss"] for p in whole.state.points if "train_loss" in p.metrics]
+    assert losses[-1] < losses[0]
+
+    class Killed(Exception):
+        pass
+
+    def kill(iteration: int) -> None:
+        if iteration == 6:
+            raise Killed
+
+    first = Checkpoints(tmp_path, {"run": name})
+    interrupted = made(first)
+    interrupted.on_iteration = kill
+    with pytest.raises(Killed):
+        interrupted.run()
+    first.close()
+    again = made(Checkpoints(tmp_path, {"run": name}))
+    assert again.resume() == 5
+    assert again.gradient is not None
+    assert same(weights, ran(again))
+    assert learned(again) == learned(whole)
+    assert again.state.best_loss == whole.state.best_loss
+    assert {k: np.array(v).tobytes() for k, v in again.best.items()} == {
+        k: np.array(v).tobytes() for k, v in whole.best.items()
+    }
+
+
+def learned(trainer: Trainer) -> list[Any]:
+    """A trainer's points without speeds and memory."""
+    from athanor.train import MEASURED
+
+    return [
+        (point.iteration, {k: v for k, v in point.metrics.items() if k not in MEASURED})
+        for point in trainer.state.points
+    ]
+
+
+def test_best_weights_are_those_of_the_lowest_validation_loss(
+    trainer: Callable[..., Trainer], tokens: list[Tokens]
+) -> None:
+    """Trained on some facts and validated on others, it gets better, then worse."""
+    snapshots: dict[int, Weights] = {}
+    points: list[Point] = []
+    given = {"rows": tokens[:2], "valid": tokens[2:], "iters": 18, "learning_rate": 3e-4}
+    given |= {"dropout": 0.0}
+    one = trainer(**given, on_point=points.append)
+    one.on_iteration = lambda iteration: snapshots.update({iteration: arrays(one)})
+    one.run()
+    losses = {p.iteration: p.metrics["val_loss"] for p in points if "val_loss" in p.metrics}
+    del losses[0]
+    best = min(losses, key=lambda iteration: losses[iteration])
+    assert one.state.best_iteration == best != 18
+    assert one.state.best_loss == losses[best]
+    assert same(snapshots[best], {key: np.array(value) for key, value in one.best.items()})
+    # With patience it ends two validations after the best one, and reports what it had done.
+    patient = trainer(**given, patience=2, steps_per_report=5)
+    patient.run()
+    assert patient.state.iteration == best + 4
+    assert patient.state.window_tokens == 0
+
+
+def test_a_loss_that_is_no_number_names_the_rows_and_keeps_the_last_good_state(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    saved = Checkpoints(tmp_path, {})
+    one = trainer(
+        optimizer="sgd",
+        learning_rate=1e18,
+        iters=9,
+        save_every=1,
+        valid=[],
+        checkpoints=saved,
+        name_of=lambda row: f"train.jsonl:{row + 1}",
+    )
+    with pytest.raises(UserError, match=r"iteration (\d+): the (loss|gradient) is") as caught:
+        one.run()
+    failed = one.state.iteration + 1
+    rows = Batches(one.batches.rows, 2, 0)(failed).rows  # type: ignore[attr-defined]
+    for row in rows:
+        assert f"train.jsonl:{row + 1}" in str(caught.value)
+    assert "smaller train.learning_rate than 1e+18" in str(caught.value)
+    latest = saved.latest()
+    for array in latest.arrays["adapters"].values() if latest else []:
+        assert mx.isfinite(array).all().item()
+
+
+@pytest.mark.parametrize("grad_accumulation_steps", [1, 2])
+def test_peak_is_predicted_before_the_first_step(
+    trainer: Callable[..., Trainer], tokens: list[Tokens], grad_accumulation_steps: int
+) -> None:
+    long = [Tokens(row.ids * 8, [True] * (8 * len(row))) for row in tokens]
+    one = trainer(
+        rows=long,
+        batch_size=4,
+        iters=4,
+        valid=[],
+        grad_accumulation_steps=grad_accumulation_steps,
+    )
+    before = arrays(one)
+    predicted = one.predicted_peak()
+    assert same(before, arrays(one))
+    one.run()
+    assert predicted == pytest.approx(mx.get_peak_memory(), rel=0.15)
+
+
+def test_compiled_steps_learn_the_same(trainer: Callable[..., Trainer]) -> None:
+    plain = ran(trainer(iters=3, dropout=0.0))
+    mx.enable_compile()
+    try:
+        compiled = trainer(iters=3, dropout=0.0, compile=True)
+        mx.enable_compile()  # loading the model on the CPU switched it off
+        weights = ran(compiled)
+    finally:
+        mx.disable_compile()
+    for key, value in plain.items():
+        np.testing.assert_allclose(value, weights[key], atol=1e-3, err_msg=key)
+
+
+def test_mlx_lm_learns_a_stray_token_after_the_end_and_ours_does_not(
+    tiny: Path,
+    data: Path,
+    trainer: Callable[..., Trainer],
+    cfg: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Asked to go on after its end token, a model trained by mlx_lm.lora says token id 0, `!`."""
+    from mlx_lm import lora
+
+    rows = files.read_jsonl(data / "train.jsonl")
+    files.write_json(
+        tmp_path / "lora.json",
+        {
+            "model": str(tiny),
+            "data": str(data),
+            "train": True,
+            "mask_prompt": True,
+            "adapter_path": str(tmp_path / "theirs"),
+            "num_layers": -1,
+            "val_batches": 1,
+            "batch_size": 3,
+            "iters": 60,
+            "learning_rate": 1e-3,
+            "steps_per_eval": 100,
+        },
+    )
+    monkeypatch.setattr(sys, "argv", ["mlx_lm.lora", "--config", str(tmp_path / "lora.json")])
+    lora.main()
+    theirs, tokenizer = models.load(tiny)
+    models.load_adapters(theirs, tmp_path / "theirs")
+
+    chats = [completion(row["prompt"], row["completion"]) for row in rows]
+    tokenized = chat.tokenize_all(chats, tokenizer, True, 2048)
+    one = trainer(rows=tokenized, batch_size=3, iters=60, steps_per_eval=100, dropout=0.0)
+    one.run()
+    one.model.eval()
+
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for model, stray in ((theirs, True), (one.model, False)):
+        said = [after_the_end(model, chat.prompt_ids(row, tokenizer), end) for row in chats]
+        assert all(said), "an answer did not end"
+        assert any(0 in tokens for tokens in said) is stray
+
+
+def after_the_end(model: nn.Module, prompt: list[int], end: int) -> list[int]:
+    """The next twelve tokens that a model says greedily after its end token."""
+    ids = list(prompt)
+    while end not in ids[len(prompt) : -12] and len(ids) < len(prompt) + 40:
+        ids.append(int(mx.argmax(model(mx.array([ids]))[0, -1])))
+    return ids[ids.index(end, len(prompt)) + 1 :] if end in ids[len(prompt) :] else []

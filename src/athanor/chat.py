@@ -6,7 +6,7 @@ Turns are found in the rendered text of the whole conversation: some templates (
 earlier turn in another way than they wrote it when it was the last.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,17 +17,21 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Tokens:
-    """One row: `ids[i]` is a token, `supervised[i]` whether the loss asks for it. Equal lengths."""
+    """One row: `ids[i]` is a token, `supervised[i]` whether the loss asks for it. Equal lengths.
+
+    `line` is the row's place in its file, from 1.
+    """
 
     ids: list[int]
     supervised: list[bool]
+    line: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def cut(self, length: int) -> "Tokens":
         """At most the first `length` tokens."""
-        return Tokens(self.ids[:length], self.supervised[:length])
+        return replace(self, ids=self.ids[:length], supervised=self.supervised[:length])
 
 
 def end_of_turn(tokenizer: "TokenizerWrapper") -> int | None:
@@ -85,7 +89,7 @@ def tokenize_all(
     The first token of a row is never predicted, so it does not count.
     """
     cut = (tokenize(row, tokenizer, mask_prompt).cut(max_seq_length) for row in rows)
-    return [row for row in cut if any(row.supervised[1:])]
+    return [replace(row, line=line) for line, row in enumerate(cut, 1) if any(row.supervised[1:])]
 
 
 def expected_answer(row: Message, tokenizer: "TokenizerWrapper") -> str:

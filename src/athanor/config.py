@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from athanor import console, files, settings
 from athanor.paths import CONF, PARAMS
-from athanor.schema import Config
+from athanor.schema import Config, TrainConfig
 from athanor.settings import ConfigError
 
 HEADER = "# Composed from conf/ by athanor.config. To change a value, edit conf/. "
@@ -105,9 +105,13 @@ def _summary(config: Config) -> dict[str, Any]:
     train = config.train
     return {
         "model": config.model.path,
-        "training": f"{train.method}, {train.iters} iterations of {train.batch_size} rows, "
+        "training": f"{train.method}, {_duration(train)} of {train.batch_size} rows a batch, "
         f"learning rate {train.learning_rate:g}",
     }
+
+
+def _duration(train: TrainConfig) -> str:
+    return f"{train.iters} iterations" if train.epochs is None else f"{train.epochs} epochs"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """What a person sees: a stage's closing table, its progress bar, its errors."""
 
+import errno
+import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from rich import box
 from rich.console import Console
@@ -28,16 +32,56 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         err.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        then = f"{interrupt}; " if str(interrupt) else ""
         err.print(
-            "[bold red]stopped[/] by Ctrl-C or SIGTERM; what this stage wrote before comes back "
-            "with `uv run dvc checkout`"
+            f"[bold red]stopped[/] by Ctrl-C or SIGTERM; {_plain(then)}what this stage wrote "
+            "before comes back with `uv run dvc checkout`",
+            soft_wrap=True,
         )
         sys.exit(130)
-    except Exception:
-        traceback.print_exc()
-        err.print("[bold red]unexpected error[/]: the lines above are what a report of it needs")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            _unexpected()
+        err.print(
+            f"[bold red]error:[/] the disk is full ({error.filename or 'while writing'}): make "
+            "room and run this again; a training goes on from its last checkpoint",
+            soft_wrap=True,
+        )
         sys.exit(1)
+    except Exception:
+        _unexpected()
+
+
+def _unexpected() -> NoReturn:
+    traceback.print_exc()
+    err.print("[bold red]unexpected error[/]: the lines above are what a report of it needs")
+    sys.exit(1)
+
+
+@contextmanager
+def interrupts_noted() -> Iterator[Callable[[], bool]]:
+    """While the block runs, the first Ctrl-C or SIGTERM is only noted, for the block to ask about.
+
+    A second one interrupts at once, as outside of it. Only the main thread is told of signals.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+        os.write(2, b"stopping after this iteration; once more to stop at once\n")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(noted)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def warn(text: str) -> None:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +10,7 @@ import numpy as np
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from athanor.batches import padded
 from athanor.chat import Tokens
 
 
@@ -22,38 +22,35 @@ class Answer:
     stopped: bool
 
 
-def padded(rows: list[Tokens]) -> tuple[mx.array, mx.array, mx.array]:
-    """Inputs, targets and loss mask of a batch, each rows × (longest - 1).
-
-    `targets[i, t]` is the token after `inputs[i, t]`; the mask is 1 where it is supervised, and 0
-    on every padding position.
-    """
-    width = max(map(len, rows))
-    ids = np.zeros((len(rows), width), np.int32)
-    mask = np.zeros((len(rows), width), np.float32)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row.ids
-        mask[i, : len(row)] = row.supervised
-    return mx.array(ids[:, :-1]), mx.array(ids[:, 1:]), mx.array(mask[:, 1:])
+def token_losses(model: nn.Module, inputs: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
+    """The cross-entropy of each target in nats, float32, 0 where the mask is 0."""
+    logits = model(inputs).astype(mx.float32)
+    return nn.losses.cross_entropy(logits, targets) * mask
 
 
 def summed_loss(model: nn.Module, inputs: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
     """The cross-entropy in nats, summed over the positions where the mask is 1."""
-    logits = model(inputs).astype(mx.float32)
-    return (nn.losses.cross_entropy(logits, targets) * mask).sum()
+    return token_losses(model, inputs, targets, mask).sum()
 
 
-def mean_loss(model: nn.Module, rows: list[Tokens], batch_size: int) -> tuple[float, int]:
+def mean_loss(
+    model: nn.Module,
+    rows: list[Tokens],
+    batch_size: int,
+    on_batch: Callable[[], None] = lambda: None,
+) -> tuple[float, int]:
     """The mean loss over all supervised tokens of all rows, in nats, and their number.
 
-    (nan, 0) where no token is supervised.
+    The sum is taken in float64, in the order of the rows' lengths, whatever the batches. (nan, 0)
+    where no token is supervised.
     """
     total, count = 0.0, 0
     in_order = sorted(rows, key=len)
     for start in range(0, len(in_order), batch_size):
         batch = in_order[start : start + batch_size]
-        total += cast(float, summed_loss(model, *padded(batch)).item())
+        total += float(np.array(token_losses(model, *padded(batch))).sum(dtype=np.float64))
         count += sum(sum(row.supervised[1:]) for row in batch)
+        on_batch()
     return (total / count if count else math.nan), count
 
 

@@ -1,5 +1,7 @@
 """Files that are either whole or not there, and their digests."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -58,18 +60,54 @@ def _written(path: Path) -> Path:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty temporary folder that takes `path`'s place when the block ends well."""
+    """Yields an empty temporary folder that takes `path`'s place when the block ends well.
+
+    Its files are flushed to the disk first, so that what has its name is whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     temporary.chmod(0o755)
     try:
         yield temporary
+        for inside in [*temporary.iterdir(), temporary]:
+            _flush(inside)
         if path.exists():
             shutil.rmtree(path)
         temporary.replace(path)
+        _flush(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def lock(path: Path) -> int | None:
+    """Takes a lock that ends with this process, however it ends; None where another has it.
+
+    Returns the open file's handle; closing it gives the lock back.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error says so; mlx's writer says no more than that it could not write."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, RuntimeError) and "Unable to write" in str(error)
 
 
 def digest(paths: Iterable[Path]) -> str:

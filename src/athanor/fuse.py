@@ -93,7 +93,8 @@ def _generation(base: Path, settings: dict[str, Any], tokenizer: Any) -> dict[st
 
 def main() -> None:
     cfg = settings.load(sys.argv[1:])
-    with tracking.resume(files.read_json(TRAINED / "run.json")["run_id"]) as run:
+    trained = files.read_json(TRAINED / "run.json")
+    with tracking.resume(trained["run"], trained["run_id"]) as run:
         source = sources.Source.read(PREPARED / "model.json")
         out = FUSED / "model"
         digest = fuse(source.folder(), TRAINED / "adapters", out, dequantize=cfg.fuse.dequantize)

@@ -75,6 +75,14 @@ def device() -> str:
     return f"gpu {mx.device_info().get('device_name', '')}".strip()
 
 
+def memory_limit() -> int:
+    """The bytes that a model may use here: what Metal recommends, or what mlx allows itself."""
+    import mlx.core as mx
+
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    return int(recommended or mx.get_memory_limit())
+
+
 def make_trainable(model: "nn.Module", train: TrainConfig, seed: int) -> None:
     """Freezes the model and makes the last `num_layers` layers trainable by the chosen method.
 
@@ -102,24 +110,34 @@ def lora_parameters(train: TrainConfig) -> dict[str, Any]:
     return {"rank": train.rank, "scale": train.scale, "dropout": train.dropout}
 
 
-def save_adapters(model: "nn.Module", folder: Path, train: TrainConfig, source: Source) -> None:
-    """Writes the trainable weights as adapters.safetensors and adapter_config.json, as mlx-lm."""
+def save_adapters(
+    weights: "dict[str, mx.array]",
+    folder: Path,
+    train: TrainConfig,
+    source: Source,
+    *,
+    layers: int,
+    iteration: int,
+) -> None:
+    """Writes trained weights as adapters.safetensors and adapter_config.json, as mlx-lm does.
+
+    `layers` is the model's number of layers; `iteration` the one that the weights are from.
+    """
     import mlx.core as mx
-    from mlx.utils import tree_flatten
 
     with files.whole_folder(folder) as temporary:
-        weights = dict(tree_flatten(model.trainable_parameters()))
         mx.save_safetensors(str(temporary / "adapters.safetensors"), weights)
         full = train.method == "full"
         files.write_json(
             temporary / "adapter_config.json",
             {
                 "fine_tune_type": train.method,
-                "num_layers": len(model.layers) if train.num_layers == -1 else train.num_layers,
+                "num_layers": layers if train.num_layers == -1 else train.num_layers,
                 "lora_parameters": None if full else lora_parameters(train),
                 "model": source.path,
                 "revision": source.commit,
                 "model_digest": source.digest,
+                "iteration": iteration,
             },
         )
 

@@ -12,6 +12,9 @@ from typing import Any
 from omegaconf import MISSING
 
 METHODS = ("lora", "dora", "full")
+OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "lion", "muon")
+SCHEDULES = ("constant", "linear", "cosine")
+KEEP = ("best", "last")
 
 
 @dataclass
@@ -34,7 +37,10 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """mlx-lm's own names. Lengths are in tokens, `iters` and `steps_*` in iterations."""
+    """mlx-lm's own names, where it has one.
+
+    Lengths are in tokens; `iters`, `warmup`, `steps_*` and `save_every` in iterations.
+    """
 
     method: str = MISSING
     num_layers: int = MISSING
@@ -42,15 +48,26 @@ class TrainConfig:
     scale: float = MISSING
     dropout: float = MISSING
     batch_size: int = MISSING
-    iters: int = MISSING
+    iters: int | None = MISSING
+    epochs: int | None = MISSING
+    optimizer: str = MISSING
+    optimizer_config: dict[str, dict[str, Any]] = MISSING
     learning_rate: float = MISSING
+    lr_schedule: str = MISSING
+    lr_end: float = MISSING
+    warmup: int = MISSING
+    max_grad_norm: float | None = MISSING
     val_batches: int = MISSING
     steps_per_report: int = MISSING
     steps_per_eval: int = MISSING
+    keep: str = MISSING
+    patience: int | None = MISSING
+    save_every: int = MISSING
     max_seq_length: int = MISSING
     grad_checkpoint: bool = MISSING
     grad_accumulation_steps: int = MISSING
     mask_prompt: bool = MISSING
+    compile: bool | None = MISSING
 
 
 @dataclass
@@ -118,8 +135,18 @@ def impossible(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, "a text that is not empty"
     if broken("seed", value.get("seed", 0) >= 0):
         yield "seed", "0 or more"
-    if broken("train.method", value.get("train.method") in METHODS):
-        yield "train.method", "one of " + ", ".join(METHODS)
+    for key, options in (
+        ("train.method", METHODS),
+        ("train.optimizer", OPTIMIZERS),
+        ("train.lr_schedule", SCHEDULES),
+        ("train.keep", KEEP),
+    ):
+        if broken(key, value.get(key) in options):
+            yield key, "one of " + ", ".join(options)
+    iters, epochs = value.get("train.iters"), value.get("train.epochs")
+    if {"train.iters", "train.epochs"} <= value.keys() and (iters is None) == (epochs is None):
+        expected = "null beside train.iters (or a number, and" if epochs else "a number (or one in"
+        yield "train.epochs", f"{expected} train.iters{'=null' if epochs else ''})"
     for key in ("train.num_layers", "train.val_batches", "test.max_rows"):
         number = value.get(key, 1)
         if broken(key, number == -1 or number >= 1):
@@ -128,18 +155,27 @@ def impossible(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "train.rank",
         "train.batch_size",
         "train.iters",
+        "train.epochs",
         "train.steps_per_report",
         "train.steps_per_eval",
+        "train.patience",
+        "train.save_every",
         "train.grad_accumulation_steps",
         "test.batch_size",
         "test.max_tokens",
     ):
-        if broken(key, value.get(key, 1) >= 1):
+        number = value.get(key)
+        if broken(key, number is None or number >= 1):
             yield key, "1 or more"
+    if broken("train.warmup", value.get("train.warmup", 0) >= 0):
+        yield "train.warmup", "0 or more"
     if broken("train.max_seq_length", value.get("train.max_seq_length", 2) >= 2):
         yield "train.max_seq_length", "2 or more"
-    for key in ("train.learning_rate", "train.scale"):
-        if broken(key, 0 < value.get(key, 1) < float("inf")):
+    for key in ("train.learning_rate", "train.scale", "train.max_grad_norm"):
+        number = value.get(key)
+        if broken(key, number is None or 0 < number < float("inf")):
             yield key, "a finite number above 0"
+    if broken("train.lr_end", 0 <= value.get("train.lr_end", 0) < float("inf")):
+        yield "train.lr_end", "a finite number, 0 or more"
     if broken("train.dropout", 0 <= value.get("train.dropout", 0) < 1):
         yield "train.dropout", "at least 0 and below 1"

@@ -75,7 +75,9 @@ def load(overrides: list[str], params: Path = PARAMS) -> Config:
 
 def flat(config: Config) -> dict[str, Any]:
     """The values by dotted key, in the order of the dataclasses."""
-    return {key: OmegaConf.select(cast(Any, config), key) for key in schema.all_keys()}
+    tree = cast(Any, OmegaConf.to_container(cast(Any, config)))
+    sections = ((key, *key.partition(".")) for key in schema.all_keys())
+    return {key: tree[first][leaf] if leaf else tree[first] for key, first, _, leaf in sections}
 
 
 def say_what_is_not_in_conf(config: Config) -> None:
@@ -187,6 +189,11 @@ def _checked(tree: dict[str, Any], places: dict[str, str], problems: list[str]) 
     if {"model.path", "model.revision", "train.num_layers", "train.method"} <= sound.keys():
         for key, text in sources.misfits(config.model, config.train):
             report(key, text)
+    if "train.optimizer_config" in sound:
+        from athanor import optimizers  # imports mlx, which DVC's Hydra need not
+
+        for key, text in optimizers.misfits(flat(config)["train.optimizer_config"]):
+            report(f"train.optimizer_config.{key}", text)
     if problems:
         raise ConfigError(problems)
     return cast(Config, config)
@@ -198,7 +205,8 @@ def _kind(key: str) -> str:
     cls = schema.SECTIONS[section] if section else Config
     kind = next(field.type for field in fields(cls) if field.name == leaf)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return words.get(cast(Any, kind), "a text or null")
+    or_null = [f"{word} or null" for option, word in words.items() if kind == option | None]
+    return words.get(cast(Any, kind)) or next(iter(or_null), "options by the optimizer's name")
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:

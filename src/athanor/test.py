@@ -125,7 +125,8 @@ def is_exact(line: dict[str, Any], who: str) -> bool:
 
 def main() -> None:
     cfg = settings.load(sys.argv[1:])
-    with tracking.resume(files.read_json(TRAINED / "run.json")["run_id"]) as run:
+    trained = files.read_json(TRAINED / "run.json")
+    with tracking.resume(trained["run"], trained["run_id"]) as run:
         source = sources.Source.read(PREPARED / "model.json")
         model, tokenizer = models.load(source.folder())
         splits = {}
@@ -145,7 +146,7 @@ def main() -> None:
         metrics = figures(base, lines, "base") | figures(tuned, lines, "tuned")
         files.write_jsonl(TESTED / "predictions.jsonl", lines)
         files.write_json(TESTED / "metrics.json", metrics)
-        run.metrics(cfg.train.iters, metrics)
+        run.metrics(trained["iteration"], metrics)
         run.artifact(TESTED / "predictions.jsonl", "test")
     _show(splits, metrics, lines)
 

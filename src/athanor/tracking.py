@@ -1,8 +1,10 @@
 """MLflow: one run a training, which the later stages add to.
 
-Importing MLflow takes seconds, and a store can be slow: everything is handed to a thread that
-talks to it, in the order in which it was said, while the work goes on. A store that fails costs
-its record and a warning, never the work.
+Importing MLflow takes seconds, and a store can be slow or away: whatever is said is written to a
+journal in mlruns/outbox/ first, and a thread sends it from there, in its order, while the work goes
+on. A journal is removed when all of it was sent. The next stage that starts sends what others left
+behind, because the store was away or their process was killed, and ends the runs of those that
+died. Sending twice leaves one record, so none of it depends on how far the sender had come.
 """
 
 import fcntl
@@ -11,12 +13,15 @@ import json
 import os
 import queue
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -24,15 +29,14 @@ from typing import Any, Self
 
 import yaml
 
-from athanor import __version__, console
+from athanor import __version__, console, files
+from athanor.paths import OUTBOX, root
 
 EXPERIMENT = os.environ.get("MLFLOW_EXPERIMENT_NAME", "athanor")
 METRICS_A_CALL = 500
+SECONDS_BETWEEN_TRIES = 30
 
-
-def root() -> Path:
-    """The repository's folder: DVC's, also when a queued experiment runs in a copy of it."""
-    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+Said = dict[str, Any]
 
 
 def store_uri() -> str:
@@ -55,20 +59,84 @@ class Dataset:
     rows: int
 
 
+class Journal:
+    """What was said to a run, a JSON object a line, in a folder that one process writes at a time.
+
+    Files are kept as hard links where the disk has them: the folder is the record until the store
+    has it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.folder = root() / OUTBOX / name
+        self._lock_file = self.folder.with_name(f"{name}.lock")
+        self._lock = files.lock(self._lock_file)
+        self.lost = False
+
+    def ours(self) -> bool:
+        """Whether this process may write it: no other one that is alive does."""
+        return self._lock is not None
+
+    def append(self, said: Said) -> None:
+        """Adds a line; on a full disk it is said, and what is in memory has to do."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / "journal.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(said, ensure_ascii=False) + "\n")
+        except OSError as error:
+            if not self.lost:
+                console.warn(f"{self.folder} can't be written ({error}); the training goes on")
+            self.lost = True
+
+    def keep(self, path: Path) -> str:
+        """Keeps a file or a folder as it is now; returns where."""
+        kept = self.folder / "files" / uuid.uuid4().hex[:8] / path.name
+        kept.parent.mkdir(parents=True)
+        if path.is_dir():
+            shutil.copytree(path, kept, copy_function=_link)
+        else:
+            _link(str(path), str(kept))
+        return str(kept)
+
+    def lines(self) -> Iterator[Said]:
+        """What was said; a last line that a kill cut off was not."""
+        path = self.folder / "journal.jsonl"
+        for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+    def remove(self) -> None:
+        """Removes it: the store has all of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock_file.unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        """Leaves it to the next process."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
 class Run:
     """A run that a thread writes to; use it as a context manager.
 
-    A run that was started here ends FINISHED when the block is left well, FAILED on an error and
-    KILLED on Ctrl-C. A resumed one is a training's, whose end a later stage does not change.
+    A training's ends FINISHED when the block is left well, FAILED on an error and KILLED on Ctrl-C
+    or SIGTERM. A later stage only adds to it.
     """
 
-    def __init__(self, opening: Callable[[Any], str | None], resumed: bool) -> None:
+    def __init__(self, journal: Journal, opening: Said) -> None:
         self.id: str | None = None
+        self.name = str(opening["run"])
         self.failure: Exception | None = None
-        self._opening = opening
-        self._resumed = resumed
+        self._journal = journal
+        self._ends = opening["do"] == "start"
         self._opened = threading.Event()
-        self._said: queue.Queue[Callable[[Any, str], None] | list[Any] | None] = queue.Queue()
+        self._said: queue.Queue[Said | None] = queue.Queue()
+        for left in journal.lines():
+            self._said.put(left)
+        self._say(opening)
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
@@ -78,20 +146,22 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        if not self._resumed:
+        if self._ends:
             status = "FINISHED"
             if kind is not None:
                 status = "FAILED" if issubclass(kind, Exception) else "KILLED"
                 self.tags({"failure": _without_password(str(error))[:500]})
-            ended = _now()
-            self._said.put(lambda client, run: client.set_terminated(run, status, ended))
+            self._say({"do": "end", "status": status, "time": _now()})
         self._said.put(None)
         self._thread.join()
-        if self.failure is not None:
-            console.warn(
-                f"MLflow at {store_name()} took no record ({_short(self.failure)}); "
-                "the figures are in artifacts/"
-            )
+        if self.failure is None:
+            self._journal.remove()
+            return
+        self._journal.close()
+        console.warn(
+            f"MLflow at {store_name()} took no record ({_short(self.failure)}); "
+            f"it is kept in {self._journal.folder} and sent by the next stage that starts"
+        )
 
     def opened(self) -> str | None:
         """The run's id, as soon as it has one; None if the store can't be reached."""
@@ -100,131 +170,253 @@ class Run:
 
     def shown(self) -> str:
         """The run in words."""
-        return f"{self.id} in {store_name()}" if self.id else "not recorded"
+        return f"{self.id} in {store_name()}" if self.id else "not recorded yet"
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Records metrics at a step."""
-        now = _now()
-        self._said.put([(key, float(value), now, step) for key, value in values.items()])
+    def metrics(self, step: int, values: dict[str, float], once: bool = False) -> None:
+        """Records metrics at a step; with `once` only those that have no value there yet."""
+        found = {key: float(value) for key, value in values.items()}
+        self._say({"do": "metrics", "step": step, "values": found, "once": once, "time": _now()})
 
     def tags(self, values: dict[str, Any]) -> None:
         """Sets tags."""
-
-        def say(client: Any, run: str) -> None:
-            for key, value in values.items():
-                client.set_tag(run, key, str(value))
-
-        self._said.put(say)
+        self._say({"do": "tags", "values": {key: str(value) for key, value in values.items()}})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Keeps a file, or all files of a folder."""
-
-        def say(client: Any, run: str) -> None:
-            if path.is_dir():
-                client.log_artifacts(run, str(path), folder)
-            else:
-                client.log_artifact(run, str(path), folder)
-
-        self._said.put(say)
+        try:
+            kept = self._journal.keep(path)
+        except OSError as error:
+            console.warn(f"{path} can't be kept for MLflow ({error})")
+            kept = str(path.resolve())
+        self._say({"do": "artifact", "path": kept, "folder": folder})
 
     def text(self, text: str, name: str) -> None:
         """Keeps a text as an artifact."""
-        self._said.put(lambda client, run: client.log_text(run, text, name))
+        self._say({"do": "text", "text": text, "name": name})
+
+    def _say(self, said: Said) -> None:
+        self._journal.append(said)
+        self._said.put(said)
 
     def _work(self) -> None:
-        try:
-            client = _client()
-            self.id = self._opening(client)
-            self._opened.set()
-            more = self.id is not None
-            while more:
-                more = self._write(client, self._said.get())
-        except Exception as error:
-            self.failure = error
-        finally:
-            self._opened.set()
-
-    def _write(self, client: Any, said: Callable[[Any, str], None] | list[Any] | None) -> bool:
-        """Writes one thing that was said, metrics together with those that wait behind them."""
-        from mlflow.entities import Metric
-
-        assert self.id is not None
-        metrics: list[Any] = []
-        while isinstance(said, list):
-            metrics += [Metric(*point) for point in said]
-            if self._said.empty() or len(metrics) >= METRICS_A_CALL:
-                client.log_batch(self.id, metrics)
-                return True
+        waiting: deque[Said] = deque()
+        sender, not_before, more = Sender(), 0.0, True
+        swept = False
+        while more:
             said = self._said.get()
-        if metrics:
-            client.log_batch(self.id, metrics)
-        if said is None:
-            return False
-        said(client, self.id)
-        return True
+            more = said is not None
+            if said is not None:
+                waiting.append(said)
+            if more and (not self._said.empty() or time.monotonic() < not_before):
+                continue
+            try:
+                if not swept:
+                    # First, because a training's record may be among it, to which this one adds.
+                    send_what_was_left()
+                    swept = True
+                while waiting:
+                    # What is taken together is dropped together, once it was sent.
+                    together = _together(waiting)
+                    sender.send(together)
+                    self.id = sender.run
+                    self._opened.set()
+                    for _ in together:
+                        waiting.popleft()
+                self.failure = None
+            except Exception as error:
+                self.failure = error
+                not_before = time.monotonic() + SECONDS_BETWEEN_TRIES
+            finally:
+                self._opened.set()
 
 
-def start(name: str, params: dict[str, Any], tags: dict[str, Any], datasets: list[Dataset]) -> Run:
-    """Opens a new run."""
-    started = _now()
+class Sender:
+    """Sends what was said to the store; a thing that it has already is not there twice."""
 
-    def opening(client: Any) -> str:
+    def __init__(self, client: Any = None) -> None:
+        self.run: str | None = None
+        self.client = client
+        self._there: set[tuple[str, int]] = set()
+
+    def send(self, said: list[Said]) -> None:
+        """Sends one thing, or metrics that follow one another."""
+        if self.client is None:
+            self.client = _client()
+        first = said[0]
+        if first["do"] in ("start", "resume"):
+            self._open(first)
+        elif self.run is None:
+            return  # a run that is not in this store, and that was said
+        elif first["do"] == "metrics":
+            self._metrics(said)
+        elif first["do"] == "tags":
+            for key, value in first["values"].items():
+                self.client.set_tag(self.run, key, value)
+        elif first["do"] == "text":
+            self.client.log_text(self.run, first["text"], first["name"])
+        elif first["do"] == "artifact":
+            add = (
+                self.client.log_artifacts
+                if Path(first["path"]).is_dir()
+                else self.client.log_artifact
+            )
+            add(self.run, first["path"], first["folder"])
+        elif first["do"] == "end":
+            self.client.set_terminated(self.run, first["status"], first["time"])
+
+    def _open(self, said: Said) -> None:
+        found = self._find(said)
+        if found is None and said["do"] == "start":
+            self.run = str(
+                self.client.create_run(
+                    _experiment(self.client, said["experiment"]),
+                    start_time=said["time"],
+                    run_name=said["name"],
+                    tags=said["tags"],
+                ).info.run_id
+            )
+            self._describe(said)
+        elif found is None:
+            self.run = None
+            console.warn(
+                f"run {said['run_id'] or said['run']} is not in {store_name()}: the training was "
+                "restored from DVC's cache; nothing is logged, the figures are in artifacts/"
+            )
+        else:
+            self.run = str(found.info.run_id)
+            self._there = {
+                (key, point.step)
+                for key in found.data.metrics
+                for point in self.client.get_metric_history(self.run, key)
+            }
+            if said["do"] == "start":
+                self.client.update_run(self.run, status="RUNNING")
+                if not found.data.params:  # killed right after it was created
+                    self._describe(said)
+                if "failure" in found.data.tags:
+                    self.client.delete_tag(self.run, "failure")
+
+    def _find(self, said: Said) -> Any:
+        by = f"tags.`athanor.run` = '{said['run']}'"
+        if said.get("run_id"):
+            by = f"attributes.run_id = '{said['run_id']}'"
+        experiments = [e.experiment_id for e in self.client.search_experiments()]
+        found = self.client.search_runs(experiments, filter_string=by, max_results=1)
+        return found[0] if found else None
+
+    def _describe(self, said: Said) -> None:
         from mlflow.entities import Dataset as MlflowDataset
         from mlflow.entities import DatasetInput, InputTag, Param
 
-        run = client.create_run(
-            _experiment(client),
-            start_time=started,
-            run_name=name,
-            tags={key: str(value) for key, value in tags.items()},
-        )
-        client.log_batch(run.info.run_id, params=[Param(k, str(v)) for k, v in params.items()])
-        client.log_inputs(
-            run.info.run_id,
+        params = [Param(key, value) for key, value in said["params"].items()]
+        self.client.log_batch(self.run, params=params)
+        self.client.log_inputs(
+            self.run,
             [
                 DatasetInput(
                     MlflowDataset(
-                        name=dataset.name,
-                        digest=dataset.digest[:36],
+                        name=dataset["name"],
+                        digest=dataset["digest"][:36],
                         source_type="local",
-                        source=json.dumps({"uri": dataset.name}),
-                        profile=json.dumps({"num_rows": dataset.rows}),
+                        source=json.dumps({"uri": dataset["name"]}),
+                        profile=json.dumps({"num_rows": dataset["rows"]}),
                     ),
-                    [InputTag("mlflow.data.context", dataset.context)],
+                    [InputTag("mlflow.data.context", dataset["context"])],
                 )
-                for dataset in datasets
+                for dataset in said["datasets"]
             ],
         )
-        return str(run.info.run_id)
 
-    return Run(opening, resumed=False)
+    def _metrics(self, said: list[Said]) -> None:
+        from mlflow.entities import Metric
+
+        points: list[Any] = []
+        for one in said:
+            for key, value in one["values"].items():
+                place = (key, one["step"])
+                if not (one["once"] and place in self._there):
+                    points.append(Metric(key, value, one["time"], one["step"]))
+                    self._there.add(place)
+        try:
+            self.client.log_batch(self.run, points)
+        except Exception:
+            self._there -= {(point.key, point.step) for point in points}
+            raise
 
 
-def resume(run_id: str | None) -> Run:
-    """Opens the run of a training again, to add to it; without an id, one that keeps nothing.
+def send_what_was_left() -> None:
+    """Sends the journals whose processes are gone, and ends the runs that they left running.
+
+    One that the store refuses stays, and that is said; a store that is away raises its own error.
+    """
+    client = _client()
+    client.search_experiments(max_results=1)
+    for folder in sorted(path for path in (root() / OUTBOX).glob("*") if path.is_dir()):
+        journal = Journal(folder.name)
+        if not journal.ours() or not folder.exists():
+            journal.close()
+            continue
+        said = list(journal.lines())
+        if said and said[0]["store"] != store_name():
+            journal.close()
+            continue
+        starts = [i for i, one in enumerate(said) if one["do"] == "start"]
+        if starts and not any(one["do"] == "end" for one in said[starts[-1] :]):
+            died = int((folder / "journal.jsonl").stat().st_mtime * 1000)
+            said.append({"do": "end", "status": "KILLED", "time": died})
+        try:
+            sender = Sender(client)
+            waiting = deque(said)
+            while waiting:
+                together = _together(waiting)
+                sender.send(together)
+                for _ in together:
+                    waiting.popleft()
+        except Exception as error:
+            console.warn(f"MLflow refuses what is in {folder}: {_short(error)}")
+            journal.close()
+        else:
+            journal.remove()
+
+
+def start(
+    name: str,
+    params: dict[str, Any],
+    tags: dict[str, Any],
+    datasets: list[Dataset],
+    run: str | None = None,
+) -> Run:
+    """Opens the run of a training: a new one, or the one that it had before under the name `run`.
+
+    Raises:
+        UserError: where another process writes the same run.
+    """
+    run = run or uuid.uuid4().hex
+    journal = Journal(run)
+    if not journal.ours():
+        raise console.UserError(f"another process writes this training's run ({journal.folder})")
+    opening = {
+        "do": "start",
+        "run": run,
+        "store": store_name(),
+        "experiment": EXPERIMENT,
+        "name": name,
+        "time": _now(),
+        "params": {key: str(value) for key, value in params.items()},
+        "tags": {key: str(value) for key, value in tags.items()} | {"athanor.run": run},
+        "datasets": [asdict(dataset) for dataset in datasets],
+    }
+    return Run(journal, opening)
+
+
+def resume(run: str, run_id: str | None) -> Run:
+    """Opens the run of a training again, by our name and MLflow's id for it, to add to it.
 
     A run that this store does not have (the training came out of DVC's cache, from another
     machine) is not made anew: that is said, and nothing is logged.
     """
-
-    def opening(client: Any) -> str | None:
-        if run_id is None:
-            console.warn("the training has no run in MLflow, so nothing is logged")
-            return None
-        found = client.search_runs(
-            [e.experiment_id for e in client.search_experiments()],
-            filter_string=f"attributes.run_id = '{run_id}'",
-            max_results=1,
-        )
-        if not found:
-            console.warn(
-                f"run {run_id} is not in {store_name()}: the training was restored from DVC's "
-                "cache; nothing is logged, the figures are in artifacts/"
-            )
-            return None
-        return run_id
-
-    return Run(opening, resumed=True)
+    journal = Journal(f"{run}.{os.getpid()}")
+    return Run(journal, {"do": "resume", "run": run, "run_id": run_id, "store": store_name()})
 
 
 def lineage() -> dict[str, str]:
@@ -251,7 +443,10 @@ def lineage() -> dict[str, str]:
 
 
 def _client() -> Any:
-    """A client of the store; the embedded one is created by one process, the others wait."""
+    """A client of the store; the embedded one is created by one process, the others wait.
+
+    A schema whose making was cut off can't be mended, so it gets its name when it is whole.
+    """
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -259,24 +454,48 @@ def _client() -> Any:
 
     if not store_uri().startswith("sqlite:///"):
         return MlflowClient(store_uri())
-    folder = Path(store_uri().removeprefix("sqlite:///")).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    path = Path(store_uri().removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            new = path.with_name(f".{path.name}.new")
+            new.unlink(missing_ok=True)
+            MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+            new.replace(path)
         client = MlflowClient(store_uri())
-        _experiment(client)
+        _experiment(client, EXPERIMENT)
     return client
 
 
-def _experiment(client: Any) -> str:
-    found = client.get_experiment_by_name(EXPERIMENT)
+def _experiment(client: Any, name: str) -> str:
+    found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
     embedded = not os.environ.get("MLFLOW_TRACKING_URI")
     place = (root() / "mlruns" / "artifacts").as_uri() if embedded else None
     # Without its kind MLflow's UI opens an experiment as one of prompts and traces.
     tags = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(EXPERIMENT, artifact_location=place, tags=tags))
+    return str(client.create_experiment(name, artifact_location=place, tags=tags))
+
+
+def _together(waiting: "deque[Said]") -> list[Said]:
+    """The first thing that waits, and if it is metrics, those that follow it directly."""
+    found: list[Said] = []
+    for said in waiting:
+        if found and (said["do"] != "metrics" or found[0]["do"] != "metrics"):
+            break
+        found.append(said)
+        if sum(len(one.get("values", ())) for one in found) >= METRICS_A_CALL:
+            break
+    return found
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without hard links
+        shutil.copyfile(source, target)
 
 
 def _git(*arguments: str) -> str:

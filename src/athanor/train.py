@@ -3,22 +3,41 @@
     uv run python -m athanor.train
     uv run python -m athanor.train train.learning_rate=3e-4
 
-Reads params.yaml and artifacts/prepare/; writes artifacts/train/adapters/ (mlx-lm's format),
-history.csv (every metric at its iteration), metrics.json (the last of each) and run.json (the
-MLflow run that the later stages add to).
+Reads params.yaml and artifacts/prepare/; writes artifacts/train/adapters/ (mlx-lm's format; the
+best or the last, as train.keep says), other_adapters/ (the other of the two), history.csv (what was
+learned at which iteration), metrics.json (the last of every metric) and run.json (the MLflow run
+that the later stages add to). While it trains it keeps checkpoints in artifacts/train/checkpoints/;
+the same command goes on from there after it was interrupted.
 """
 
 import csv
 import io
 import sys
+import uuid
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from athanor import chat, console, files, models, settings, sources, tracking
-from athanor.paths import PARAMS, PREPARED, TRAINED
+from athanor import (
+    chat,
+    checkpoints,
+    console,
+    files,
+    models,
+    optimizers,
+    settings,
+    sources,
+    tracking,
+)
+from athanor.batches import Batches
+from athanor.paths import CHECKPOINTS, PARAMS, PREPARED, TRAINED, root
 from athanor.schema import Config
-from athanor.training import Point, train
+from athanor.training import Point, Stopped, Trainer
+
+# What depends on the machine's mood and so is in metrics.json and MLflow, not in history.csv.
+MEASURED = {"iterations_per_second", "tokens_per_second", "peak_memory", "active_memory"}
 
 
 def main() -> None:
@@ -33,10 +52,11 @@ def main() -> None:
     prepared = {
         split: files.read_jsonl(PREPARED / f"{split}.jsonl") for split in ("train", "valid")
     }
-    points: list[Point] = []
+    params = settings.flat(cfg) | {"train.optimizer_config": optimizer_options(cfg)}
+    kept = checkpoints.Checkpoints(root() / CHECKPOINTS, what_decides(params, source))
     with tracking.start(
         run_name(cfg),
-        settings.flat(cfg),
+        params,
         {**tracking.lineage(), **_model_tags(source), "device": models.device()},
         [
             tracking.Dataset(
@@ -47,70 +67,238 @@ def main() -> None:
             )
             for split, context in (("train", "training"), ("valid", "validation"))
         ],
+        run=_run_of(kept.folder),
     ) as run:
         run.text(OmegaConf.to_yaml(cfg), PARAMS.name)  # with the overrides of this command
-        folder = source.folder()
-        model, tokenizer = models.load(folder)
+        model, tokenizer = models.load(source.folder())
         tokens = {
             split: chat.tokenize_all(
                 rows, tokenizer, cfg.train.mask_prompt, cfg.train.max_seq_length
             )
             for split, rows in prepared.items()
         }
+        for split, rows in tokens.items():
+            _name_what_is_left_out(split, len(prepared[split]), {row.line for row in rows})
         models.make_trainable(model, cfg.train, cfg.seed)
-        trainable, total = models.parameter_counts(model)
-        console.out.print(
-            f"train {cfg.train.method}: {trainable:,} of {total:,} parameters, "
-            f"{len(tokens['train'])} rows, on {models.device()}"
-        )
         with console.progress() as bar:
-            task = bar.add_task("train", total=cfg.train.iters)
+            task = bar.add_task("train")
 
             def on_point(point: Point) -> None:
-                points.append(point)
-                run.metrics(point.iteration, point.metrics)
+                run.metrics(point.iteration, point.metrics, once=True)
                 bar.console.print(_line(point))
 
-            train(
+            trainer = build(
+                cfg,
                 model,
                 tokens["train"],
                 tokens["valid"],
-                seed=cfg.seed,
-                batch_size=cfg.train.batch_size,
-                iters=cfg.train.iters,
-                learning_rate=cfg.train.learning_rate,
-                val_batches=cfg.train.val_batches,
-                steps_per_report=cfg.train.steps_per_report,
-                steps_per_eval=cfg.train.steps_per_eval,
-                grad_checkpoint=cfg.train.grad_checkpoint,
-                grad_accumulation_steps=cfg.train.grad_accumulation_steps,
-                on_iteration=lambda iteration: bar.update(task, completed=iteration),
+                checkpoints=kept,
                 on_point=on_point,
+                on_iteration=lambda iteration: bar.update(task, completed=iteration),
             )
-        last = {key: value for point in points for key, value in point.metrics.items()}
-        models.save_adapters(model, TRAINED / "adapters", cfg.train, source)
-        files.write_text(TRAINED / "history.csv", history(points))
-        files.write_json(TRAINED / "metrics.json", last)
+            bar.update(task, total=trainer.iters)
+            _say_what_begins(cfg, trainer, kept.folder)
+            for point in trainer.state.points:
+                run.metrics(point.iteration, point.metrics, once=True)
+            try:
+                trainer.run()
+            except Stopped as stopped:
+                raise Stopped(f"{stopped}; the same command goes on from there") from None
+        metrics = _write(cfg, trainer, source)
+        if trainer.best:
+            best = trainer.state.best_iteration
+            run.metrics(best, {"best_val_loss": trainer.state.best_loss}, once=True)
         run.artifact(TRAINED / "adapters", "adapters")
+        run.artifact(TRAINED / "other_adapters", "other_adapters")
         run.artifact(TRAINED / "history.csv")
-        files.write_json(TRAINED / "run.json", {"run_id": run.opened()})
+        files.write_json(
+            TRAINED / "run.json",
+            {"run": run.name, "run_id": run.opened(), "iteration": metrics["kept_iteration"]},
+        )
+    kept.clear()
     console.done(
         "train",
         {
-            "train loss": f"{last['train_loss']:.4f}",
-            "validation loss": f"{last['val_loss']:.4f}",
-            "peak memory": f"{last['peak_memory']:.2f} GB",
-            "adapters": TRAINED / "adapters",
+            "train loss": f"{metrics['train_loss']:.4f}",
+            "validation loss": f"{metrics['val_loss']:.4f}, at best {metrics['best_val_loss']:.4f} "
+            f"after iteration {metrics['best_iteration']}",
+            "peak memory": f"{metrics['peak_memory']:.2f} GB",
+            "adapters": f"{TRAINED / 'adapters'}, after iteration {metrics['kept_iteration']} "
+            f"({cfg.train.keep})",
             "MLflow run": run.shown(),
         },
     )
 
 
+def build(
+    cfg: Config,
+    model: Any,
+    rows: list[chat.Tokens],
+    valid: list[chat.Tokens],
+    **hooks: Any,
+) -> Trainer:
+    """The trainer that a configuration describes; `hooks` are Trainer's, for checkpoints and news.
+
+    Raises:
+        UserError: where no row has anything to learn.
+    """
+    import mlx.core as mx
+
+    train = cfg.train
+    if not rows:
+        raise console.UserError(
+            f"no row has a token left to learn in its first {train.max_seq_length} tokens; "
+            "train.max_seq_length sets how many are read"
+        )
+    world = mx.distributed.init()
+    batches = Batches(rows, train.batch_size, cfg.seed, world.rank(), world.size())
+    iters = train.iters if train.epochs is None else train.epochs * batches.an_epoch
+    assert iters is not None  # schema.impossible: one of the two is given
+    if train.compile:
+        mx.enable_compile()
+    rate = optimizers.schedule(
+        train.lr_schedule,
+        train.learning_rate,
+        train.lr_end,
+        warmup=-(-train.warmup // train.grad_accumulation_steps),
+        updates=-(-iters // train.grad_accumulation_steps),
+    )
+    return Trainer(
+        model,
+        batches,
+        valid if train.val_batches == -1 else valid[: train.val_batches * train.batch_size],
+        optimizers.build(train.optimizer, optimizer_options(cfg), rate),
+        seed=cfg.seed,
+        iters=iters,
+        batch_size=train.batch_size,
+        steps_per_report=train.steps_per_report,
+        steps_per_eval=train.steps_per_eval,
+        grad_accumulation_steps=train.grad_accumulation_steps,
+        max_grad_norm=train.max_grad_norm,
+        grad_checkpoint=train.grad_checkpoint,
+        compile=train.compile if train.compile is not None else not models.on_cpu(),
+        patience=train.patience,
+        save_every=train.save_every,
+        name_of=lambda row: f"{PREPARED}/train.jsonl:{rows[row].line}",
+        **hooks,
+    )
+
+
+def optimizer_options(cfg: Config) -> dict[str, Any]:
+    """The chosen optimizer's own options."""
+    given = cast(Any, OmegaConf.to_container(cast(Any, cfg.train.optimizer_config)))
+    return dict(given.get(cfg.train.optimizer, {}))
+
+
+def what_decides(params: dict[str, Any], source: sources.Source) -> dict[str, Any]:
+    """Everything that the result depends on: a training goes on from no other's checkpoint."""
+    deciding = ("seed", "train.")
+    return {
+        **{key: value for key, value in params.items() if key.startswith(deciding)},
+        "train.save_every": None,  # when it is saved decides nothing
+        "data": files.digest([PREPARED / f"{split}.jsonl" for split in ("train", "valid")]),
+        "model": [source.path, source.commit, source.digest],
+        "code": files.digest(Path(__file__).parent.glob("*.py")),
+        "libraries": [f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "numpy")],
+        "device": models.device(),
+    }
+
+
+def _run_of(folder: Path) -> str:
+    """The name of the MLflow run that a training has, however often it is interrupted."""
+    path = folder / "run.json"
+    if not path.exists():
+        files.write_json(path, {"run": uuid.uuid4().hex})
+    return str(files.read_json(path)["run"])
+
+
+def _name_what_is_left_out(split: str, count: int, there: set[int]) -> None:
+    missing = [f"{PREPARED}/{split}.jsonl:{i}" for i in range(1, count + 1) if i not in there]
+    if missing:
+        console.warn(
+            f"{len(missing)} of {count} rows of {split} have no token left to learn and are left "
+            f"out: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
+        )
+
+
+def _say_what_begins(cfg: Config, trainer: Trainer, folder: Path) -> None:
+    import mlx.core as mx
+
+    trainable, total = models.parameter_counts(trainer.model)
+    peak, limit = trainer.predicted_peak(), models.memory_limit()
+    # What one iteration frees, the next can have; more than that is kept from others for nothing.
+    mx.set_cache_limit(peak)
+    console.out.print(
+        f"train {cfg.train.method}: {trainable:,} of {total:,} parameters, "
+        f"{trainer.iters} iterations, on {models.device()}; the longest batch needs about "
+        f"{peak / 1e9:.2f} of {limit / 1e9:.1f} GB"
+    )
+    if peak > limit:
+        console.warn(
+            f"the longest batch will not fit: about {peak / 1e9:.1f} GB, and there are "
+            f"{limit / 1e9:.1f} GB; try a smaller train.batch_size (with more "
+            "train.grad_accumulation_steps), a smaller train.max_seq_length, or "
+            "train.grad_checkpoint=true"
+        )
+    if iteration := trainer.resume():
+        console.out.print(f"goes on after iteration {iteration}, from {folder}")
+    others = [path for path in checkpoints.unfinished(folder.parent) if path != folder]
+    if others:
+        console.out.print(
+            f"{len(others)} interrupted trainings with other settings are in {folder.parent}: "
+            "they go on when they are run again, and can be removed if not"
+        )
+
+
+def _write(cfg: Config, trainer: Trainer, source: sources.Source) -> dict[str, float]:
+    """Writes what the training left; returns the metrics."""
+    state = trainer.state
+    last = {key: value for point in state.points for key, value in point.metrics.items()}
+    weights = {"last": trainer.weights(), "best": trainer.best or trainer.weights()}
+    iterations = {"last": state.iteration, "best": state.best_iteration or state.iteration}
+    keep = cfg.train.keep
+    for name, folder in (
+        ("adapters", keep),
+        ("other_adapters", {"last": "best"}.get(keep, "last")),
+    ):
+        models.save_adapters(
+            weights[folder],
+            TRAINED / name,
+            cfg.train,
+            source,
+            layers=len(trainer.model.layers),
+            iteration=iterations[folder],
+        )
+    first = next((p.metrics["val_loss"] for p in state.points if "val_loss" in p.metrics), None)
+    if keep == "best" and first is not None and first <= state.best_loss:
+        console.warn(
+            f"no validation was better than before the training ({first:.4f}): the best after it "
+            f"({state.best_loss:.4f}) is kept; a smaller train.learning_rate may do better"
+        )
+    if state.iteration < trainer.iters:
+        console.warn(
+            f"stopped early after iteration {state.iteration} of {trainer.iters}: "
+            f"{cfg.train.patience} validations in a row were no better"
+        )
+    metrics = last | {
+        "best_val_loss": state.best_loss if trainer.best else last.get("val_loss", 0.0),
+        "best_iteration": iterations["best"],
+        "kept_iteration": iterations[keep],
+    }
+    files.write_text(TRAINED / "history.csv", history(state.points))
+    files.write_json(TRAINED / "metrics.json", metrics)
+    return metrics
+
+
 def history(points: list[Point]) -> str:
-    """The metrics as CSV: a line an iteration, a column a metric, empty where there is none."""
+    """The metrics as CSV: a line an iteration, a column a metric, empty where there is none.
+
+    Speeds and memory are left out, so that the same training leaves the same bytes.
+    """
     lines: dict[int, dict[str, float]] = {}
     for point in points:
-        lines.setdefault(point.iteration, {}).update(point.metrics)
+        found = {key: value for key, value in point.metrics.items() if key not in MEASURED}
+        lines.setdefault(point.iteration, {}).update(found)
     columns = list(dict.fromkeys(key for line in lines.values() for key in line))
     text = io.StringIO()
     writer = csv.DictWriter(text, ["iteration", *columns], lineterminator="\n")
@@ -122,9 +310,12 @@ def history(points: list[Point]) -> str:
 def run_name(cfg: Config) -> str:
     """What a person looks for in a list of runs."""
     layers = "all" if cfg.train.num_layers == -1 else str(cfg.train.num_layers)
+    length = (
+        f"iters={cfg.train.iters}" if cfg.train.epochs is None else f"epochs={cfg.train.epochs}"
+    )
     return (
         f"{Path(cfg.model.path).name} {cfg.train.method} "
-        f"lr={cfg.train.learning_rate:g} layers={layers} iters={cfg.train.iters}"
+        f"lr={cfg.train.learning_rate:g} layers={layers} {length}"
     )
 
 

@@ -1,27 +1,34 @@
-"""The training loop: mlx-lm's models and adapter layers, our batches, loss and order.
+"""The training loop: mlx-lm's models and adapter layers, our batches, loss, order and state.
 
-What decides the result is passed in; nothing is read from a configuration, and nothing is drawn
-from a generator that anything else draws from.
+What decides the result is passed in; nothing is read from a configuration. What an iteration does
+depends on the weights, the optimizer's moments and the iteration's number alone: the order of rows
+and the dropout come from (seed, epoch, position). So a training that goes on from a checkpoint
+ends with the same bytes as one that was never interrupted, and looking at it changes nothing.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_map
+from mlx.nn.utils import average_gradients
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
+from athanor import console
+from athanor.batches import Batch, Batches, padded
 from athanor.chat import Tokens
+from athanor.checkpoints import Checkpoint, Checkpoints
 from athanor.console import UserError
-from athanor.evaluation import mean_loss, padded, summed_loss
+from athanor.evaluation import mean_loss, summed_loss
+
+Arrays = dict[str, mx.array]
 
 
 @dataclass(frozen=True)
@@ -32,19 +39,353 @@ class Point:
     metrics: dict[str, float]
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of rows in an epoch: a permutation of range(count) that (seed, epoch) decide."""
-    return [int(i) for i in np.random.default_rng([seed, epoch]).permutation(count)]
+@dataclass
+class State:
+    """Where a training stands, besides its arrays. The window is what the next report is about."""
+
+    iteration: int = 0
+    trained_tokens: int = 0
+    update_tokens: int = 0
+    window_loss: float = 0.0
+    window_tokens: int = 0
+    grad_norm: float | None = None
+    validated: int = -1
+    best_loss: float = math.inf
+    best_iteration: int = 0
+    not_better: int = 0
+    points: list[Point] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"best_loss": self.best_loss if self.best_iteration else None}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "State":
+        loss = math.inf if value["best_loss"] is None else value["best_loss"]
+        points = [Point(**point) for point in value["points"]]
+        return cls(**value | {"best_loss": loss, "points": points})
 
 
-def batches(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of row numbers: every row once an epoch, the last batch what is left."""
-    epoch = 0
-    while count:
-        order = epoch_order(count, seed, epoch)
-        for start in range(0, count, batch_size):
-            yield order[start : start + batch_size]
-        epoch += 1
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, met between two iterations."""
+
+
+class Trainer:
+    """Trains the trainable parameters of `model` in place.
+
+    The loss of an update is the mean over its supervised tokens, whatever rows, paddings,
+    accumulated batches and processes they came in. Validation is over all of `valid`, before the
+    first iteration, every `steps_per_eval` iterations and at the end.
+
+    Args:
+        batches: the batch of each iteration, from 1.
+        optimizer: one that has not been used yet.
+        loss: from the model and a batch's arrays, the sum over its supervised tokens, in nats.
+        max_grad_norm: the L2 norm that an update's gradient is scaled down to; None for no limit.
+        patience: ends the training after so many validations in a row without a better one.
+        checkpoints: where to save every `save_every` iterations and on Ctrl-C or SIGTERM.
+        name_of: how to name a row, by its number, to a person.
+        compile: whether to run the step through mx.compile.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Callable[[int], Batch],
+        valid: list[Tokens],
+        optimizer: optim.Optimizer,
+        *,
+        seed: int,
+        iters: int,
+        batch_size: int,
+        steps_per_report: int,
+        steps_per_eval: int,
+        grad_accumulation_steps: int = 1,
+        max_grad_norm: float | None = None,
+        grad_checkpoint: bool = False,
+        compile: bool = False,
+        patience: int | None = None,
+        save_every: int | None = None,
+        checkpoints: Checkpoints | None = None,
+        loss: Callable[..., mx.array] = summed_loss,
+        name_of: Callable[[int], str] = lambda row: f"row {row + 1}",
+        on_iteration: Callable[[int], None] = lambda iteration: None,
+        on_point: Callable[[Point], None] = lambda point: None,
+    ) -> None:
+        self.model, self.batches, self.valid, self.optimizer = model, batches, valid, optimizer
+        self.seed, self.iters, self.batch_size = seed, iters, batch_size
+        self.steps_per_report, self.steps_per_eval = steps_per_report, steps_per_eval
+        self.grad_accumulation_steps, self.max_grad_norm = grad_accumulation_steps, max_grad_norm
+        self.grad_checkpoint = grad_checkpoint
+        self.patience, self.save_every, self.checkpoints = patience, save_every, checkpoints
+        self.name_of, self.on_iteration, self.on_point = name_of, on_iteration, on_point
+        self.world = mx.distributed.init()
+        self.state = State()
+        self.gradient: Any = None  # of the batches since the last update, summed
+        self.best: Arrays = {}  # the weights after state.best_iteration
+        self._stop = False
+        optimizer.init(model.trainable_parameters())
+        loss_and_grad = nn.value_and_grad(model, loss)
+        self._loss_and_grad = lambda *arrays: loss_and_grad(model, *arrays)
+        self._apply = self._update
+        if compile:
+            drawn, changed = [model.state, mx.random.state], [model.state, optimizer.state]
+            self._loss_and_grad = mx.compile(self._loss_and_grad, inputs=drawn, outputs=drawn)
+            self._apply = mx.compile(self._update, inputs=changed, outputs=changed)
+
+    def weights(self) -> Arrays:
+        """The trainable parameters by their names."""
+        return dict(tree_flatten(self.model.trainable_parameters()))
+
+    def resume(self) -> int:
+        """Goes on from the latest whole checkpoint; returns its iteration, 0 without one."""
+        found = self.checkpoints.latest() if self.checkpoints else None
+        if found is None:
+            return 0
+        self.state = State.from_json(found.state)
+        self.model.load_weights(list(found.arrays["adapters"].items()), strict=False)
+        moments = found.arrays["optimizer"]
+        # In place, name by name: the compiled step holds on to this tree.
+        self.optimizer.state.update(
+            tree_map_with_path(lambda name, _: moments[name], self.optimizer.state)
+        )
+        if summed := found.arrays.get("gradient"):
+            self.gradient = tree_map_with_path(
+                lambda name, _: summed[name], self.model.trainable_parameters()
+            )
+        self.best = found.arrays.get("best", {})
+        return self.state.iteration
+
+    def predicted_peak(self) -> int:
+        """The memory in bytes that an iteration on the longest rows will need at most.
+
+        What a batch needs grows by the same amount with each row of the same length: one and two
+        of the longest rows are computed, and nothing is trained.
+        """
+        assert isinstance(self.batches, Batches)
+        longest = max(self.batches.rows, key=len)
+        rows = -(-min(self.batch_size, len(self.batches.rows)) // self.world.size())
+        self.model.train()
+        peaks = []
+        for count in (1, 2):
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            with self._checkpointed():
+                mx.eval(self._loss_and_grad(*padded([longest] * count)))
+            peaks.append(mx.get_peak_memory())
+        summed = self.grad_accumulation_steps > 1
+        gradient = sum(array.nbytes for array in self.weights().values()) if summed else 0
+        return peaks[0] + (rows - 1) * (peaks[1] - peaks[0]) + gradient
+
+    def run(self) -> None:
+        """Trains to the end; `state`, `best` and the model's own weights are then its result.
+
+        Raises:
+            UserError: when a loss or a gradient is no number any more, with the rows it came from.
+            KeyboardInterrupt: after Ctrl-C or SIGTERM and a checkpoint.
+        """
+        maybe_set_recommended_wired_limit()  # Metal: keep a large model from being paged out
+        mx.reset_peak_memory()
+        state = self.state
+        self._watch = Stopwatch()
+        self.model.train()
+        saved = state.iteration
+        with console.interrupts_noted() as noted:
+            self._noted = noted
+            try:
+                while True:
+                    ended = state.iteration >= self.iters
+                    due = ended or state.iteration % self.steps_per_eval == 0
+                    if due and state.validated < state.iteration:
+                        self._validate()
+                    if self.patience is not None and state.not_better >= self.patience:
+                        if state.window_tokens:
+                            self._report()
+                        return
+                    if self.save_every and state.iteration % self.save_every == 0 and not ended:
+                        if saved < state.iteration:
+                            self._save()
+                        saved = state.iteration
+                    self._stop_if_asked()
+                    if ended:
+                        return
+                    self._step()
+            except Stopped:
+                if saved < state.iteration:
+                    self._save()
+                raise Stopped(f"after iteration {state.iteration}") from None
+
+    def _step(self) -> None:
+        state = self.state
+        iteration = state.iteration + 1
+        batch = self.batches(iteration)
+        # Dropout draws from here; a state of its own for each iteration and process.
+        place = np.random.SeedSequence([self.seed, iteration, self.world.rank()])
+        mx.random.seed(int(place.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        with self._checkpointed():
+            loss, gradient = self._loss_and_grad(*batch.arrays)
+        if self.gradient is not None:
+            gradient = tree_map(mx.add, gradient, self.gradient)
+        state.update_tokens += batch.tokens
+        norm = None
+        if iteration % self.grad_accumulation_steps == 0 or iteration == self.iters:
+            norm = self._apply(gradient, mx.array(self.world.size() / state.update_tokens))
+            gradient, state.update_tokens = None, 0
+        loss = mx.distributed.all_sum(loss)
+        mx.eval(self.model.trainable_parameters(), self.optimizer.state, gradient, loss, norm)
+        self.gradient = gradient
+        if norm is not None:
+            state.grad_norm = _number(norm)
+        self._refuse_nan(iteration, batch, _number(loss), state.grad_norm or 0.0)
+
+        state.iteration = iteration
+        state.window_loss += _number(loss)
+        state.window_tokens += batch.tokens
+        self._watch.count(batch.tokens)
+        self.on_iteration(iteration)
+        if iteration % self.steps_per_report == 0 or iteration == self.iters:
+            self._report()
+
+    def _update(self, gradient: Any, scale: mx.array) -> mx.array:
+        """Updates the parameters by a summed gradient; returns the norm of the mean one."""
+        # The mean over processes times their number is the sum over them.
+        gradient = tree_map(lambda array: array * scale, average_gradients(gradient))
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        gradient, norm = optim.clip_grad_norm(gradient, limit)
+        self.optimizer.update(self.model, gradient)
+        return norm
+
+    def _validate(self) -> None:
+        state = self.state
+        state.validated = state.iteration
+        if not self.valid:
+            return
+        with self._watch.paused():
+            self.model.eval()
+            try:
+                loss, _ = mean_loss(self.model, self.valid, self.batch_size, self._stop_if_asked)
+            except Stopped:
+                state.validated = -1
+                raise
+            finally:
+                self.model.train()
+        if not math.isfinite(loss):
+            raise UserError(
+                f"iteration {state.iteration}: the validation loss is {loss}, so the training "
+                f"diverged and was stopped; {self._try()}"
+            )
+        # Before the first iteration there is nothing yet that could be kept.
+        if state.iteration > 0 and loss < state.best_loss:
+            state.best_loss, state.best_iteration, state.not_better = loss, state.iteration, 0
+            self.best = self.weights()
+        elif state.iteration > 0:
+            state.not_better += 1
+        self._say({"val_loss": loss})
+
+    def _report(self) -> None:
+        state = self.state
+        state.trained_tokens += state.window_tokens
+        metrics = {
+            "train_loss": state.window_loss / state.window_tokens,
+            # float32 as a person would write it: 0.0002, not 0.00019999999494757503
+            "learning_rate": float(f"{_number(self.optimizer.learning_rate):.7g}"),
+            "trained_tokens": state.trained_tokens,
+        }
+        if state.grad_norm is not None:
+            metrics["grad_norm"] = state.grad_norm
+        metrics |= self._watch.speeds()
+        metrics |= {
+            "peak_memory": mx.get_peak_memory() / 1e9,
+            "active_memory": mx.get_active_memory() / 1e9,
+        }
+        state.window_loss, state.window_tokens = 0.0, 0
+        self._say(metrics)
+
+    def _say(self, metrics: dict[str, float]) -> None:
+        point = Point(self.state.iteration, metrics)
+        self.state.points.append(point)
+        self.on_point(point)
+
+    def _refuse_nan(self, iteration: int, batch: Batch, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient is {norm} long"
+        rows = ", ".join(self.name_of(row) for row in batch.rows[:16])
+        rows += f" and {len(batch.rows) - 16} more" if len(batch.rows) > 16 else ""
+        raise UserError(
+            f"iteration {iteration}: {what}, so the training diverged and was stopped\n"
+            f"  rows of this batch: {rows}\n  look at them, and {self._try()}"
+        )
+
+    def _try(self) -> str:
+        rate = _number(self.optimizer.learning_rate)
+        return (
+            f"try a smaller train.learning_rate than {rate:g}, some train.warmup, or a smaller "
+            "train.max_grad_norm"
+        )
+
+    def _save(self) -> None:
+        if self.checkpoints is None or self.world.rank() != 0:
+            return
+        weights = self.weights()
+        if not all(mx.isfinite(array).all().item() for array in weights.values()):
+            return  # the next iteration says so; what was saved before stays the last good state
+        arrays = {
+            "adapters": weights,
+            "optimizer": dict(tree_flatten(self.optimizer.state)),
+            "gradient": dict(tree_flatten(self.gradient)) if self.gradient is not None else {},
+            "best": self.best,
+        }
+        with self._watch.paused():
+            self.checkpoints.save(
+                Checkpoint(
+                    self.state.iteration,
+                    {group: found for group, found in arrays.items() if found},
+                    self.state.as_json(),
+                )
+            )
+
+    def _stop_if_asked(self) -> None:
+        if self._noted():
+            raise Stopped
+
+    def _checkpointed(self) -> Any:
+        return checkpointed(self.model.layers[0]) if self.grad_checkpoint else nullcontext()
+
+
+def _number(array: mx.array) -> float:
+    return cast(float, array.item())
+
+
+class Stopwatch:
+    """How long the iterations since the last report took, without what came between them."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start, self._steps, self._tokens = time.perf_counter(), 0, 0
+
+    def count(self, tokens: int) -> None:
+        """Counts an iteration."""
+        self._steps += 1
+        self._tokens += tokens
+
+    def speeds(self) -> dict[str, float]:
+        """The speeds since the last call."""
+        seconds = time.perf_counter() - self._start
+        found = {
+            "iterations_per_second": self._steps / seconds,
+            "tokens_per_second": self._tokens / seconds,
+        }
+        self._reset()
+        return found
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out what the block takes."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
 
 
 @contextmanager
@@ -68,99 +409,3 @@ def checkpointed(layer: nn.Module) -> Iterator[None]:
         yield
     finally:
         kind.__call__ = call
-
-
-def train(
-    model: nn.Module,
-    rows: list[Tokens],
-    valid: list[Tokens],
-    *,
-    seed: int,
-    batch_size: int,
-    iters: int,
-    learning_rate: float,
-    val_batches: int,
-    steps_per_report: int,
-    steps_per_eval: int,
-    grad_checkpoint: bool,
-    grad_accumulation_steps: int,
-    on_iteration: Callable[[int], None],
-    on_point: Callable[[Point], None],
-) -> None:
-    """Trains the trainable parameters of `model` in place, with Adam (Kingma & Ba 2015).
-
-    The loss of an update is the mean over its supervised tokens, whatever rows, paddings and
-    accumulated batches they came in. `val_batches` counts batches of `batch_size` rows from the
-    beginning of `valid`, the same ones each time; -1 takes them all. Validation is at iteration 0,
-    every `steps_per_eval` iterations and at the end.
-
-    Args:
-        rows: tokenized rows, already cut; rows with no supervised token must have been left out.
-        on_iteration: called after each iteration with its number, from 1.
-        on_point: called with each set of metrics as it is known.
-
-    Raises:
-        UserError: when the loss is no longer a number.
-    """
-    held_out = valid if val_batches == -1 else valid[: val_batches * batch_size]
-    optimizer = optim.Adam(learning_rate=learning_rate)
-    loss_and_grad = nn.value_and_grad(model, summed_loss)
-
-    def validate(iteration: int) -> None:
-        model.eval()
-        loss, _ = mean_loss(model, held_out, batch_size)
-        model.train()
-        on_point(Point(iteration, {"val_loss": loss}))
-
-    maybe_set_recommended_wired_limit()  # Metal: keep a large model from being paged out
-    mx.random.seed(seed)
-    mx.reset_peak_memory()
-    validate(0)
-    gradient: Any = None
-    update_tokens = window_tokens = trained_tokens = 0
-    window_loss, window_start, window_steps = 0.0, time.perf_counter(), 0
-    for iteration, numbers in enumerate(batches(len(rows), batch_size, seed), 1):
-        inputs, targets, mask = padded([rows[i] for i in numbers])
-        with checkpointed(model.layers[0]) if grad_checkpoint else nullcontext():
-            loss, step_gradient = loss_and_grad(model, inputs, targets, mask)
-        tokens = sum(sum(rows[i].supervised[1:]) for i in numbers)
-        gradient = step_gradient if gradient is None else tree_map(mx.add, gradient, step_gradient)
-        update_tokens += tokens
-        if iteration % grad_accumulation_steps == 0 or iteration == iters:
-            optimizer.update(model, tree_map(partial(mx.multiply, 1 / update_tokens), gradient))
-            gradient, update_tokens = None, 0
-        mx.eval(model.trainable_parameters(), optimizer.state, gradient, loss)
-
-        window_loss += loss.item()
-        window_tokens += tokens
-        window_steps += 1
-        on_iteration(iteration)
-        if not math.isfinite(window_loss):
-            raise UserError(
-                f"the loss of iteration {iteration} is {window_loss}: the training diverged; "
-                f"try a smaller train.learning_rate than {learning_rate:g}"
-            )
-        if iteration % steps_per_report == 0 or iteration == iters:
-            seconds = time.perf_counter() - window_start
-            trained_tokens += window_tokens
-            on_point(
-                Point(
-                    iteration,
-                    {
-                        "train_loss": window_loss / window_tokens,
-                        "learning_rate": learning_rate,
-                        "iterations_per_second": window_steps / seconds,
-                        "tokens_per_second": window_tokens / seconds,
-                        "trained_tokens": trained_tokens,
-                        "peak_memory": mx.get_peak_memory() / 1e9,
-                    },
-                )
-            )
-            window_loss, window_tokens, window_steps = 0.0, 0, 0
-            window_start = time.perf_counter()
-        if iteration % steps_per_eval == 0 or iteration == iters:
-            paused = time.perf_counter()
-            validate(iteration)
-            window_start += time.perf_counter() - paused
-        if iteration == iters:
-            return

@@ -1,0 +1,83 @@
+"""Which rows come when, and as which arrays: pure functions of what is passed in.
+
+Every row comes once an epoch. Rows of similar length share a batch, so that little is padding, and
+yet no two epochs are alike: rows are shuffled, sorted within windows of many batches, and the
+batches are shuffled again. Nothing but (seed, epoch) decides that, so that a training can be taken
+up anywhere.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+from athanor.chat import Tokens
+
+# Batches a window: few enough that company changes between epochs, enough that lengths agree (a
+# window of 64 leaves 7% padding on log-normal lengths with sigma 1, of 256 under 3%).
+WINDOW = 256
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One iteration's rows.
+
+    `rows` are row numbers, of all ranks; `arrays` is what the loss takes after the model, this
+    rank's share; `tokens` counts the supervised tokens of all ranks.
+    """
+
+    rows: list[int]
+    arrays: tuple[mx.array, ...]
+    tokens: int
+
+
+class Batches:
+    """The batches of a training by iteration, from 1; in a group of processes one rank's share."""
+
+    def __init__(
+        self, rows: list[Tokens], batch_size: int, seed: int, rank: int = 0, size: int = 1
+    ) -> None:
+        self.rows = rows
+        self.an_epoch = -(-len(rows) // batch_size)
+        self._rank, self._size = rank, size
+        lengths = [len(row) for row in rows]
+        # The plan of an epoch is needed for each of its iterations.
+        self._epoch = lru_cache(2)(lambda epoch: plan(lengths, batch_size, seed, epoch))
+
+    def __call__(self, iteration: int) -> Batch:
+        epoch, position = divmod(iteration - 1, self.an_epoch)
+        numbers = self._epoch(epoch)[position]
+        mine = numbers[self._rank :: self._size]
+        # A rank for which a short batch has no row computes one that counts nothing.
+        inputs, targets, mask = padded([self.rows[i] for i in mine or numbers[:1]])
+        tokens = sum(sum(self.rows[i].supervised[1:]) for i in numbers)
+        return Batch(numbers, (inputs, targets, mask if mine else mx.zeros_like(mask)), tokens)
+
+
+def plan(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The row numbers of each batch of an epoch; every row once, the remainder included."""
+    draw = np.random.default_rng([seed, epoch])
+    length_of = np.array(lengths)
+    order = draw.permutation(len(lengths))
+    found: list[list[int]] = []
+    for start in range(0, len(order), WINDOW * batch_size):
+        window = order[start : start + WINDOW * batch_size]
+        window = window[np.argsort(length_of[window], kind="stable")]
+        found += [window[i : i + batch_size].tolist() for i in range(0, len(window), batch_size)]
+    return [found[i] for i in draw.permutation(len(found))]
+
+
+def padded(rows: list[Tokens]) -> tuple[mx.array, mx.array, mx.array]:
+    """Inputs, targets and loss mask of rows, each rows × (longest - 1).
+
+    `targets[i, t]` is the token after `inputs[i, t]`; the mask is 1 where it is supervised, and 0
+    on every padding position.
+    """
+    width = max(map(len, rows))
+    ids = np.zeros((len(rows), width), np.int32)
+    mask = np.zeros((len(rows), width), np.float32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row.ids
+        mask[i, : len(row)] = row.supervised
+    return mx.array(ids[:, :-1]), mx.array(ids[:, 1:]), mx.array(mask[:, 1:])

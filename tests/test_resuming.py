@@ -1,0 +1,272 @@
+"""Trainings that are killed, interrupted, or run out of disk, and go on to the same bytes.
+
+uv run pytest tests/test_resuming.py --kills 20
+"""
+
+import csv
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from athanor import files
+
+SETTINGS = [
+    "train.num_layers=2",
+    "train.batch_size=2",
+    "train.dropout=0.1",
+    "train.grad_accumulation_steps=2",
+    "train.save_every=7",
+    "train.steps_per_report=3",
+    "train.steps_per_eval=5",
+    "train.keep=best",
+]
+
+
+class Place:
+    """A folder in which this repository's stages are run as processes, with a store of its own."""
+
+    def __init__(self, folder: Path, repo: Path, data: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        for part in (repo / "conf", data):
+            shutil.copytree(part, folder / part.name)
+        (folder / "models").symlink_to(repo / "models")
+        self.env = os.environ | {"PYTHONUNBUFFERED": "1"}
+
+    def beside(self, name: str) -> "Place":
+        """Another folder, in which the same was prepared and nothing was trained."""
+        other = Place(self.folder.with_name(name), self.folder, self.folder / "data")
+        shutil.copyfile(self.folder / "params.yaml", other.folder / "params.yaml")
+        shutil.copytree(self.folder / "artifacts/prepare", other.folder / "artifacts/prepare")
+        return other
+
+    def run(self, stage: str, *overrides: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", f"athanor.{stage}", *overrides],
+            cwd=self.folder,
+            env=self.env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def begin(self, *overrides: str, before: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+        """Starts a training and waits for its first figures."""
+        process = subprocess.Popen(
+            [*before, sys.executable, "-m", "athanor.train", *overrides],
+            cwd=self.folder,
+            env=self.env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.wait_for(process, "iteration ")
+        return process
+
+    @staticmethod
+    def wait_for(process: "subprocess.Popen[str]", text: str) -> str:
+        assert process.stdout is not None
+        read = ""
+        for line in process.stdout:
+            read += line
+            if line.startswith(text):
+                return read
+        raise AssertionError(f"no {text!r} in:\n{read}")
+
+    def result(self) -> dict[str, bytes]:
+        names = ["history.csv", "adapters/adapters.safetensors"]
+        names += ["other_adapters/adapters.safetensors", "adapters/adapter_config.json"]
+        return {name: (self.folder / "artifacts/train" / name).read_bytes() for name in names}
+
+    def runs(self) -> list[Any]:
+        from mlflow import MlflowClient
+
+        client = MlflowClient(self.store())
+        experiment = client.get_experiment_by_name("athanor")
+        return list(client.search_runs([experiment.experiment_id])) if experiment else []
+
+    def store(self) -> str:
+        return f"sqlite:///{self.folder}/mlruns/mlflow.db"
+
+    def assert_each_point_once(self) -> None:
+        """The store has one run, and in it every figure of history.csv at its iteration, once."""
+        from mlflow import MlflowClient
+
+        [run] = self.runs()
+        assert run.info.status == "FINISHED"
+        assert "failure" not in run.data.tags
+        client = MlflowClient(self.store())
+        text = (self.folder / "artifacts/train/history.csv").read_text(encoding="utf-8")
+        lines = list(csv.DictReader(text.splitlines()))
+        for key in set(lines[0]) - {"iteration"}:
+            written = [(int(line["iteration"]), float(line[key])) for line in lines if line[key]]
+            points = client.get_metric_history(run.info.run_id, key)
+            assert sorted((point.step, point.value) for point in points) == written, key
+        reported = [int(line["iteration"]) for line in lines if line["train_loss"]]
+        for key in ("tokens_per_second", "peak_memory", "active_memory"):
+            points = client.get_metric_history(run.info.run_id, key)
+            assert sorted(point.step for point in points) == reported, key
+
+    def nothing_is_left(self) -> bool:
+        outbox, saved = self.folder / "mlruns/outbox", self.folder / "artifacts/train/checkpoints"
+        return not any(outbox.iterdir()) and not any(saved.iterdir())
+
+
+@pytest.fixture
+def place(repo: Path, data: Path, tmp_path: Path) -> Callable[..., Place]:
+    """Makes a folder whose rows are prepared, and whose training is as long as is said."""
+
+    def make(name: str, iters: int, *overrides: str) -> Place:
+        found = Place(tmp_path / name, repo, data)
+        found.run("config", *SETTINGS, f"train.iters={iters}", *overrides)
+        found.run("prepare")
+        return found
+
+    return make
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(
+    place: Callable[..., Place], kills: int
+) -> None:
+    iters = 60 + 50 * kills
+    whole = place("whole", iters)
+    whole.run("train")
+    killed = whole.beside("killed")
+    while_writing = 0
+    for number in range(kills):
+        process = killed.begin()
+        if number % 2:
+            while_writing += wait_for_half_a_checkpoint(killed.folder)
+        else:
+            time.sleep(random.uniform(0, 2))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert while_writing >= kills // 2
+    assert [run.info.status for run in killed.runs()] in ([], ["RUNNING"])
+    said = killed.run("train")
+    assert "goes on after iteration" in said
+    assert killed.result() == whole.result()
+    killed.assert_each_point_once()
+    assert killed.nothing_is_left()
+
+
+def wait_for_half_a_checkpoint(folder: Path) -> bool:
+    """Returns as soon as a checkpoint is being written."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if any(folder.glob("artifacts/train/checkpoints/*/.0*")):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_training_saves_and_goes_on_in_its_run(
+    place: Callable[..., Place], number: signal.Signals
+) -> None:
+    one = place("one", 40, "train.save_every=1000")
+    process = one.begin()
+    Place.wait_for(process, "iteration     9 ")
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in said.replace("\n", " ")
+    [run] = one.runs()
+    assert run.info.status == "KILLED"
+    assert run.data.metrics["train_loss"] > 0
+    said = one.run("train")
+    assert "goes on after iteration" in said
+    assert int(said.split("goes on after iteration ")[1].split(",")[0]) >= 9
+    one.assert_each_point_once()
+    whole = one.beside("whole")
+    whole.run("train")
+    assert one.result() == whole.result()
+
+
+def test_a_full_disk_and_a_truncated_checkpoint_are_survived(place: Callable[..., Place]) -> None:
+    """Checkpoints go to a disk of their own that has room for one of them."""
+    whole = place("whole", 40)
+    whole.run("train")
+    one = whole.beside("one")
+    saved = one.folder / "artifacts/train/checkpoints"
+    saved.mkdir(parents=True)
+    user = () if os.getuid() == 0 else ("--map-root-user",)
+    mounted = 'mount -t tmpfs -o size=1400k x "$0" && "$@"'
+    inside = ("unshare", *user, "--mount", "sh", "-c", mounted)
+    try:
+        subprocess.run([*inside, str(saved), "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no small disk can be mounted here: {error}")
+
+    # The small disk is there for one process: what is in it when it dies is copied out.
+    process = one.begin(before=(*inside, str(saved)))
+    said = Place.wait_for(process, "iteration    25 ")
+    assert "no checkpoint after iteration" in said
+    assert "the disk is full" in said
+    root = Path(f"/proc/{child_of(process.pid)}/root")
+    shutil.copytree(root / saved.relative_to("/"), one.folder / "copied", symlinks=True)
+    os.kill(child_of(process.pid), signal.SIGKILL)
+    process.wait()
+    saved.rmdir()
+    (one.folder / "copied").rename(saved)
+    [first] = [path.name for path in saved.glob("*/0*")]
+
+    # With room again it goes on; the next checkpoint is then truncated.
+    process = one.begin("train.save_every=5")
+    Place.wait_for(process, "iteration    36 ")
+    process.kill()
+    process.wait()
+    latest = max(saved.glob("*/0*"))
+    assert latest.name > first
+    weights = latest / "adapters.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    said = one.run("train")
+    assert f"{latest.name} is damaged" in said.replace("\n", "")
+    assert "goes on after iteration" in said
+    assert one.result() == whole.result()
+    one.assert_each_point_once()
+
+
+def child_of(process: int) -> int:
+    """The process that a shell runs, or the process itself where it has none."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return child_of(int(children[0])) if children else process
+
+
+def test_looking_elsewhere_and_more_often_changes_no_adapter(place: Callable[..., Place]) -> None:
+    one = place("one", 20, "train.keep=last")
+    one.run("train")
+    adapters = one.result()["adapters/adapters.safetensors"]
+    one.env["MLFLOW_TRACKING_URI"] = f"sqlite:///{one.folder}/elsewhere.db"
+    one.run("train", "train.steps_per_eval=1", "train.val_batches=1", "train.steps_per_report=1")
+    assert one.result()["adapters/adapters.safetensors"] == adapters
+    one.run("train")
+    assert one.result()["adapters/adapters.safetensors"] == adapters
+
+
+def test_a_run_whose_process_is_gone_is_closed_by_the_next_start(
+    place: Callable[..., Place],
+) -> None:
+    one = place("one", 2000)
+    process = one.begin()
+    Place.wait_for(process, "iteration     3 ")
+    process.kill()
+    process.wait()
+    # Killed this early, its journal may know more than the store does.
+    assert [run.info.status for run in one.runs()] in ([], ["RUNNING"])
+    said = one.run("train", "train.learning_rate=1e-5", "train.iters=4")
+    assert "1 interrupted trainings with other settings are in" in said.replace("\n", " ")
+    closed = {run.data.params["train.iters"]: run.info.status for run in one.runs()}
+    assert closed == {"2000": "KILLED", "4": "FINISHED"}
+    # The one that died still has its checkpoint, for when it is run again.
+    assert files.read_json(next(one.folder.glob("artifacts/train/checkpoints/*/about.json")))

@@ -1,0 +1,135 @@
+"""What was said to MLflow arrives there once, however often it took to get it there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from athanor import tracking
+from athanor.paths import OUTBOX
+
+
+@pytest.fixture
+def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store that can't be reached as long as this file is in its folder's place."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_TRIES", 0)
+    in_the_way = tmp_path / "away"
+    in_the_way.write_text("", encoding="utf-8")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{in_the_way}/runs.db")
+    return in_the_way
+
+
+def store() -> tuple[MlflowClient, list[Any]]:
+    client = MlflowClient(tracking.store_uri())
+    experiment = client.get_experiment_by_name("athanor")
+    assert experiment is not None
+    return client, list(client.search_runs([experiment.experiment_id]))
+
+
+def start(run: str | None = None) -> tracking.Run:
+    datasets = [tracking.Dataset("train.jsonl", "training", "0" * 64, 6)]
+    return tracking.start("tiny lora", {"seed": 0}, {"device": "cpu"}, datasets, run)
+
+
+def waiting() -> list[str]:
+    return sorted(path.name for path in OUTBOX.glob("*"))
+
+
+def test_what_a_store_that_is_away_missed_is_sent_by_the_next_stage(
+    away: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapters = Path("adapters")
+    adapters.mkdir()
+    (adapters / "adapters.safetensors").write_text("first", encoding="utf-8")
+    with start() as run:
+        run.metrics(1, {"train_loss": 2.5})
+        run.artifact(adapters, "adapters")
+        run.text("seed: 0", "params.yaml")
+        assert run.opened() is None
+    said = capsys.readouterr().err
+    assert "took no record" in said
+    assert "sent by the next stage" in said
+    assert len(waiting()) == 2  # a journal and its lock
+    # What the folder holds by then is another training's.
+    (adapters / "adapters.safetensors").unlink()
+    (adapters / "adapters.safetensors").write_text("second", encoding="utf-8")
+
+    away.unlink()
+    with tracking.resume(run.name, None) as test:
+        test.metrics(40, {"test_loss": 1.5})
+    client, [found] = store()
+    assert test.id == found.info.run_id
+    assert found.info.status == "FINISHED"
+    assert found.data.params == {"seed": "0"}
+    assert found.data.metrics == {"train_loss": 2.5, "test_loss": 1.5}
+    assert found.inputs.dataset_inputs[0].dataset.name == "train.jsonl"
+    kept = client.download_artifacts(found.info.run_id, "adapters/adapters.safetensors")
+    assert Path(kept).read_text(encoding="utf-8") == "first"
+    assert waiting() == []
+
+
+def test_a_store_that_comes_back_gets_all_of_it(away: Path) -> None:
+    with start() as run:
+        run.metrics(1, {"train_loss": 3.0})
+        assert run.opened() is None
+        away.unlink()
+        run.metrics(2, {"train_loss": 2.0})
+    client, [found] = store()
+    points = client.get_metric_history(found.info.run_id, "train_loss")
+    assert [(point.step, point.value) for point in points] == [(1, 3.0), (2, 2.0)]
+    assert waiting() == []
+
+
+def test_a_training_that_goes_on_says_nothing_twice(away: Path) -> None:
+    away.unlink()
+    with pytest.raises(KeyboardInterrupt), start("mine") as run:
+        run.metrics(5, {"train_loss": 3.0, "tokens_per_second": 100.0}, once=True)
+        raise KeyboardInterrupt("after iteration 5")
+    _, [found] = store()
+    assert found.info.status == "KILLED"
+    assert found.data.tags["failure"] == "after iteration 5"
+    with start("mine") as again:
+        again.metrics(5, {"train_loss": 3.0, "tokens_per_second": 90.0}, once=True)
+        again.metrics(6, {"train_loss": 2.0}, once=True)
+    client, [found] = store()
+    assert again.id == run.id == found.info.run_id
+    assert found.info.status == "FINISHED"
+    assert "failure" not in found.data.tags
+    for key, expected in (("train_loss", [3.0, 2.0]), ("tokens_per_second", [100.0])):
+        points = client.get_metric_history(found.info.run_id, key)
+        assert [point.value for point in points] == expected
+
+
+def test_a_journal_that_was_cut_off_is_sent_as_far_as_it_goes(away: Path) -> None:
+    journal = tracking.Journal("dead")
+    opening = {"do": "start", "run": "dead", "store": tracking.store_name(), "time": 1}
+    opening |= {"experiment": "athanor", "name": "it", "params": {}, "tags": {}, "datasets": []}
+    opening["tags"] = {"athanor.run": "dead"}
+    journal.append(opening)
+    journal.append({"do": "metrics", "step": 1, "values": {"a": 1.0}, "once": True, "time": 2})
+    with (journal.folder / "journal.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"do": "tags", "values": {}})[:9])
+    journal.close()
+    away.unlink()
+    with start() as run:
+        run.metrics(1, {"a": 2.0})
+    _, found = store()
+    states = {one.info.run_name: (one.info.status, one.data.metrics["a"]) for one in found}
+    assert states == {"it": ("KILLED", 1.0), "tiny lora": ("FINISHED", 2.0)}
+    assert waiting() == []
+
+
+def test_what_was_said_to_another_store_waits_for_that_one(
+    away: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with start() as run:
+        assert run.opened() is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{away.parent}/other.db")
+    with start():
+        pass
+    _, found = store()
+    assert len(found) == 1
+    assert run.name in waiting()
