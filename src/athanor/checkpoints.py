@@ -70,8 +70,8 @@ class Checkpoints:
                     mx.save_safetensors(str(folder / f"{group}.safetensors"), arrays)
                 files.write_json(folder / "state.json", found.state)
                 files.write_json(folder / "manifest.json", _manifest(folder))
-        except (OSError, RuntimeError) as error:
-            if not files.disk_is_full(error):
+        except OSError as error:
+            if error.errno not in console.FULL:
                 raise
             there = ", ".join(path.name for path in self._all()) or "none"
             console.warn(
@@ -119,8 +119,8 @@ class Checkpoints:
 
 
 def unfinished(root: Path) -> list[Path]:
-    """The folders of all trainings that have not ended."""
-    return sorted(path.parent for path in root.glob("*/about.json"))
+    """The folders of all trainings that have a checkpoint, and so have not ended."""
+    return sorted({path.parent.parent for path in root.glob("*/*/manifest.json")})
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,10 @@ out = Console(width=None if sys.stdout.isatty() else 100, soft_wrap=False)
 err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
 
 
+# What an OSError says where a disk or a person's share of it is full.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class UserError(Exception):
     """Something that the person at the keyboard can mend; its text says how."""
 
@@ -41,7 +45,7 @@ def run(main: Callable[[], None]) -> None:
         )
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             _unexpected()
         err.print(
             f"[bold red]error:[/] the disk is full ({error.filename or 'while writing'}): make "

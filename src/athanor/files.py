@@ -63,6 +63,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Yields an empty temporary folder that takes `path`'s place when the block ends well.
 
     Its files are flushed to the disk first, so that what has its name is whole.
+
+    Raises:
+        OSError: with errno.ENOSPC also where mlx could not write.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -75,8 +78,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(path)
         temporary.replace(path)
         _flush(path.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, RuntimeError) and "Unable to write" in str(error):
+            # All that mlx's writer says of a full disk.
+            raise OSError(errno.ENOSPC, str(error), str(path)) from error
         raise
 
 
@@ -101,13 +107,6 @@ def lock(path: Path) -> int | None:
         os.close(handle)
         return None
     return handle
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """Whether an error says so; mlx's writer says no more than that it could not write."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return isinstance(error, RuntimeError) and "Unable to write" in str(error)
 
 
 def digest(paths: Iterable[Path]) -> str:

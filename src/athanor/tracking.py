@@ -70,22 +70,26 @@ class Journal:
         self.folder = root() / OUTBOX / name
         self._lock_file = self.folder.with_name(f"{name}.lock")
         self._lock = files.lock(self._lock_file)
-        self.lost = False
+        self._unwritten: list[str] = []
 
     def ours(self) -> bool:
         """Whether this process may write it: no other one that is alive does."""
         return self._lock is not None
 
     def append(self, said: Said) -> None:
-        """Adds a line; on a full disk it is said, and what is in memory has to do."""
+        """Adds a line, and those that a full disk had no room for before."""
+        first = not self._unwritten
+        self._unwritten.append(json.dumps(said, ensure_ascii=False) + "\n")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "journal.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(said, ensure_ascii=False) + "\n")
+                # A line of its own also after one that was cut off.
+                file.write(("" if first else "\n") + "".join(self._unwritten))
         except OSError as error:
-            if not self.lost:
+            if first:
                 console.warn(f"{self.folder} can't be written ({error}); the training goes on")
-            self.lost = True
+        else:
+            self._unwritten = []
 
     def keep(self, path: Path) -> str:
         """Keeps a file or a folder as it is now; returns where."""

@@ -34,7 +34,7 @@ from athanor import (
 from athanor.batches import Batches
 from athanor.paths import CHECKPOINTS, PARAMS, PREPARED, TRAINED, root
 from athanor.schema import Config
-from athanor.training import Point, Stopped, Trainer
+from athanor.training import LESS_MEMORY, Point, Stopped, Trainer
 
 # What depends on the machine's mood and so is in metrics.json and MLflow, not in history.csv.
 MEASURED = {"iterations_per_second", "tokens_per_second", "peak_memory", "active_memory"}
@@ -236,17 +236,15 @@ def _say_what_begins(cfg: Config, trainer: Trainer, folder: Path) -> None:
     if peak > limit:
         console.warn(
             f"the longest batch will not fit: about {peak / 1e9:.1f} GB, and there are "
-            f"{limit / 1e9:.1f} GB; try a smaller train.batch_size (with more "
-            "train.grad_accumulation_steps), a smaller train.max_seq_length, or "
-            "train.grad_checkpoint=true"
+            f"{limit / 1e9:.1f} GB; {LESS_MEMORY}"
         )
     if iteration := trainer.resume():
         console.out.print(f"goes on after iteration {iteration}, from {folder}")
     others = [path for path in checkpoints.unfinished(folder.parent) if path != folder]
     if others:
         console.out.print(
-            f"{len(others)} interrupted trainings with other settings are in {folder.parent}: "
-            "they go on when they are run again, and can be removed if not"
+            f"{folder.parent} holds checkpoints of {len(others)} interrupted trainings with other "
+            "settings: run with those they go on; if they are not wanted, remove them"
         )
 
 

@@ -30,6 +30,11 @@ from athanor.evaluation import mean_loss, summed_loss
 
 Arrays = dict[str, mx.array]
 
+LESS_MEMORY = (
+    "try a smaller train.batch_size (with more train.grad_accumulation_steps), a smaller "
+    "train.max_seq_length, fewer train.num_layers, or train.grad_checkpoint=true"
+)
+
 
 @dataclass(frozen=True)
 class Point:
@@ -122,7 +127,6 @@ class Trainer:
         self.state = State()
         self.gradient: Any = None  # of the batches since the last update, summed
         self.best: Arrays = {}  # the weights after state.best_iteration
-        self._stop = False
         optimizer.init(model.trainable_parameters())
         loss_and_grad = nn.value_and_grad(model, loss)
         self._loss_and_grad = lambda *arrays: loss_and_grad(model, *arrays)
@@ -169,7 +173,7 @@ class Trainer:
         for count in (1, 2):
             mx.clear_cache()
             mx.reset_peak_memory()
-            with self._checkpointed():
+            with self._checkpointed(), fits():
                 mx.eval(self._loss_and_grad(*padded([longest] * count)))
             peaks.append(mx.get_peak_memory())
         summed = self.grad_accumulation_steps > 1
@@ -187,8 +191,8 @@ class Trainer:
         mx.reset_peak_memory()
         state = self.state
         self._watch = Stopwatch()
+        self._saved = state.iteration
         self.model.train()
-        saved = state.iteration
         with console.interrupts_noted() as noted:
             self._noted = noted
             try:
@@ -198,20 +202,18 @@ class Trainer:
                     if due and state.validated < state.iteration:
                         self._validate()
                     if self.patience is not None and state.not_better >= self.patience:
+                        ended = True
                         if state.window_tokens:
                             self._report()
-                        return
-                    if self.save_every and state.iteration % self.save_every == 0 and not ended:
-                        if saved < state.iteration:
-                            self._save()
-                        saved = state.iteration
-                    self._stop_if_asked()
+                    # At the end, too: writing the results can still be interrupted.
+                    if ended or (self.save_every and state.iteration % self.save_every == 0):
+                        self._save()
                     if ended:
                         return
+                    self._stop_if_asked()
                     self._step()
             except Stopped:
-                if saved < state.iteration:
-                    self._save()
+                self._save()
                 raise Stopped(f"after iteration {state.iteration}") from None
 
     def _step(self) -> None:
@@ -231,7 +233,8 @@ class Trainer:
             norm = self._apply(gradient, mx.array(self.world.size() / state.update_tokens))
             gradient, state.update_tokens = None, 0
         loss = mx.distributed.all_sum(loss)
-        mx.eval(self.model.trainable_parameters(), self.optimizer.state, gradient, loss, norm)
+        with fits():
+            mx.eval(self.model.trainable_parameters(), self.optimizer.state, gradient, loss, norm)
         self.gradient = gradient
         if norm is not None:
             state.grad_norm = _number(norm)
@@ -308,9 +311,13 @@ class Trainer:
     def _refuse_nan(self, iteration: int, batch: Batch, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient is {norm} long"
-        rows = ", ".join(self.name_of(row) for row in batch.rows[:16])
-        rows += f" and {len(batch.rows) - 16} more" if len(batch.rows) > 16 else ""
+        what, numbers = f"the loss is {loss}", batch.rows
+        if math.isfinite(loss):  # any of the batches that were summed can be the one
+            what = f"the gradient is {norm} long"
+            first = (iteration - 1) // self.grad_accumulation_steps * self.grad_accumulation_steps
+            numbers = [row for i in range(first, iteration) for row in self.batches(i + 1).rows]
+        rows = ", ".join(self.name_of(row) for row in numbers[:16])
+        rows += f" and {len(numbers) - 16} more" if len(numbers) > 16 else ""
         raise UserError(
             f"iteration {iteration}: {what}, so the training diverged and was stopped\n"
             f"  rows of this batch: {rows}\n  look at them, and {self._try()}"
@@ -326,6 +333,9 @@ class Trainer:
     def _save(self) -> None:
         if self.checkpoints is None or self.world.rank() != 0:
             return
+        if self._saved >= self.state.iteration:
+            return
+        self._saved = self.state.iteration
         weights = self.weights()
         if not all(mx.isfinite(array).all().item() for array in weights.values()):
             return  # the next iteration says so; what was saved before stays the last good state
@@ -354,6 +364,17 @@ class Trainer:
 
 def _number(array: mx.array) -> float:
     return cast(float, array.item())
+
+
+@contextmanager
+def fits() -> Iterator[None]:
+    """Turns mlx's errors about memory into one that a person can act on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "alloc" not in str(error).lower() and "memory" not in str(error).lower():
+            raise
+        raise UserError(f"the memory does not suffice ({error}): {LESS_MEMORY}") from error
 
 
 class Stopwatch:
