@@ -38,6 +38,16 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert plan(lengths, 4, 1, 0) != first
 
 
+@pytest.mark.parametrize(("count", "batch_size"), [(12, 6), (101, 4), (1000, 8)])
+def test_rows_change_company_from_epoch_to_epoch(count: int, batch_size: int) -> None:
+    """Also where no two rows have the same length."""
+    lengths = list(range(10, 10 + count))
+    first, second = (
+        {frozenset(batch) for batch in plan(lengths, batch_size, 0, epoch)} for epoch in (0, 1)
+    )
+    assert len(first & second) < len(first) / 4
+
+
 def test_a_batch_is_a_function_of_its_iteration() -> None:
     rows = [row(3 + i % 5) for i in range(11)]
     forward = Batches(rows, 4, seed=0)

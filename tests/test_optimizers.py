@@ -55,7 +55,8 @@ def test_every_optimizer_takes_the_options_that_conf_gives_it(name: str, repo: A
         ({"adam": {"betas": [0.9, 2.0]}}, "beta2 should be in"),
         ({"adam": {"bias_correction": 1}}, "expected something like False"),
         ({"sgd": {"nesterov": True}}, "Nesterov momentum requires"),
-        ({"muon": {"ns_steps": 2.5}}, "expected something like 5"),
+        ({"muon": {"ns_steps": 5.0}}, "expected something like 5"),
+        ({"adamw": {"weight_decay": float("nan")}}, "expected something like 0.01"),
     ],
 )
 def test_options_that_mlx_would_not_take(options: dict[str, Any], said: str) -> None:

@@ -139,7 +139,7 @@ def place(repo: Path, data: Path, tmp_path: Path) -> Callable[..., Place]:
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     place: Callable[..., Place], kills: int
 ) -> None:
-    iters = 60 + 50 * kills
+    iters = 60 + 20 * kills
     whole = place("whole", iters)
     whole.run("train")
     killed = whole.beside("killed")
@@ -149,7 +149,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
         if number % 2:
             while_writing += wait_for_half_a_checkpoint(killed.folder)
         else:
-            time.sleep(random.uniform(0, 2))
+            wait_for_iterations(process, random.randint(1, 30))
         process.kill()
         assert process.wait() == -signal.SIGKILL
     assert while_writing >= kills // 2
@@ -159,6 +159,19 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     assert killed.result() == whole.result()
     killed.assert_each_point_once()
     assert killed.nothing_is_left()
+
+
+def wait_for_iterations(process: "subprocess.Popen[str]", count: int) -> None:
+    """Returns after so many more iterations, somewhere between two reports."""
+    assert process.stdout is not None
+    first = None
+    for line in process.stdout:
+        if line.startswith("iteration "):
+            iteration = int(line.split()[1])
+            first = iteration if first is None else first
+            if iteration >= first + count:
+                time.sleep(random.uniform(0, 0.1))
+                return
 
 
 def wait_for_half_a_checkpoint(folder: Path) -> bool:

@@ -156,7 +156,7 @@ def test_stage_refuses_what_was_prepared_for_another_model(
 def test_failed_training_ends_its_run_failed(stages: Stages, store: str) -> None:
     stages("config")
     stages("prepare")
-    with pytest.raises(UserError, match=r"smaller train\.learning_rate than 1e\+20"):
+    with pytest.raises(UserError, match=r"smaller train\.learning_rate \(here it was 1e\+20"):
         stages("train", overrides=("train.learning_rate=1e20", "train.iters=20"))
     last = last_run(store)
     assert last.info.status == "FAILED"

@@ -105,7 +105,7 @@ def test_a_training_that_goes_on_says_nothing_twice(away: Path) -> None:
 
 def test_a_journal_that_was_cut_off_is_sent_as_far_as_it_goes(away: Path) -> None:
     journal = tracking.Journal("dead")
-    opening = {"do": "start", "run": "dead", "store": tracking.store_name(), "time": 1}
+    opening = {"do": "start", "run": "dead", "store": tracking._store_of_journals(), "time": 1}
     opening |= {"experiment": "athanor", "name": "it", "params": {}, "tags": {}, "datasets": []}
     opening["tags"] = {"athanor.run": "dead"}
     journal.append(opening)
@@ -133,3 +133,50 @@ def test_what_was_said_to_another_store_waits_for_that_one(
     _, found = store()
     assert len(found) == 1
     assert run.name in waiting()
+
+
+def test_a_file_that_the_store_refuses_holds_up_nothing_else(
+    away: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The place for artifacts can't be written, as a bucket without its keys."""
+    away.unlink()
+    closed = away.parent / "closed"
+    closed.write_text("", encoding="utf-8")
+    tracking._client()
+    client = MlflowClient(tracking.store_uri())
+    client.create_experiment("closed", artifact_location=closed.as_uri())
+
+    def begin() -> tracking.Run:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tracking, "EXPERIMENT", "closed")
+            return start("mine")
+
+    with begin() as run:
+        run.text("seed: 0", "params.yaml")
+        run.metrics(1, {"train_loss": 2.0})
+    assert "did not take params.yaml" in capsys.readouterr().err
+    found = client.get_run(str(run.id))
+    assert found.info.status == "FINISHED"
+    assert found.data.metrics == {"train_loss": 2.0}
+    closed.unlink()
+    with start():
+        pass
+    kept = client.download_artifacts(str(run.id), "params.yaml")
+    assert Path(kept).read_text(encoding="utf-8") == "seed: 0"
+    assert client.get_run(str(run.id)).info.status == "FINISHED"
+    assert waiting() == []
+
+
+def test_a_line_cut_inside_a_character_spoils_no_other(away: Path) -> None:
+    journal = tracking.Journal("torn")
+    journal.append({"do": "text", "name": "月亮"})
+    path = journal.folder / "journal.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole.strip()[: whole.strip().index("亮".encode()) + 1])
+    journal.append({"do": "tags", "values": {}})
+    assert [said["do"] for said in journal.lines()] == ["text", "tags"]
+    journal.close()
+    away.unlink()
+    with start():
+        pass
+    assert waiting() == []

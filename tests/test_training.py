@@ -4,6 +4,7 @@ import math
 import sys
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,10 @@ def trainer(fresh: Callable[..., nn.Module], tokens: list[Tokens]) -> Callable[.
             "steps_per_report": 2,
             "steps_per_eval": 2,
             "dropout": 0.2,
+            "method": "lora",
         } | changed
         rows, seed = given.pop("rows"), given["seed"]
-        model = fresh(seed, dropout=given.pop("dropout"))
+        model = fresh(seed, dropout=given.pop("dropout"), method=given.pop("method"))
         optimizer = optimizers.build(given.pop("optimizer"), {}, given.pop("learning_rate"))
         batches = given.pop("batches", Batches(rows, given["batch_size"], seed))
         valid = given.pop("valid", tokens[:3])
@@ -289,7 +291,7 @@ def test_grad_checkpoint_saves_memory_and_changes_no_result(
 
     call, results, peaks = TransformerBlock.__call__, [], []
     for grad_checkpoint in (False, True):
-        results.append(ran(trainer(iters=2, grad_checkpoint=grad_checkpoint, dropout=0.0)))
+        results.append(ran(trainer(iters=2, grad_checkpoint=grad_checkpoint, dropout=0.5)))
         peaks.append(mx.get_peak_memory())
     assert TransformerBlock.__call__ is call
     assert peaks[1] < peaks[0]
@@ -299,7 +301,11 @@ def test_grad_checkpoint_saves_memory_and_changes_no_result(
 
 @pytest.mark.parametrize("name", schema.OPTIMIZERS)
 def test_every_optimizer_learns_and_resumes_to_the_byte(
-    name: str, trainer: Callable[..., Trainer], cfg: Config, tmp_path: Path
+    name: str,
+    trainer: Callable[..., Trainer],
+    tokens: list[Tokens],
+    cfg: Config,
+    tmp_path: Path,
 ) -> None:
     """Stopped between the two batches of an update, with dropout: its sum of gradients is kept."""
     options = vars_of(cfg)["optimizer_config"][name]
@@ -314,14 +320,14 @@ def test_every_optimizer_learns_and_resumes_to_the_byte(
     }
 
     def made(checkpoints: Checkpoints | None = None) -> Trainer:
-        one = trainer(**given, checkpoints=checkpoints)
+        one = trainer(**given, valid=tokens, checkpoints=checkpoints)
         one.optimizer = optimizers.build(name, options, schedule)
         one.optimizer.init(one.model.trainable_parameters())
         return one
 
     whole = made()
     weights = ran(whole)
-    losses = [p.metrics["train_loss"] for p in whole.state.points if "train_loss" in p.metrics]
+    losses = [p.metrics["val_loss"] for p in whole.state.points if "val_loss" in p.metrics]
     assert losses[-1] < losses[0]
 
     class Killed(Exception):
@@ -383,54 +389,63 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(
 
 
 def test_a_loss_that_is_no_number_names_the_rows_and_keeps_the_last_good_state(
-    trainer: Callable[..., Trainer], tmp_path: Path
+    trainer: Callable[..., Trainer], tokens: list[Tokens], tmp_path: Path
 ) -> None:
     saved = Checkpoints(tmp_path, {})
+    sound = Batches(tokens, 2, 0)
+
+    def poisoned(iteration: int) -> Batch:
+        batch = sound(iteration)
+        inputs, targets, mask = batch.arrays
+        return replace(batch, arrays=(inputs, targets, mask / (iteration != 5)))
+
     one = trainer(
-        optimizer="sgd",
-        learning_rate=1e18,
+        batches=poisoned,
         iters=9,
         save_every=1,
-        valid=[],
         checkpoints=saved,
         name_of=lambda row: f"train.jsonl:{row + 1}",
     )
-    with pytest.raises(UserError, match=r"iteration (\d+): the (loss|gradient) is") as caught:
+    with pytest.raises(UserError, match=r"iteration 5: the loss is (inf|nan)") as caught:
         one.run()
-    failed = one.state.iteration + 1
-    rows = Batches(one.batches.rows, 2, 0)(failed).rows  # type: ignore[attr-defined]
-    for row in rows:
+    for row in sound(5).rows:
         assert f"train.jsonl:{row + 1}" in str(caught.value)
-    assert "smaller train.learning_rate than 1e+18" in str(caught.value)
+    assert "smaller train.learning_rate (here it was 0.001)" in str(caught.value)
     latest = saved.latest()
-    for array in latest.arrays["adapters"].values() if latest else []:
-        assert mx.isfinite(array).all().item()
+    assert latest is not None
+    assert latest.iteration == 4
+    assert all(mx.isfinite(array).all().item() for array in latest.arrays["adapters"].values())
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("grad_accumulation_steps", [1, 2])
 def test_peak_is_predicted_before_the_first_step(
-    trainer: Callable[..., Trainer], tokens: list[Tokens], grad_accumulation_steps: int
+    trainer: Callable[..., Trainer],
+    tokens: list[Tokens],
+    method: str,
+    grad_accumulation_steps: int,
 ) -> None:
-    long = [Tokens(row.ids * 8, [True] * (8 * len(row))) for row in tokens]
+    long = [Tokens(row.ids * 4, [True] * (4 * len(row))) for row in tokens]
     one = trainer(
         rows=long,
+        valid=long[:2],
+        method=method,
         batch_size=4,
         iters=4,
-        valid=[],
         grad_accumulation_steps=grad_accumulation_steps,
     )
     before = arrays(one)
-    predicted = one.predicted_peak()
+    predicted = one.predicted_peak(max(long, key=len), 4)
     assert same(before, arrays(one))
     one.run()
-    assert predicted == pytest.approx(mx.get_peak_memory(), rel=0.15)
+    assert 0.95 < predicted / mx.get_peak_memory() < 1.25
 
 
 def test_compiled_steps_learn_the_same(trainer: Callable[..., Trainer]) -> None:
-    plain = ran(trainer(iters=3, dropout=0.0))
+    plain = ran(trainer(iters=3))
     mx.enable_compile()
     try:
-        compiled = trainer(iters=3, dropout=0.0, compile=True)
+        compiled = trainer(iters=3, compile=True)
         mx.enable_compile()  # loading the model on the CPU switched it off
         weights = ran(compiled)
     finally:

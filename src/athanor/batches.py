@@ -1,9 +1,9 @@
 """Which rows come when, and as which arrays: pure functions of what is passed in.
 
 Every row comes once an epoch. Rows of similar length share a batch, so that little is padding, and
-yet no two epochs are alike: rows are shuffled, sorted within windows of many batches, and the
-batches are shuffled again. Nothing but (seed, epoch) decides that, so that a training can be taken
-up anywhere.
+yet no two epochs are alike: rows are shuffled, sorted within windows of many batches, at least two
+an epoch, and the batches are shuffled again. Nothing but (seed, epoch) decides that, so that a
+training can be taken up anywhere.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,7 @@ import numpy as np
 
 from athanor.chat import Tokens
 
-# Batches a window: few enough that company changes between epochs, enough that lengths agree (a
-# window of 64 leaves 7% padding on log-normal lengths with sigma 1, of 256 under 3%).
+# At most so many batches a window: fewer leave more padding, more hold more rows back for each.
 WINDOW = 256
 
 
@@ -61,8 +60,10 @@ def plan(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[lis
     length_of = np.array(lengths)
     order = draw.permutation(len(lengths))
     found: list[list[int]] = []
-    for start in range(0, len(order), WINDOW * batch_size):
-        window = order[start : start + WINDOW * batch_size]
+    an_epoch = -(-len(lengths) // batch_size)
+    size = min(WINDOW, -(-an_epoch // 2)) * batch_size
+    for start in range(0, len(order), size):
+        window = order[start : start + size]
         window = window[np.argsort(length_of[window], kind="stable")]
         found += [window[i : i + batch_size].tolist() for i in range(0, len(window), batch_size)]
     return [found[i] for i in draw.permutation(len(found))]

@@ -76,8 +76,7 @@ class Checkpoints:
             there = ", ".join(path.name for path in self._all()) or "none"
             console.warn(
                 f"no checkpoint after iteration {found.iteration}: the disk is full at "
-                f"{self.folder} ({_size(found)} needed); the training goes on, earlier "
-                f"checkpoints stay ({there})"
+                f"{self.folder} ({_size(found)} needed); earlier checkpoints stay ({there})"
             )
             return False
         for old in self._all()[KEPT:]:
@@ -85,7 +84,7 @@ class Checkpoints:
         return True
 
     def latest(self) -> Checkpoint | None:
-        """The latest checkpoint that is whole; what is wrong with later ones is said."""
+        """The latest checkpoint that is whole; later ones that are not are named and removed."""
         for folder in self._all():
             try:
                 if files.read_json(folder / "manifest.json") != _manifest(folder):
@@ -99,12 +98,17 @@ class Checkpoints:
                     files.read_json(folder / "state.json"),
                 )
             except (OSError, ValueError, RuntimeError, console.UserError) as error:
-                console.warn(f"checkpoint {folder} is damaged ({error}); an earlier one is used")
+                console.warn(f"checkpoint {folder} is damaged ({error}), and so is removed")
+                shutil.rmtree(folder, ignore_errors=True)
         return None
 
     def clear(self) -> None:
         """Removes the folder: the training has ended, and its results are written."""
-        shutil.rmtree(self.folder)
+        # All of it at once: half a folder would be taken for another training's beginning.
+        gone = self.folder.with_name(f".{self.folder.name}")
+        shutil.rmtree(gone, ignore_errors=True)
+        self.folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
         self.close()
 
     def close(self) -> None:
@@ -115,7 +119,8 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         """The checkpoints' folders, the latest first."""
-        return sorted((path for path in self.folder.iterdir() if path.name.isdigit()), reverse=True)
+        found = (path for path in self.folder.iterdir() if path.name.isdigit())
+        return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
 def unfinished(root: Path) -> list[Path]:

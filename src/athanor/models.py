@@ -126,7 +126,9 @@ def save_adapters(
     import mlx.core as mx
 
     with files.whole_folder(folder) as temporary:
-        mx.save_safetensors(str(temporary / "adapters.safetensors"), weights)
+        # In one order, whatever they went through: the same weights are the same file.
+        in_order = dict(sorted(weights.items()))
+        mx.save_safetensors(str(temporary / "adapters.safetensors"), in_order)
         full = train.method == "full"
         files.write_json(
             temporary / "adapter_config.json",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from inspect import signature
+from math import isfinite
 from typing import Any
 
 import mlx.core as mx
@@ -78,7 +79,7 @@ def _alike(value: Any, default: Any) -> bool:
             and len(value) == len(default)
             and all(map(_alike, value, default))
         )
-    number = isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(default, int):
-        return number and int(value) == value
-    return number or (default is None and value is None)
+        return isinstance(value, int) and not isinstance(value, bool)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return (number and isfinite(value)) or (default is None and value is None)

@@ -4,7 +4,8 @@ Importing MLflow takes seconds, and a store can be slow or away: whatever is sai
 journal in mlruns/outbox/ first, and a thread sends it from there, in its order, while the work goes
 on. A journal is removed when all of it was sent. The next stage that starts sends what others left
 behind, because the store was away or their process was killed, and ends the runs of those that
-died. Sending twice leaves one record, so none of it depends on how far the sender had come.
+died. Sending twice leaves one record, so none of it depends on how far the sender had come. What a
+store refuses is set aside, and does not hold up the rest.
 """
 
 import fcntl
@@ -35,6 +36,7 @@ from athanor.paths import OUTBOX, root
 EXPERIMENT = os.environ.get("MLFLOW_EXPERIMENT_NAME", "athanor")
 METRICS_A_CALL = 500
 SECONDS_BETWEEN_TRIES = 30
+SECONDS_FOR_A_LOCK = 120
 
 Said = dict[str, Any]
 
@@ -47,6 +49,11 @@ def store_uri() -> str:
 def store_name() -> str:
     """The store as it may be shown: without a password."""
     return _without_password(store_uri())
+
+
+def _store_of_journals() -> str:
+    """The store as journals name it; the embedded one moves with the repository."""
+    return store_name() if os.environ.get("MLFLOW_TRACKING_URI") else "embedded"
 
 
 @dataclass(frozen=True)
@@ -79,12 +86,12 @@ class Journal:
     def append(self, said: Said) -> None:
         """Adds a line, and those that a full disk had no room for before."""
         first = not self._unwritten
-        self._unwritten.append(json.dumps(said, ensure_ascii=False) + "\n")
+        # A line of its own also after one that was cut off.
+        self._unwritten.append("\n" + json.dumps(said, ensure_ascii=False) + "\n")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "journal.jsonl").open("a", encoding="utf-8") as file:
-                # A line of its own also after one that was cut off.
-                file.write(("" if first else "\n") + "".join(self._unwritten))
+                file.write("".join(self._unwritten))
         except OSError as error:
             if first:
                 console.warn(f"{self.folder} can't be written ({error}); the training goes on")
@@ -92,26 +99,28 @@ class Journal:
             self._unwritten = []
 
     def keep(self, path: Path) -> str:
-        """Keeps a file or a folder as it is now; returns where."""
+        """Keeps a file or a folder as it is now; returns where, below this folder."""
         kept = self.folder / "files" / uuid.uuid4().hex[:8] / path.name
         kept.parent.mkdir(parents=True)
         if path.is_dir():
             shutil.copytree(path, kept, copy_function=_link)
         else:
             _link(str(path), str(kept))
-        return str(kept)
+        return str(kept.relative_to(self.folder))
 
     def lines(self) -> Iterator[Said]:
         """What was said; a last line that a kill cut off was not."""
         path = self.folder / "journal.jsonl"
-        for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        for line in path.read_bytes().split(b"\n") if path.exists() else []:
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:
                 continue
 
     def remove(self) -> None:
         """Removes it: the store has all of it."""
+        # First what says that there is something to send.
+        (self.folder / "journal.jsonl").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock_file.unlink(missing_ok=True)
         self.close()
@@ -135,6 +144,7 @@ class Run:
         self.name = str(opening["run"])
         self.failure: Exception | None = None
         self._journal = journal
+        self._refused: list[str] = []
         self._ends = opening["do"] == "start"
         self._opened = threading.Event()
         self._said: queue.Queue[Said | None] = queue.Queue()
@@ -158,10 +168,13 @@ class Run:
             self._say({"do": "end", "status": status, "time": _now()})
         self._said.put(None)
         self._thread.join()
-        if self.failure is None:
+        if self.failure is None and not self._refused:
             self._journal.remove()
             return
         self._journal.close()
+        if self.failure is None:
+            console.warn(_refusal(self._refused, self._journal.folder))
+            return
         console.warn(
             f"MLflow at {store_name()} took no record ({_short(self.failure)}); "
             f"it is kept in {self._journal.folder} and sent by the next stage that starts"
@@ -204,7 +217,8 @@ class Run:
 
     def _work(self) -> None:
         waiting: deque[Said] = deque()
-        sender, not_before, more = Sender(), 0.0, True
+        sender, not_before, more = Sender(self._journal.folder, goes_on=True), 0.0, True
+        self._refused = sender.refused
         swept = False
         while more:
             said = self._said.get()
@@ -218,34 +232,49 @@ class Run:
                     # First, because a training's record may be among it, to which this one adds.
                     send_what_was_left()
                     swept = True
-                while waiting:
-                    # What is taken together is dropped together, once it was sent.
-                    together = _together(waiting)
-                    sender.send(together)
-                    self.id = sender.run
-                    self._opened.set()
-                    for _ in together:
-                        waiting.popleft()
+                sender.send(waiting)
                 self.failure = None
             except Exception as error:
                 self.failure = error
                 not_before = time.monotonic() + SECONDS_BETWEEN_TRIES
             finally:
+                self.id = sender.run
                 self._opened.set()
 
 
 class Sender:
-    """Sends what was said to the store; a thing that it has already is not there twice."""
+    """Sends what was said to the store; a thing that it has already is not there twice.
 
-    def __init__(self, client: Any = None) -> None:
+    `folder` is the journal's, where artifacts are; `goes_on` is whether the run is at work, and not
+    one of a process that is gone.
+    """
+
+    def __init__(self, folder: Path, goes_on: bool) -> None:
         self.run: str | None = None
-        self.client = client
+        self.refused: list[str] = []
+        self.client: Any = None
+        self._folder, self._goes_on = folder, goes_on
         self._there: set[tuple[str, int]] = set()
 
-    def send(self, said: list[Said]) -> None:
-        """Sends one thing, or metrics that follow one another."""
+    def send(self, waiting: "deque[Said]") -> None:
+        """Sends what waits, and takes away what was sent."""
         if self.client is None:
             self.client = _client()
+        while waiting:
+            # What is sent together is taken away together.
+            together = _together(waiting)
+            try:
+                self._send(together)
+            except Exception as error:
+                # A place for files can be away, or closed to us, where the store is not.
+                if together[0]["do"] not in ("artifact", "text"):
+                    raise
+                name = together[0].get("name") or Path(together[0]["path"]).name
+                self.refused.append(f"{name} ({_short(error)})")
+            for _ in together:
+                waiting.popleft()
+
+    def _send(self, said: list[Said]) -> None:
         first = said[0]
         if first["do"] in ("start", "resume"):
             self._open(first)
@@ -259,12 +288,9 @@ class Sender:
         elif first["do"] == "text":
             self.client.log_text(self.run, first["text"], first["name"])
         elif first["do"] == "artifact":
-            add = (
-                self.client.log_artifacts
-                if Path(first["path"]).is_dir()
-                else self.client.log_artifact
-            )
-            add(self.run, first["path"], first["folder"])
+            path = self._folder / first["path"]
+            add = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
+            add(self.run, str(path), first["folder"])
         elif first["do"] == "end":
             self.client.set_terminated(self.run, first["status"], first["time"])
 
@@ -294,26 +320,32 @@ class Sender:
                 for point in self.client.get_metric_history(self.run, key)
             }
             if said["do"] == "start":
-                self.client.update_run(self.run, status="RUNNING")
+                if self._goes_on:
+                    self.client.update_run(self.run, status="RUNNING")
                 if not found.data.params:  # killed right after it was created
                     self._describe(said)
                 if "failure" in found.data.tags:
                     self.client.delete_tag(self.run, "failure")
 
     def _find(self, said: Said) -> Any:
-        by = f"tags.`athanor.run` = '{said['run']}'"
+        from mlflow.exceptions import MlflowException
+
         if said.get("run_id"):
-            by = f"attributes.run_id = '{said['run_id']}'"
-        experiments = [e.experiment_id for e in self.client.search_experiments()]
-        found = self.client.search_runs(experiments, filter_string=by, max_results=1)
+            try:
+                return self.client.get_run(said["run_id"])
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return None
+        by = f"tags.`athanor.run` = '{said['run']}'"
+        experiment = _experiment(self.client, said["experiment"])
+        found = self.client.search_runs([experiment], filter_string=by, max_results=1)
         return found[0] if found else None
 
     def _describe(self, said: Said) -> None:
         from mlflow.entities import Dataset as MlflowDataset
         from mlflow.entities import DatasetInput, InputTag, Param
 
-        params = [Param(key, value) for key, value in said["params"].items()]
-        self.client.log_batch(self.run, params=params)
         self.client.log_inputs(
             self.run,
             [
@@ -330,6 +362,9 @@ class Sender:
                 for dataset in said["datasets"]
             ],
         )
+        # Last, because a run that has them is taken to have all of it.
+        params = [Param(key, value) for key, value in said["params"].items()]
+        self.client.log_batch(self.run, params=params)
 
     def _metrics(self, said: list[Said]) -> None:
         from mlflow.entities import Metric
@@ -353,31 +388,30 @@ def send_what_was_left() -> None:
 
     One that the store refuses stays, and that is said; a store that is away raises its own error.
     """
-    client = _client()
-    client.search_experiments(max_results=1)
+    _client().search_experiments(max_results=1)
     for folder in sorted(path for path in (root() / OUTBOX).glob("*") if path.is_dir()):
         journal = Journal(folder.name)
-        if not journal.ours() or not folder.exists():
-            journal.close()
+        if not journal.ours():
             continue
         said = list(journal.lines())
-        if said and said[0]["store"] != store_name():
+        store = next((one["store"] for one in said if "store" in one), None)
+        if store is None:  # cut off before anything was said, or removed by now
+            journal.remove()
+            continue
+        if store != _store_of_journals():
             journal.close()
             continue
         starts = [i for i, one in enumerate(said) if one["do"] == "start"]
         if starts and not any(one["do"] == "end" for one in said[starts[-1] :]):
             died = int((folder / "journal.jsonl").stat().st_mtime * 1000)
             said.append({"do": "end", "status": "KILLED", "time": died})
+        sender = Sender(folder, goes_on=False)
         try:
-            sender = Sender(client)
-            waiting = deque(said)
-            while waiting:
-                together = _together(waiting)
-                sender.send(together)
-                for _ in together:
-                    waiting.popleft()
+            sender.send(deque(said))
         except Exception as error:
-            console.warn(f"MLflow refuses what is in {folder}: {_short(error)}")
+            sender.refused.append(_short(error))
+        if sender.refused:
+            console.warn(_refusal(sender.refused, folder))
             journal.close()
         else:
             journal.remove()
@@ -397,12 +431,16 @@ def start(
     """
     run = run or uuid.uuid4().hex
     journal = Journal(run)
+    deadline = time.monotonic() + SECONDS_FOR_A_LOCK
+    while not journal.ours() and time.monotonic() < deadline:
+        time.sleep(0.2)  # a stage that has just started is sending what was left there
+        journal = Journal(run)
     if not journal.ours():
         raise console.UserError(f"another process writes this training's run ({journal.folder})")
     opening = {
         "do": "start",
         "run": run,
-        "store": store_name(),
+        "store": _store_of_journals(),
         "experiment": EXPERIMENT,
         "name": name,
         "time": _now(),
@@ -419,8 +457,14 @@ def resume(run: str, run_id: str | None) -> Run:
     A run that this store does not have (the training came out of DVC's cache, from another
     machine) is not made anew: that is said, and nothing is logged.
     """
-    journal = Journal(f"{run}.{os.getpid()}")
-    return Run(journal, {"do": "resume", "run": run, "run_id": run_id, "store": store_name()})
+    opening = {
+        "do": "resume",
+        "run": run,
+        "run_id": run_id,
+        "store": _store_of_journals(),
+        "experiment": EXPERIMENT,
+    }
+    return Run(Journal(f"{run}.{uuid.uuid4().hex[:8]}"), opening)
 
 
 def lineage() -> dict[str, str]:
@@ -481,6 +525,13 @@ def _experiment(client: Any, name: str) -> str:
     # Without its kind MLflow's UI opens an experiment as one of prompts and traces.
     tags = {"mlflow.experimentKind": "custom_model_development"}
     return str(client.create_experiment(name, artifact_location=place, tags=tags))
+
+
+def _refusal(refused: list[str], folder: Path) -> str:
+    return (
+        f"MLflow at {store_name()} did not take {', '.join(refused)}; it is kept in {folder}, and "
+        "the next stage tries again"
+    )
 
 
 def _together(waiting: "deque[Said]") -> list[Said]:

@@ -32,6 +32,7 @@ from athanor import (
     tracking,
 )
 from athanor.batches import Batches
+from athanor.chat import Tokens
 from athanor.paths import CHECKPOINTS, PARAMS, PREPARED, TRAINED, root
 from athanor.schema import Config
 from athanor.training import LESS_MEMORY, Point, Stopped, Trainer
@@ -97,7 +98,7 @@ def main() -> None:
                 on_iteration=lambda iteration: bar.update(task, completed=iteration),
             )
             bar.update(task, total=trainer.iters)
-            _say_what_begins(cfg, trainer, kept.folder)
+            _say_what_begins(cfg, trainer, tokens["train"], kept.folder)
             for point in trainer.state.points:
                 run.metrics(point.iteration, point.metrics, once=True)
             try:
@@ -105,9 +106,8 @@ def main() -> None:
             except Stopped as stopped:
                 raise Stopped(f"{stopped}; the same command goes on from there") from None
         metrics = _write(cfg, trainer, source)
-        if trainer.best:
-            best = trainer.state.best_iteration
-            run.metrics(best, {"best_val_loss": trainer.state.best_loss}, once=True)
+        best = {"best_val_loss": metrics["best_val_loss"]}
+        run.metrics(trainer.state.best_iteration, best, once=True)
         run.artifact(TRAINED / "adapters", "adapters")
         run.artifact(TRAINED / "other_adapters", "other_adapters")
         run.artifact(TRAINED / "history.csv")
@@ -133,24 +133,30 @@ def main() -> None:
 def build(
     cfg: Config,
     model: Any,
-    rows: list[chat.Tokens],
-    valid: list[chat.Tokens],
+    rows: list[Tokens],
+    valid: list[Tokens],
     **hooks: Any,
 ) -> Trainer:
     """The trainer that a configuration describes; `hooks` are Trainer's, for checkpoints and news.
 
     Raises:
-        UserError: where no row has anything to learn.
+        UserError: where no row has anything to learn, or to validate with.
     """
     import mlx.core as mx
 
     train = cfg.train
-    if not rows:
-        raise console.UserError(
-            f"no row has a token left to learn in its first {train.max_seq_length} tokens; "
-            "train.max_seq_length sets how many are read"
-        )
+    for split, found in (("train", rows), ("valid", valid)):
+        if not found:
+            raise console.UserError(
+                f"no row of {split} has a token left to learn in its first {train.max_seq_length} "
+                "tokens; train.max_seq_length sets how many are read"
+            )
     world = mx.distributed.init()
+    if world.size() > 1:
+        raise console.UserError(
+            "several processes (mlx.launch): the trainer can share its batches among them, but "
+            "this stage keeps its checkpoints and its record for one; start it by itself"
+        )
     batches = Batches(rows, train.batch_size, cfg.seed, world.rank(), world.size())
     iters = train.iters if train.epochs is None else train.epochs * batches.an_epoch
     assert iters is not None  # schema.impossible: one of the two is given
@@ -199,7 +205,9 @@ def what_decides(params: dict[str, Any], source: sources.Source) -> dict[str, An
         "data": files.digest([PREPARED / f"{split}.jsonl" for split in ("train", "valid")]),
         "model": [source.path, source.commit, source.digest],
         "code": files.digest(Path(__file__).parent.glob("*.py")),
-        "libraries": [f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "numpy")],
+        "libraries": [
+            f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "numpy", "transformers")
+        ],
         "device": models.device(),
     }
 
@@ -221,11 +229,12 @@ def _name_what_is_left_out(split: str, count: int, there: set[int]) -> None:
         )
 
 
-def _say_what_begins(cfg: Config, trainer: Trainer, folder: Path) -> None:
+def _say_what_begins(cfg: Config, trainer: Trainer, rows: list[Tokens], folder: Path) -> None:
     import mlx.core as mx
 
     trainable, total = models.parameter_counts(trainer.model)
-    peak, limit = trainer.predicted_peak(), models.memory_limit()
+    limit = models.memory_limit()
+    peak = trainer.predicted_peak(max(rows, key=len), min(cfg.train.batch_size, len(rows)))
     # What one iteration frees, the next can have; more than that is kept from others for nothing.
     mx.set_cache_limit(peak)
     console.out.print(
@@ -252,23 +261,21 @@ def _write(cfg: Config, trainer: Trainer, source: sources.Source) -> dict[str, f
     """Writes what the training left; returns the metrics."""
     state = trainer.state
     last = {key: value for point in state.points for key, value in point.metrics.items()}
-    weights = {"last": trainer.weights(), "best": trainer.best or trainer.weights()}
-    iterations = {"last": state.iteration, "best": state.best_iteration or state.iteration}
+    weights = {"last": trainer.weights(), "best": trainer.best}
+    iterations = {"last": state.iteration, "best": state.best_iteration}
     keep = cfg.train.keep
-    for name, folder in (
-        ("adapters", keep),
-        ("other_adapters", {"last": "best"}.get(keep, "last")),
-    ):
+    other = "last" if keep == "best" else "best"
+    for name, which in (("adapters", keep), ("other_adapters", other)):
         models.save_adapters(
-            weights[folder],
+            weights[which],
             TRAINED / name,
             cfg.train,
             source,
             layers=len(trainer.model.layers),
-            iteration=iterations[folder],
+            iteration=iterations[which],
         )
-    first = next((p.metrics["val_loss"] for p in state.points if "val_loss" in p.metrics), None)
-    if keep == "best" and first is not None and first <= state.best_loss:
+    first = next(p.metrics["val_loss"] for p in state.points if "val_loss" in p.metrics)
+    if keep == "best" and first <= state.best_loss:
         console.warn(
             f"no validation was better than before the training ({first:.4f}): the best after it "
             f"({state.best_loss:.4f}) is kept; a smaller train.learning_rate may do better"
@@ -279,7 +286,7 @@ def _write(cfg: Config, trainer: Trainer, source: sources.Source) -> dict[str, f
             f"{cfg.train.patience} validations in a row were no better"
         )
     metrics = last | {
-        "best_val_loss": state.best_loss if trainer.best else last.get("val_loss", 0.0),
+        "best_val_loss": state.best_loss,
         "best_iteration": iterations["best"],
         "kept_iteration": iterations[keep],
     }

@@ -2,8 +2,9 @@
 
 What decides the result is passed in; nothing is read from a configuration. What an iteration does
 depends on the weights, the optimizer's moments and the iteration's number alone: the order of rows
-and the dropout come from (seed, epoch, position). So a training that goes on from a checkpoint
-ends with the same bytes as one that was never interrupted, and looking at it changes nothing.
+and the dropout come from (seed, epoch, position), and no generator has a state. So a training that
+goes on from a checkpoint ends with the same bytes as one that was never interrupted, and looking at
+it changes nothing.
 """
 
 import math
@@ -18,11 +19,11 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.nn.utils import average_gradients
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from athanor import console
-from athanor.batches import Batch, Batches, padded
+from athanor.batches import Batch, padded
 from athanor.chat import Tokens
 from athanor.checkpoints import Checkpoint, Checkpoints
 from athanor.console import UserError
@@ -127,13 +128,14 @@ class Trainer:
         self.state = State()
         self.gradient: Any = None  # of the batches since the last update, summed
         self.best: Arrays = {}  # the weights after state.best_iteration
+        self.dropouts = keyed_dropouts(model)
         optimizer.init(model.trainable_parameters())
         loss_and_grad = nn.value_and_grad(model, loss)
         self._loss_and_grad = lambda *arrays: loss_and_grad(model, *arrays)
         self._apply = self._update
         if compile:
-            drawn, changed = [model.state, mx.random.state], [model.state, optimizer.state]
-            self._loss_and_grad = mx.compile(self._loss_and_grad, inputs=drawn, outputs=drawn)
+            read, changed = [model.state], [model.state, optimizer.state]
+            self._loss_and_grad = mx.compile(self._loss_and_grad, inputs=read, outputs=read)
             self._apply = mx.compile(self._update, inputs=changed, outputs=changed)
 
     def weights(self) -> Arrays:
@@ -146,12 +148,7 @@ class Trainer:
         if found is None:
             return 0
         self.state = State.from_json(found.state)
-        self.model.load_weights(list(found.arrays["adapters"].items()), strict=False)
-        moments = found.arrays["optimizer"]
-        # In place, name by name: the compiled step holds on to this tree.
-        self.optimizer.state.update(
-            tree_map_with_path(lambda name, _: moments[name], self.optimizer.state)
-        )
+        self._put_back(found.arrays["adapters"], found.arrays["optimizer"])
         if summed := found.arrays.get("gradient"):
             self.gradient = tree_map_with_path(
                 lambda name, _: summed[name], self.model.trainable_parameters()
@@ -159,26 +156,44 @@ class Trainer:
         self.best = found.arrays.get("best", {})
         return self.state.iteration
 
-    def predicted_peak(self) -> int:
-        """The memory in bytes that an iteration on the longest rows will need at most.
+    def _put_back(self, weights: Arrays, moments: Arrays) -> None:
+        """Makes these the model's weights and the optimizer's state."""
+        self.model.load_weights(list(weights.items()), strict=False)
+        # In place, name by name: the compiled step holds on to this tree.
+        self.optimizer.state.update(
+            tree_map_with_path(lambda name, _: moments[name], self.optimizer.state)
+        )
 
-        What a batch needs grows by the same amount with each row of the same length: one and two
-        of the longest rows are computed, and nothing is trained.
+    def predicted_peak(self, longest: Tokens, rows: int) -> int:
+        """The memory in bytes that an iteration on `rows` rows like the longest will need.
+
+        What a batch needs grows by the same amount with each row of the same length, so one and two
+        are computed; then an update is made and taken back. Nothing is trained.
+
+        Raises:
+            UserError: where not even that fits.
         """
-        assert isinstance(self.batches, Batches)
-        longest = max(self.batches.rows, key=len)
-        rows = -(-min(self.batch_size, len(self.batches.rows)) // self.world.size())
+        weights, moments = self.weights(), dict(tree_flatten(self.optimizer.state))
         self.model.train()
-        peaks = []
-        for count in (1, 2):
+        mx.eval(moments)
+        peaks: list[int] = []
+        for count in range(1, min(rows, 2) + 1):
             mx.clear_cache()
             mx.reset_peak_memory()
             with self._checkpointed(), fits():
-                mx.eval(self._loss_and_grad(*padded([longest] * count)))
+                _, gradient = self._loss_and_grad(*padded([longest] * count))
+                mx.eval(gradient)
             peaks.append(mx.get_peak_memory())
-        summed = self.grad_accumulation_steps > 1
-        gradient = sum(array.nbytes for array in self.weights().values()) if summed else 0
-        return peaks[0] + (rows - 1) * (peaks[1] - peaks[0]) + gradient
+        mx.reset_peak_memory()
+        with fits():
+            self._apply(gradient, mx.array(0.0))
+            mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        self._put_back(weights, moments)
+        size = sum(array.nbytes for array in weights.values())
+        # Both phases may hold two more sets of weights: the best so far, and a sum of gradients.
+        kept = size * (1 + (self.grad_accumulation_steps > 1))
+        backward = peaks[0] + (rows - 1) * (peaks[-1] - peaks[0])
+        return max(backward + kept, mx.get_peak_memory())
 
     def run(self) -> None:
         """Trains to the end; `state`, `best` and the model's own weights are then its result.
@@ -214,15 +229,19 @@ class Trainer:
                     self._step()
             except Stopped:
                 self._save()
-                raise Stopped(f"after iteration {state.iteration}") from None
+                raise Stopped(f"saved after iteration {self._saved}") from None
 
     def _step(self) -> None:
         state = self.state
         iteration = state.iteration + 1
         batch = self.batches(iteration)
-        # Dropout draws from here; a state of its own for each iteration and process.
-        place = np.random.SeedSequence([self.seed, iteration, self.world.rank()])
-        mx.random.seed(int(place.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        if self.dropouts:
+            place = np.random.SeedSequence([self.seed, iteration, self.world.rank()])
+            keys = mx.random.key(int(place.generate_state(1, np.uint32)[0]))
+            for dropout, key in zip(
+                self.dropouts, mx.random.split(keys, len(self.dropouts)), strict=True
+            ):
+                dropout.draw_from(key)
         with self._checkpointed():
             loss, gradient = self._loss_and_grad(*batch.arrays)
         if self.gradient is not None:
@@ -259,18 +278,15 @@ class Trainer:
 
     def _validate(self) -> None:
         state = self.state
-        state.validated = state.iteration
         if not self.valid:
             return
-        with self._watch.paused():
+        with self._watch.paused(), fits():
             self.model.eval()
             try:
                 loss, _ = mean_loss(self.model, self.valid, self.batch_size, self._stop_if_asked)
-            except Stopped:
-                state.validated = -1
-                raise
             finally:
                 self.model.train()
+        state.validated = state.iteration
         if not math.isfinite(loss):
             raise UserError(
                 f"iteration {state.iteration}: the validation loss is {loss}, so the training "
@@ -326,7 +342,7 @@ class Trainer:
     def _try(self) -> str:
         rate = _number(self.optimizer.learning_rate)
         return (
-            f"try a smaller train.learning_rate than {rate:g}, some train.warmup, or a smaller "
+            f"try a smaller train.learning_rate (here it was {rate:g}), some train.warmup, or "
             "train.max_grad_norm"
         )
 
@@ -335,7 +351,6 @@ class Trainer:
             return
         if self._saved >= self.state.iteration:
             return
-        self._saved = self.state.iteration
         weights = self.weights()
         if not all(mx.isfinite(array).all().item() for array in weights.values()):
             return  # the next iteration says so; what was saved before stays the last good state
@@ -345,14 +360,14 @@ class Trainer:
             "gradient": dict(tree_flatten(self.gradient)) if self.gradient is not None else {},
             "best": self.best,
         }
+        found = Checkpoint(
+            self.state.iteration,
+            {group: named for group, named in arrays.items() if named},
+            self.state.as_json(),
+        )
         with self._watch.paused():
-            self.checkpoints.save(
-                Checkpoint(
-                    self.state.iteration,
-                    {group: found for group, found in arrays.items() if found},
-                    self.state.as_json(),
-                )
-            )
+            if self.checkpoints.save(found):
+                self._saved = found.iteration
 
     def _stop_if_asked(self) -> None:
         if self._noted():
@@ -407,6 +422,39 @@ class Stopwatch:
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
+
+
+class KeyedDropout(nn.Module):
+    """Dropout that draws from a key it is given, as mlx.nn.Dropout does from the global state.
+
+    Whoever computes a layer again, as gradient checkpointing does, meets the same mask.
+    """
+
+    def __init__(self, keep: float) -> None:
+        super().__init__()
+        self._keep = keep
+        self._key = mx.random.key(0)
+
+    def draw_from(self, key: mx.array) -> None:
+        """Sets the key of the next masks."""
+        self._key = key
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not self.training:
+            return x
+        return mx.random.bernoulli(self._keep, x.shape, key=self._key) * x * (1 / self._keep)
+
+
+def keyed_dropouts(model: nn.Module) -> list[KeyedDropout]:
+    """Puts a KeyedDropout in the place of each nn.Dropout that drops anything; returns them."""
+    found = {
+        name: KeyedDropout(module._p_1)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Dropout) and module._p_1 < 1
+    }
+    if found:
+        model.update_modules(tree_unflatten(list(found.items())))
+    return list(found.values())
 
 
 @contextmanager
