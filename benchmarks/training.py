@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from athanor import BLAS, models  # before mlx: chooses its BLAS
+from athanor import BLAS, models
 
 REPO = Path(__file__).parent.parent
 
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=REPO / "models/tiny")
     parser.add_argument("--num-layers", type=int, default=-1)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--batches", type=int, default=60)
+    parser.add_argument("--batches", type=int, default=100)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--grad-checkpoint", action="store_true")
     args = parser.parse_args()

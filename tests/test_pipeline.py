@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,17 +26,21 @@ class Workspace:
 
     def run(self, *command: str, check: bool = True) -> str:
         """Runs a command and returns what it printed; a failure shows all of it."""
-        bin = str(Path(sys.executable).parent)
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env=os.environ | {"PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "SHELL": "/bin/sh"},
+            env=self.env(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
         assert not check or done.returncode == 0, done.stdout
         return done.stdout
+
+    @staticmethod
+    def env() -> dict[str, str]:
+        bin = str(Path(sys.executable).parent)
+        return os.environ | {"PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "SHELL": "/bin/sh"}
 
     def dvc(self, *arguments: str) -> list[str]:
         """Runs dvc and returns the stages that it ran, in order."""
@@ -62,6 +67,14 @@ class Workspace:
 
         client = MlflowClient(f"sqlite:///{self.folder}/mlruns/mlflow.db")
         return client.get_run(run_id or self.json("artifacts/train/run.json")["run_id"])
+
+    def metric_steps(self, key: str) -> list[int]:
+        """The iterations at which the training's run has a metric."""
+        from mlflow import MlflowClient
+
+        client = MlflowClient(f"sqlite:///{self.folder}/mlruns/mlflow.db")
+        run_id = self.json("artifacts/train/run.json")["run_id"]
+        return [point.step for point in client.get_metric_history(run_id, key)]
 
     def copy(self, folder: Path) -> "Workspace":
         shutil.copytree(self.folder, folder, symlinks=True)
@@ -265,6 +278,25 @@ def test_experiment_runs_shows_and_leaves_nothing_stale(clone: Workspace) -> Non
     assert clone.dvc("repro") == []
 
 
+def test_killed_repro_goes_on_by_itself(clone: Workspace) -> None:
+    clone.edit(LORA, "iters: 2", "iters: 60")
+    clone.edit(LORA, "save_every: 100", "save_every: 5")
+    saved = clone.folder / "artifacts/train/checkpoints"
+    process = subprocess.Popen(
+        ["dvc", "repro", "train"], cwd=clone.folder, env=clone.env(), start_new_session=True
+    )
+    wait_while(lambda: not any(saved.glob("*/0*/manifest.json")), seconds=60, every=0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    printed = clone.run("dvc", "repro", "train")
+    assert "goes on after iteration" in printed
+    assert not any(saved.iterdir())
+    assert clone.mlflow_run().info.status == "FINISHED"
+    steps = clone.metric_steps("train_loss")
+    assert steps == list(range(5, 61, 5))
+    assert clone.dvc("repro", "train") == []
+
+
 def test_mistyped_experiment_is_refused_before_any_work(clone: Workspace) -> None:
     printed = clone.run("dvc", "exp", "run", "-S", "train.learing_rate=1", check=False)
     assert "learing_rate" in printed
@@ -365,8 +397,8 @@ def imports(package: Path, module: str, found: set[str] | None = None) -> set[st
     return found
 
 
-def wait_while(condition: Callable[[], bool], seconds: float) -> None:
+def wait_while(condition: Callable[[], bool], seconds: float, every: float = 5) -> None:
     deadline = time.monotonic() + seconds
     while condition():
         assert time.monotonic() < deadline, f"still waiting after {seconds} s"
-        time.sleep(5)
+        time.sleep(every)

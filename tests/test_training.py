@@ -184,6 +184,26 @@ def test_losses_are_mlx_lms_with_its_own_loss_and_batches(
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
+def test_loss_and_gradient_are_mlxs_cross_entropy() -> None:
+    """Ours keeps the softmax for the gradient; also where logits are huge, or -inf as a mask."""
+    for scale in (1.0, 1e4):
+        logits = mx.array(np.random.default_rng(0).normal(0, scale, (2, 5, 31)), mx.float32)
+        logits[:, :, 7] = -mx.inf
+        targets = mx.array([[1, 2, 3, 4, 5], [6, 8, 9, 10, 11]])
+        mask = mx.array([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]], mx.float32)
+
+        def ours(logits: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
+            return summed_loss(lambda _: logits, logits, targets, mask)
+
+        def theirs(logits: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
+            return (nn.losses.cross_entropy(logits, targets) * mask).sum()
+
+        found, gradient = mx.value_and_grad(ours)(logits, targets, mask)
+        expected, reference = mx.value_and_grad(theirs)(logits, targets, mask)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+        np.testing.assert_allclose(gradient, reference, atol=1e-6)
+
+
 def test_padding_and_prompts_move_no_parameter(tiny: Path, tokens: list[Tokens]) -> None:
     """What stands at a padding position changes nothing; what a prompt asks for is not learned."""
     model, _ = models.load(tiny)

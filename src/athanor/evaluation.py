@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,10 +23,32 @@ class Answer:
     stopped: bool
 
 
+@mx.custom_function
+def log_sum_exp(logits: mx.array) -> tuple[mx.array, mx.array]:
+    """log(sum(exp(logits))) over the last axis, and the softmax, which is its gradient.
+
+    mlx's own computes every exponential again for the gradient; a CPU spends a sixth of a training
+    step on that.
+    """
+    top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
+    powers = mx.exp(logits - top)
+    total = powers.sum(axis=-1, keepdims=True)
+    return (mx.log(total) + top).squeeze(-1), powers / total
+
+
+@log_sum_exp.vjp
+def _(
+    primals: tuple[mx.array], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> mx.array:
+    return cotangents[0][..., None] * outputs[1]
+
+
 def token_losses(model: nn.Module, inputs: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
     """The cross-entropy of each target in nats, float32, 0 where the mask is 0."""
     logits = model(inputs).astype(mx.float32)
-    return nn.losses.cross_entropy(logits, targets) * mask
+    score = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
+    total, _ = cast("tuple[mx.array, mx.array]", log_sum_exp(logits))
+    return (total - score) * mask
 
 
 def summed_loss(model: nn.Module, inputs: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
