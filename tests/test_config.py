@@ -111,6 +111,16 @@ def test_all_problems_are_reported_together_with_their_places(conf: Path) -> Non
         ("train.mask_prompt=perhaps", "true or false"),
         ("train.steps_per_eval=0", "train.steps_per_eval"),
         ("train.grad_accumulation_steps=0", "train.grad_accumulation_steps"),
+        ("train.epochs=3", r"null beside train.iters \(or a number, and train.iters=null\)"),
+        ("train.iters=null", "train.epochs"),
+        ("train.optimizer=adan", "one of adam, adamw, sgd, adafactor, lion, muon"),
+        ("train.optimizer_config.adamw.wd=1", "no such option; adamw has betas"),
+        ("train.lr_schedule=step", "one of constant, linear, cosine"),
+        ("train.warmup=-1", "train.warmup"),
+        ("train.max_grad_norm=0", "train.max_grad_norm"),
+        ("train.keep=first", "one of best, last"),
+        ("train.patience=0", "train.patience"),
+        ("train.save_every=0", "train.save_every"),
         ("test.max_tokens=0", "test.max_tokens"),
         ("test.batch_size=null", "test.batch_size"),
         ("model.path=''", "model.path"),
@@ -124,6 +134,17 @@ def test_all_problems_are_reported_together_with_their_places(conf: Path) -> Non
 def test_impossible_values_are_refused(conf: Path, override: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         compose(conf, [override])
+
+
+def test_the_best_is_kept_unless_facts_are_learned_by_heart(conf: Path) -> None:
+    assert compose(conf, []).train.keep == "last"
+    assert compose(conf, ["experiment=tutorial"]).train.keep == "last"
+    assert compose(conf, ["experiment=null"]).train.keep == "best"
+    config = conf / "config.yaml"
+    text = config.read_text(encoding="utf-8")
+    assert "- experiment: facts" in text
+    config.write_text(text.replace("experiment: facts", "experiment: null"), encoding="utf-8")
+    assert compose(conf, []).train.keep == "best"
 
 
 def test_seed_0_is_a_seed(conf: Path) -> None:

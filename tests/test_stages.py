@@ -299,3 +299,51 @@ def test_a_line_separator_in_a_row_is_no_new_row(stages: Stages) -> None:
     stages("config", overrides=("train.iters=1",))
     stages("prepare", "train")
     assert len(files.read_jsonl(Path("artifacts/prepare/train.jsonl"))) == 1
+
+
+def test_rows_with_nothing_left_to_learn_are_named_and_left_out(
+    stages: Stages, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stages("config")
+    stages("prepare")
+    row = files.read_jsonl(Path("artifacts/prepare/train.jsonl"))
+    row[1]["messages"][0]["content"] *= 9
+    files.write_jsonl(Path("artifacts/prepare/train.jsonl"), row)
+    stages("train", overrides=("train.iters=1", "train.max_seq_length=40"))
+    said = " ".join(capfd.readouterr().err.split())
+    assert "1 of 6 rows of train have no token left to learn and are left out" in said
+    assert "artifacts/prepare/train.jsonl:2" in said
+    with pytest.raises(UserError, match="no row of train has a token left to learn"):
+        stages("train", overrides=("train.iters=1", "train.max_seq_length=3"))
+
+
+def test_a_batch_that_will_not_fit_is_said_before_it_is_tried(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(models, "memory_limit", lambda: 10_000_000)
+    stages("config", overrides=("train.iters=1",))
+    stages("prepare", "train")
+    said = capfd.readouterr()
+    assert "the longest batch will not fit" in " ".join(said.err.split())
+    assert "train.grad_checkpoint=true" in said.err
+    printed = " ".join(said.out.split())
+    assert printed.index("the longest batch needs about") < printed.index("iteration 1 ")
+
+
+def test_epochs_and_the_best_adapters(stages: Stages) -> None:
+    """Two epochs of six rows, two at a time; what train hands on is what it says it is."""
+    given = ("train.iters=null", "train.epochs=2", "train.batch_size=2", "train.keep=best")
+    stages("config", overrides=(*given, "train.steps_per_eval=1"))
+    stages("prepare", "train", "test")
+    metrics = files.read_json(Path("artifacts/train/metrics.json"))
+    lines = Path("artifacts/train/history.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[-1].startswith("6,")
+    losses = {int(line.split(",")[0]): float(line.split(",")[1]) for line in lines[2:]}
+    best = min(losses, key=lambda iteration: losses[iteration])
+    assert metrics["kept_iteration"] == metrics["best_iteration"] == best
+    for folder, iteration in (("adapters", best), ("other_adapters", 6)):
+        settings = files.read_json(Path("artifacts/train") / folder / "adapter_config.json")
+        assert settings["iteration"] == iteration
+    # The test stage measures the kept adapters: on the validation rows it finds their loss again.
+    tested = files.read_json(Path("artifacts/test/metrics.json"))
+    assert tested["test_valid_loss"] == pytest.approx(metrics["best_val_loss"], abs=1e-5)

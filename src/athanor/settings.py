@@ -117,7 +117,8 @@ def _split(
                     f"{_nearest(option, groups[key])}"
                 )
             else:
-                chosen.append(text.lstrip("+"))
+                # Hydra itself takes null for a group in a file only.
+                chosen.append(f"~{key}" if option == "None" else text.lstrip("+"))
         elif key in schema.SECTIONS and isinstance(override.value(), str):
             problems.append(
                 f"command line: {text}: a whole section is chosen where conf/ is composed: "
