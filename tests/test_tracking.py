@@ -180,3 +180,57 @@ def test_a_line_cut_inside_a_character_spoils_no_other(away: Path) -> None:
     with start():
         pass
     assert waiting() == []
+
+
+def test_a_journal_that_can_not_be_opened_holds_up_no_other(away: Path) -> None:
+    away.unlink()
+    for name in ("theirs", "theirs.lock"):
+        (OUTBOX / name).mkdir(parents=True)
+    with start() as run:
+        run.metrics(1, {"train_loss": 2.0})
+    _, [found] = store()
+    assert found.data.metrics == {"train_loss": 2.0}
+
+
+def test_a_later_stage_waits_for_the_trainings_own_record(away: Path) -> None:
+    with start() as training:
+        training.metrics(1, {"train_loss": 2.0})
+    away.unlink()
+    busy = tracking.Journal(training.name)  # another stage is sending it right now
+    with tracking.resume(training.name, None) as test:
+        test.metrics(1, {"test_loss": 1.0})
+    assert len(waiting()) == 4
+    busy.close()
+    with tracking.resume(training.name, None):
+        pass
+    _, [found] = store()
+    assert found.data.metrics == {"train_loss": 2.0, "test_loss": 1.0}
+    assert waiting() == []
+
+
+def test_a_training_that_goes_on_in_another_experiment_or_store(
+    away: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its points are there, and what it leaves behind does not stay RUNNING."""
+    away.unlink()
+    dead = tracking.Journal("mine")
+    opening = {"do": "start", "run": "mine", "store": tracking._store_of_journals(), "time": 1}
+    opening |= {"experiment": "athanor", "name": "it", "params": {}, "datasets": []}
+    dead.append({**opening, "tags": {"athanor.run": "mine"}})
+    dead.append({"do": "metrics", "step": 1, "values": {"a": 1.0}, "once": True, "time": 2})
+    dead.close()
+    monkeypatch.setattr(tracking, "EXPERIMENT", "other")
+    with start("mine") as run:
+        for step in (1, 2):
+            run.metrics(step, {"a": 1.0}, once=True)
+    client, [left] = store()
+    assert left.info.status == "KILLED"
+    points = client.get_metric_history(str(run.id), "a")
+    assert [point.step for point in points] == [1, 2]
+
+    with start("again") as run:
+        run.metrics(1, {"a": 1.0}, once=True)
+    client.delete_run(str(run.id))
+    with tracking.resume("again", run.id) as test:
+        test.metrics(1, {"b": 1.0})
+    assert waiting() == []

@@ -54,14 +54,17 @@ class Checkpoints:
             raise console.UserError(
                 f"another process is at this very training ({self.folder}): wait for it, or end it"
             )
-        for left_behind in self.folder.glob(".*"):
-            shutil.rmtree(left_behind) if left_behind.is_dir() else left_behind.unlink()
+        for left_behind in [*self.folder.glob(".*"), *root.glob(".*")]:
+            if left_behind.is_dir():
+                shutil.rmtree(left_behind, ignore_errors=True)
+            else:
+                left_behind.unlink(missing_ok=True)
         files.write_json(self.folder / "about.json", about)
 
     def save(self, found: Checkpoint) -> bool:
         """Writes a checkpoint and removes all but the latest two.
 
-        A disk that is full costs this checkpoint and a warning; the earlier ones stay.
+        A disk that is full, or fails, costs this checkpoint and a warning; earlier ones stay.
         """
         name = f"{found.iteration:07d}"
         try:
@@ -71,12 +74,11 @@ class Checkpoints:
                 files.write_json(folder / "state.json", found.state)
                 files.write_json(folder / "manifest.json", _manifest(folder))
         except OSError as error:
-            if error.errno not in console.FULL:
-                raise
+            why = "the disk is full" if error.errno in console.FULL else str(error)
             there = ", ".join(path.name for path in self._all()) or "none"
             console.warn(
-                f"no checkpoint after iteration {found.iteration}: the disk is full at "
-                f"{self.folder} ({_size(found)} needed); earlier checkpoints stay ({there})"
+                f"no checkpoint after iteration {found.iteration} ({_size(found)}) in "
+                f"{self.folder}: {why}; earlier checkpoints stay ({there})"
             )
             return False
         for old in self._all()[KEPT:]:
@@ -89,14 +91,12 @@ class Checkpoints:
             try:
                 if files.read_json(folder / "manifest.json") != _manifest(folder):
                     raise ValueError("its files are not those of its manifest")
-                return Checkpoint(
-                    int(folder.name),
-                    {
-                        path.stem: cast("dict[str, mx.array]", mx.load(str(path)))
-                        for path in folder.glob("*.safetensors")
-                    },
-                    files.read_json(folder / "state.json"),
-                )
+                arrays = {
+                    path.stem: cast("dict[str, mx.array]", mx.load(str(path)))
+                    for path in folder.glob("*.safetensors")
+                }
+                mx.eval(arrays)  # now: this folder is removed when later ones are written
+                return Checkpoint(int(folder.name), arrays, files.read_json(folder / "state.json"))
             except (OSError, ValueError, RuntimeError, console.UserError) as error:
                 console.warn(f"checkpoint {folder} is damaged ({error}), and so is removed")
                 shutil.rmtree(folder, ignore_errors=True)
@@ -125,7 +125,7 @@ class Checkpoints:
 
 def unfinished(root: Path) -> list[Path]:
     """The folders of all trainings that have a checkpoint, and so have not ended."""
-    return sorted({path.parent.parent for path in root.glob("*/*/manifest.json")})
+    return sorted({path.parent.parent for path in root.glob("[!.]*/[!.]*/manifest.json")})
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:

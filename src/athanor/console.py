@@ -7,7 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from rich import box
@@ -75,7 +75,8 @@ def interrupts_noted() -> Iterator[Callable[[], bool]]:
         if noted:
             raise KeyboardInterrupt
         noted.append(number)
-        os.write(2, b"stopping after this iteration; once more to stop at once\n")
+        with suppress(OSError):  # whoever read it may have been stopped by the same Ctrl-C
+            os.write(2, b"stopping after this iteration; once more to stop at once\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

@@ -100,13 +100,17 @@ def lock(path: Path) -> int | None:
     Returns the open file's handle; closing it gives the lock back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        # Whoever had it may have removed the file in between: then this is a lock on nothing.
+        if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
+            return handle
         os.close(handle)
-        return None
-    return handle
 
 
 def digest(paths: Iterable[Path]) -> str:

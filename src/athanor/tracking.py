@@ -117,6 +117,11 @@ class Journal:
             except ValueError:
                 continue
 
+    def set_aside(self) -> None:
+        """Leaves what is in it to whoever speaks to its own store, under another name."""
+        if self.folder.exists():
+            self.folder.rename(self.folder.with_name(_beside(self.folder.name)))
+
     def remove(self) -> None:
         """Removes it: the store has all of it."""
         # First what says that there is something to send.
@@ -295,8 +300,9 @@ class Sender:
             self.client.set_terminated(self.run, first["status"], first["time"])
 
     def _open(self, said: Said) -> None:
-        found = self._find(said)
+        before, found = self.run, self._find(said)
         if found is None and said["do"] == "start":
+            self._there = set()
             self.run = str(
                 self.client.create_run(
                     _experiment(self.client, said["experiment"]),
@@ -307,10 +313,13 @@ class Sender:
             )
             self._describe(said)
         elif found is None:
+            if (self._folder.parent / said["run"]).is_dir():
+                raise RuntimeError("the training's own record is not there yet")
             self.run = None
             console.warn(
-                f"run {said['run_id'] or said['run']} is not in {store_name()}: the training was "
-                "restored from DVC's cache; nothing is logged, the figures are in artifacts/"
+                f"run {said['run_id'] or said['run']} is not in {store_name()}: it was deleted "
+                "there, or the training was restored from DVC's cache; nothing is logged, the "
+                "figures are in artifacts/"
             )
         else:
             self.run = str(found.info.run_id)
@@ -326,17 +335,20 @@ class Sender:
                     self._describe(said)
                 if "failure" in found.data.tags:
                     self.client.delete_tag(self.run, "failure")
+        if before is not None and before != self.run:  # it goes on in another experiment
+            self.client.set_terminated(before, "KILLED")
 
     def _find(self, said: Said) -> Any:
         from mlflow.exceptions import MlflowException
 
         if said.get("run_id"):
             try:
-                return self.client.get_run(said["run_id"])
+                run = self.client.get_run(said["run_id"])
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
                 return None
+            return run if run.info.lifecycle_stage == "active" else None
         by = f"tags.`athanor.run` = '{said['run']}'"
         experiment = _experiment(self.client, said["experiment"])
         found = self.client.search_runs([experiment], filter_string=by, max_results=1)
@@ -390,31 +402,37 @@ def send_what_was_left() -> None:
     """
     _client().search_experiments(max_results=1)
     for folder in sorted(path for path in (root() / OUTBOX).glob("*") if path.is_dir()):
-        journal = Journal(folder.name)
-        if not journal.ours():
-            continue
+        try:
+            _send_left(folder)
+        except OSError as error:  # another person's, say
+            console.warn(f"{folder} can't be sent: {_short(error)}")
+
+
+def _send_left(folder: Path) -> None:
+    journal = Journal(folder.name)
+    if not journal.ours():
+        return
+    sender = Sender(folder, goes_on=False)
+    try:
         said = list(journal.lines())
         store = next((one["store"] for one in said if "store" in one), None)
-        if store is None:  # cut off before anything was said, or removed by now
-            journal.remove()
-            continue
-        if store != _store_of_journals():
-            journal.close()
-            continue
+        if store is not None and store != _store_of_journals():
+            return
         starts = [i for i, one in enumerate(said) if one["do"] == "start"]
         if starts and not any(one["do"] == "end" for one in said[starts[-1] :]):
             died = int((folder / "journal.jsonl").stat().st_mtime * 1000)
             said.append({"do": "end", "status": "KILLED", "time": died})
-        sender = Sender(folder, goes_on=False)
         try:
-            sender.send(deque(said))
+            if store is not None:  # else it was cut off before anything was said
+                sender.send(deque(said))
         except Exception as error:
             sender.refused.append(_short(error))
         if sender.refused:
             console.warn(_refusal(sender.refused, folder))
-            journal.close()
         else:
             journal.remove()
+    finally:
+        journal.close()
 
 
 def start(
@@ -424,11 +442,7 @@ def start(
     datasets: list[Dataset],
     run: str | None = None,
 ) -> Run:
-    """Opens the run of a training: a new one, or the one that it had before under the name `run`.
-
-    Raises:
-        UserError: where another process writes the same run.
-    """
+    """Opens the run of a training: a new one, or the one that it had before as `run`."""
     run = run or uuid.uuid4().hex
     journal = Journal(run)
     deadline = time.monotonic() + SECONDS_FOR_A_LOCK
@@ -436,7 +450,11 @@ def start(
         time.sleep(0.2)  # a stage that has just started is sending what was left there
         journal = Journal(run)
     if not journal.ours():
-        raise console.UserError(f"another process writes this training's run ({journal.folder})")
+        journal = Journal(_beside(run))
+    elif any(
+        said.get("store", _store_of_journals()) != _store_of_journals() for said in journal.lines()
+    ):
+        journal.set_aside()
     opening = {
         "do": "start",
         "run": run,
@@ -464,7 +482,7 @@ def resume(run: str, run_id: str | None) -> Run:
         "store": _store_of_journals(),
         "experiment": EXPERIMENT,
     }
-    return Run(Journal(f"{run}.{uuid.uuid4().hex[:8]}"), opening)
+    return Run(Journal(_beside(run)), opening)
 
 
 def lineage() -> dict[str, str]:
@@ -525,6 +543,11 @@ def _experiment(client: Any, name: str) -> str:
     # Without its kind MLflow's UI opens an experiment as one of prompts and traces.
     tags = {"mlflow.experimentKind": "custom_model_development"}
     return str(client.create_experiment(name, artifact_location=place, tags=tags))
+
+
+def _beside(name: str) -> str:
+    """A journal's name that no other has; in an outbox it comes after `name` itself."""
+    return f"{name.partition('.')[0]}.{uuid.uuid4().hex[:8]}"
 
 
 def _refusal(refused: list[str], folder: Path) -> str:

@@ -229,7 +229,10 @@ class Trainer:
                     self._step()
             except Stopped:
                 self._save()
-                raise Stopped(f"saved after iteration {self._saved}") from None
+                saved = (
+                    f"saved after iteration {self._saved}" if self._saved else "nothing saved yet"
+                )
+                raise Stopped(saved) from None
 
     def _step(self) -> None:
         state = self.state
