@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from athanor import tracking
+from athanor import store, tracking
+from athanor.journal import Journal
 from athanor.paths import OUTBOX
 
 
@@ -22,8 +23,8 @@ def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return in_the_way
 
 
-def store() -> tuple[MlflowClient, list[Any]]:
-    client = MlflowClient(tracking.store_uri())
+def recorded() -> tuple[MlflowClient, list[Any]]:
+    client = MlflowClient(store.uri())
     experiment = client.get_experiment_by_name("athanor")
     assert experiment is not None
     return client, list(client.search_runs([experiment.experiment_id]))
@@ -60,7 +61,7 @@ def test_what_a_store_that_is_away_missed_is_sent_by_the_next_stage(
     away.unlink()
     with tracking.resume(run.name, None) as test:
         test.metrics(40, {"test_loss": 1.5})
-    client, [found] = store()
+    client, [found] = recorded()
     assert test.id == found.info.run_id
     assert found.info.status == "FINISHED"
     assert found.data.params == {"seed": "0"}
@@ -77,7 +78,7 @@ def test_a_store_that_comes_back_gets_all_of_it(away: Path) -> None:
         assert run.opened() is None
         away.unlink()
         run.metrics(2, {"train_loss": 2.0})
-    client, [found] = store()
+    client, [found] = recorded()
     points = client.get_metric_history(found.info.run_id, "train_loss")
     assert [(point.step, point.value) for point in points] == [(1, 3.0), (2, 2.0)]
     assert waiting() == []
@@ -88,13 +89,13 @@ def test_a_training_that_goes_on_says_nothing_twice(away: Path) -> None:
     with pytest.raises(KeyboardInterrupt), start("mine") as run:
         run.metrics(5, {"train_loss": 3.0, "tokens_per_second": 100.0}, once=True)
         raise KeyboardInterrupt("after iteration 5")
-    _, [found] = store()
+    _, [found] = recorded()
     assert found.info.status == "KILLED"
     assert found.data.tags["failure"] == "after iteration 5"
     with start("mine") as again:
         again.metrics(5, {"train_loss": 3.0, "tokens_per_second": 90.0}, once=True)
         again.metrics(6, {"train_loss": 2.0}, once=True)
-    client, [found] = store()
+    client, [found] = recorded()
     assert again.id == run.id == found.info.run_id
     assert found.info.status == "FINISHED"
     assert "failure" not in found.data.tags
@@ -104,8 +105,8 @@ def test_a_training_that_goes_on_says_nothing_twice(away: Path) -> None:
 
 
 def test_a_journal_that_was_cut_off_is_sent_as_far_as_it_goes(away: Path) -> None:
-    journal = tracking.Journal("dead")
-    opening = {"do": "start", "run": "dead", "store": tracking._store_of_journals(), "time": 1}
+    journal = Journal("dead")
+    opening = {"do": "start", "run": "dead", "store": store.of_journals(), "time": 1}
     opening |= {"experiment": "athanor", "name": "it", "params": {}, "tags": {}, "datasets": []}
     opening["tags"] = {"athanor.run": "dead"}
     journal.append(opening)
@@ -116,7 +117,7 @@ def test_a_journal_that_was_cut_off_is_sent_as_far_as_it_goes(away: Path) -> Non
     away.unlink()
     with start() as run:
         run.metrics(1, {"a": 2.0})
-    _, found = store()
+    _, found = recorded()
     states = {one.info.run_name: (one.info.status, one.data.metrics["a"]) for one in found}
     assert states == {"it": ("KILLED", 1.0), "tiny lora": ("FINISHED", 2.0)}
     assert waiting() == []
@@ -130,7 +131,7 @@ def test_what_was_said_to_another_store_waits_for_that_one(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{away.parent}/other.db")
     with start():
         pass
-    _, found = store()
+    _, found = recorded()
     assert len(found) == 1
     assert run.name in waiting()
 
@@ -142,13 +143,13 @@ def test_a_file_that_the_store_refuses_holds_up_nothing_else(
     away.unlink()
     closed = away.parent / "closed"
     closed.write_text("", encoding="utf-8")
-    tracking._client()
-    client = MlflowClient(tracking.store_uri())
+    store.client()
+    client = MlflowClient(store.uri())
     client.create_experiment("closed", artifact_location=closed.as_uri())
 
     def begin() -> tracking.Run:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tracking, "EXPERIMENT", "closed")
+            patch.setattr(store, "EXPERIMENT", "closed")
             return start("mine")
 
     with begin() as run:
@@ -168,7 +169,7 @@ def test_a_file_that_the_store_refuses_holds_up_nothing_else(
 
 
 def test_a_line_cut_inside_a_character_spoils_no_other(away: Path) -> None:
-    journal = tracking.Journal("torn")
+    journal = Journal("torn")
     journal.append({"do": "text", "name": "月亮"})
     path = journal.folder / "journal.jsonl"
     whole = path.read_bytes()
@@ -188,7 +189,7 @@ def test_a_journal_that_can_not_be_opened_holds_up_no_other(away: Path) -> None:
         (OUTBOX / name).mkdir(parents=True)
     with start() as run:
         run.metrics(1, {"train_loss": 2.0})
-    _, [found] = store()
+    _, [found] = recorded()
     assert found.data.metrics == {"train_loss": 2.0}
 
 
@@ -196,14 +197,14 @@ def test_a_later_stage_waits_for_the_trainings_own_record(away: Path) -> None:
     with start() as training:
         training.metrics(1, {"train_loss": 2.0})
     away.unlink()
-    busy = tracking.Journal(training.name)  # another stage is sending it right now
+    busy = Journal(training.name)  # another stage is sending it right now
     with tracking.resume(training.name, None) as test:
         test.metrics(1, {"test_loss": 1.0})
     assert len(waiting()) == 4
     busy.close()
     with tracking.resume(training.name, None):
         pass
-    _, [found] = store()
+    _, [found] = recorded()
     assert found.data.metrics == {"train_loss": 2.0, "test_loss": 1.0}
     assert waiting() == []
 
@@ -213,17 +214,17 @@ def test_a_training_that_goes_on_in_another_experiment_or_store(
 ) -> None:
     """All its points are there, and what it leaves behind does not stay RUNNING."""
     away.unlink()
-    dead = tracking.Journal("mine")
-    opening = {"do": "start", "run": "mine", "store": tracking._store_of_journals(), "time": 1}
+    dead = Journal("mine")
+    opening = {"do": "start", "run": "mine", "store": store.of_journals(), "time": 1}
     opening |= {"experiment": "athanor", "name": "it", "params": {}, "datasets": []}
     dead.append({**opening, "tags": {"athanor.run": "mine"}})
     dead.append({"do": "metrics", "step": 1, "values": {"a": 1.0}, "once": True, "time": 2})
     dead.close()
-    monkeypatch.setattr(tracking, "EXPERIMENT", "other")
+    monkeypatch.setattr(store, "EXPERIMENT", "other")
     with start("mine") as run:
         for step in (1, 2):
             run.metrics(step, {"a": 1.0}, once=True)
-    client, [left] = store()
+    client, [left] = recorded()
     assert left.info.status == "KILLED"
     points = client.get_metric_history(str(run.id), "a")
     assert [point.step for point in points] == [1, 2]

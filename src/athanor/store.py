@@ -1,0 +1,240 @@
+"""MLflow's side: the client of the store, and what is sent to it, once.
+
+The one module that imports MLflow, and only where it is used: that takes seconds.
+"""
+
+import fcntl
+import json
+import os
+import re
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from athanor import console
+from athanor.journal import Said
+from athanor.paths import root
+
+EXPERIMENT = os.environ.get("MLFLOW_EXPERIMENT_NAME", "athanor")
+METRICS_A_CALL = 500
+
+
+def uri() -> str:
+    """MLFLOW_TRACKING_URI, or else the SQLite store in mlruns/."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root()}/mlruns/mlflow.db"
+
+
+def name() -> str:
+    """The store as it may be shown: without a password."""
+    return without_password(uri())
+
+
+def of_journals() -> str:
+    """The store as journals name it; the embedded one moves with the repository."""
+    return name() if os.environ.get("MLFLOW_TRACKING_URI") else "embedded"
+
+
+class Sender:
+    """Sends what was said to the store; a thing that it has already is not there twice.
+
+    `folder` is the journal's, where artifacts are; `goes_on` is whether the run is at work, and not
+    one of a process that is gone.
+    """
+
+    def __init__(self, folder: Path, goes_on: bool) -> None:
+        self.run: str | None = None
+        self.refused: list[str] = []
+        self.client: Any = None
+        self._folder, self._goes_on = folder, goes_on
+        self._there: set[tuple[str, int]] = set()
+
+    def send(self, waiting: "deque[Said]") -> None:
+        """Sends what waits, and takes away what was sent."""
+        if self.client is None:
+            self.client = client()
+        while waiting:
+            # What is sent together is taken away together.
+            together = _together(waiting)
+            try:
+                self._send(together)
+            except Exception as error:
+                # A place for files can be away, or closed to us, where the store is not.
+                if together[0]["do"] not in ("artifact", "text"):
+                    raise
+                name = together[0].get("name") or Path(together[0]["path"]).name
+                self.refused.append(f"{name} ({short(error)})")
+            for _ in together:
+                waiting.popleft()
+
+    def _send(self, said: list[Said]) -> None:
+        first = said[0]
+        if first["do"] in ("start", "resume"):
+            self._open(first)
+        elif self.run is None:
+            return  # a run that is not in this store, and that was said
+        elif first["do"] == "metrics":
+            self._metrics(said)
+        elif first["do"] == "tags":
+            for key, value in first["values"].items():
+                self.client.set_tag(self.run, key, value)
+        elif first["do"] == "text":
+            self.client.log_text(self.run, first["text"], first["name"])
+        elif first["do"] == "artifact":
+            path = self._folder / first["path"]
+            add = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
+            add(self.run, str(path), first["folder"])
+        elif first["do"] == "end":
+            self.client.set_terminated(self.run, first["status"], first["time"])
+
+    def _open(self, said: Said) -> None:
+        before, found = self.run, self._find(said)
+        if found is None and said["do"] == "start":
+            self._there = set()
+            self.run = str(
+                self.client.create_run(
+                    _experiment(self.client, said["experiment"]),
+                    start_time=said["time"],
+                    run_name=said["name"],
+                    tags=said["tags"],
+                ).info.run_id
+            )
+            self._describe(said)
+        elif found is None:
+            if (self._folder.parent / said["run"]).is_dir():
+                raise RuntimeError("the training's own record is not there yet")
+            self.run = None
+            console.warn(
+                f"run {said['run_id'] or said['run']} is not in {name()}: it was deleted "
+                "there, or the training was restored from DVC's cache; nothing is logged, the "
+                "figures are in artifacts/"
+            )
+        else:
+            self.run = str(found.info.run_id)
+            self._there = {
+                (key, point.step)
+                for key in found.data.metrics
+                for point in self.client.get_metric_history(self.run, key)
+            }
+            if said["do"] == "start":
+                if self._goes_on:
+                    self.client.update_run(self.run, status="RUNNING")
+                if not found.data.params:  # killed right after it was created
+                    self._describe(said)
+                if "failure" in found.data.tags:
+                    self.client.delete_tag(self.run, "failure")
+        if before is not None and before != self.run:  # it goes on in another experiment
+            self.client.set_terminated(before, "KILLED")
+
+    def _find(self, said: Said) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        if said.get("run_id"):
+            try:
+                run = self.client.get_run(said["run_id"])
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return None
+            return run if run.info.lifecycle_stage == "active" else None
+        by = f"tags.`athanor.run` = '{said['run']}'"
+        experiment = _experiment(self.client, said["experiment"])
+        found = self.client.search_runs([experiment], filter_string=by, max_results=1)
+        return found[0] if found else None
+
+    def _describe(self, said: Said) -> None:
+        from mlflow.entities import Dataset as MlflowDataset
+        from mlflow.entities import DatasetInput, InputTag, Param
+
+        self.client.log_inputs(
+            self.run,
+            [
+                DatasetInput(
+                    MlflowDataset(
+                        name=dataset["name"],
+                        digest=dataset["digest"][:36],
+                        source_type="local",
+                        source=json.dumps({"uri": dataset["name"]}),
+                        profile=json.dumps({"num_rows": dataset["rows"]}),
+                    ),
+                    [InputTag("mlflow.data.context", dataset["context"])],
+                )
+                for dataset in said["datasets"]
+            ],
+        )
+        # Last, because a run that has them is taken to have all of it.
+        params = [Param(key, value) for key, value in said["params"].items()]
+        self.client.log_batch(self.run, params=params)
+
+    def _metrics(self, said: list[Said]) -> None:
+        from mlflow.entities import Metric
+
+        points: list[Any] = []
+        for one in said:
+            for key, value in one["values"].items():
+                place = (key, one["step"])
+                if not (one["once"] and place in self._there):
+                    points.append(Metric(key, value, one["time"], one["step"]))
+                    self._there.add(place)
+        try:
+            self.client.log_batch(self.run, points)
+        except Exception:
+            self._there -= {(point.key, point.step) for point in points}
+            raise
+
+
+def client() -> Any:
+    """A client of the store; the embedded one is created by one process, the others wait.
+
+    A schema whose making was cut off can't be mended, so it gets its name when it is whole.
+    """
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    from mlflow import MlflowClient
+
+    if not uri().startswith("sqlite:///"):
+        return MlflowClient(uri())
+    path = Path(uri().removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            new = path.with_name(f".{path.name}.new")
+            new.unlink(missing_ok=True)
+            MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+            new.replace(path)
+        client = MlflowClient(uri())
+        _experiment(client, EXPERIMENT)
+    return client
+
+
+def _experiment(client: Any, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    embedded = not os.environ.get("MLFLOW_TRACKING_URI")
+    place = (root() / "mlruns" / "artifacts").as_uri() if embedded else None
+    # Without its kind MLflow's UI opens an experiment as one of prompts and traces.
+    tags = {"mlflow.experimentKind": "custom_model_development"}
+    return str(client.create_experiment(name, artifact_location=place, tags=tags))
+
+
+def _together(waiting: "deque[Said]") -> list[Said]:
+    """The first thing that waits, and if it is metrics, those that follow it directly."""
+    found: list[Said] = []
+    for said in waiting:
+        if found and (said["do"] != "metrics" or found[0]["do"] != "metrics"):
+            break
+        found.append(said)
+        if sum(len(one.get("values", ())) for one in found) >= METRICS_A_CALL:
+            break
+    return found
+
+
+def without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
+def short(error: Exception) -> str:
+    lines = without_password(str(error)).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
