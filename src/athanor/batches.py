@@ -14,7 +14,8 @@ import numpy as np
 
 from athanor.chat import Tokens
 
-# At most so many batches a window: fewer leave more padding, more hold more rows back for each.
+# At most so many batches a window: in fewer, the rows of a batch are less alike in length; in more,
+# a batch meets the same rows again every epoch.
 WINDOW = 256
 
 

@@ -145,8 +145,8 @@ def impossible(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, "one of " + ", ".join(options)
     iters, epochs = value.get("train.iters"), value.get("train.epochs")
     if {"train.iters", "train.epochs"} <= value.keys() and (iters is None) == (epochs is None):
-        expected = "null beside train.iters (or a number, and" if epochs else "a number (or one in"
-        yield "train.epochs", f"{expected} train.iters{'=null' if epochs else ''})"
+        both = "null beside train.iters (or a number, and train.iters=null)"
+        yield "train.epochs", both if epochs else "a number (or one in train.iters)"
     for key in ("train.num_layers", "train.val_batches", "test.max_rows"):
         number = value.get(key, 1)
         if broken(key, number == -1 or number >= 1):
