@@ -42,7 +42,7 @@ def make(tiny: Path, tmp_path: Path) -> Make:
     """The tiny model's tokenizer with another template or another end token."""
 
     def build(template: str | None = None, **settings: Any) -> Any:
-        folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+        folder = Path(shutil.copytree(tiny, tmp_path / "model", dirs_exist_ok=True))
         if template is not None:
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         for name, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id")):
@@ -63,6 +63,12 @@ def learned(row: dict[str, Any], tokenizer: Any) -> str:
     return str(tokenizer.decode(ids))
 
 
+def asked_as_trained(row: dict[str, Any], tokenizer: Any) -> bool:
+    rendered = chat.render(row, tokenizer)
+    encoding = chat.encode([rendered], tokenizer)[0]
+    return chat.asks_as_trained(rendered, encoding, encoding.ids, tokenizer)
+
+
 def test_answers_and_their_end_are_supervised_and_nothing_else(tiny: Path) -> None:
     tokenizer = models.load_tokenizer(tiny)
     row = {
@@ -80,7 +86,7 @@ def test_answers_and_their_end_are_supervised_and_nothing_else(tiny: Path) -> No
     everything = chat.tokenize(row, tokenizer, mask_prompt=False)
     assert everything.ids == found.ids
     assert all(everything.supervised)
-    assert chat.asks_as_trained(row, tokenizer)
+    assert asked_as_trained(row, tokenizer)
 
 
 def test_plain_text_ends_with_an_end_token(tiny: Path) -> None:
@@ -95,15 +101,15 @@ def test_every_turn_is_learned_where_earlier_ones_are_written_otherwise(make: Ma
     assert learned(QUESTIONS, tokenizer) == (
         "第一答<|im_end|><think>\n\n</think>\n\n第二答<|im_end|>"
     )
-    assert chat.unsupervised_turns(QUESTIONS, tokenizer) == 0
-    assert chat.asks_as_trained(QUESTIONS, tokenizer)
+    assert chat.render(QUESTIONS, tokenizer).answers_missed == 0
+    assert asked_as_trained(QUESTIONS, tokenizer)
     assert chat.expected_answer(QUESTIONS, tokenizer) == "<think>\n\n</think>\n\n第二答"
 
 
 def test_a_prompt_that_no_training_text_has_is_noticed(make: Make) -> None:
     tokenizer = make(R1)
     assert learned(QUESTIONS, tokenizer) == "第一答<|im_end|>第二答<|im_end|>"
-    assert not chat.asks_as_trained(QUESTIONS, tokenizer)
+    assert not asked_as_trained(QUESTIONS, tokenizer)
     assert chat.expected_answer(QUESTIONS, tokenizer) == "第二答"
 
 
@@ -127,3 +133,35 @@ def test_an_answer_that_repeats_its_question_is_learned_once(make: Make) -> None
         ]
     }
     assert learned(row, make()) == "重复<|im_end|>重复<|im_end|>"
+
+
+def test_rows_together_are_read_as_one_by_one(make: Make) -> None:
+    """Among them one that the template refuses, plain text, several turns, a call of a tool."""
+    single = {"messages": QUESTIONS["messages"][:2]}
+    system = {"messages": [{"role": "system", "content": "短"}, *QUESTIONS["messages"][:2]]}
+    rows: list[dict[str, Any]] = [
+        single,
+        QUESTIONS,
+        {"text": "一段文字"},
+        system,
+        single | {"tools": [{"name": "f"}]},
+    ]
+    no_system = "{%- if m.role == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}"
+    strict = make(QWEN3.replace("{{- '<|im_start|>'", no_system + "{{- '<|im_start|>'", 1))
+    refused = chat.render_all(rows, strict)
+    assert [isinstance(one, Exception) for one in refused] == [False, False, False, True, False]
+    assert str(refused[3]) == "no system"
+    tokenizer = make(QWEN3)
+    rendered = chat.render_all(rows, tokenizer)
+    assert rendered == [chat.render(row, tokenizer) for row in rows]
+    together = chat.encode([one for one in rendered if isinstance(one, chat.Rendered)], tokenizer)
+    for row, one, encoding in zip(rows, rendered, together, strict=True):
+        assert isinstance(one, chat.Rendered)
+        alone = chat.tokenize(row, tokenizer, mask_prompt=True)
+        assert chat.supervise(one, encoding, tokenizer, mask_prompt=True) == alone
+
+
+def test_a_row_is_shown_as_it_is_learned(make: Make) -> None:
+    pieces = chat.marked({"messages": QUESTIONS["messages"][:2]}, make(), mask_prompt=True)
+    assert [text for text, learned in pieces if learned] == ["第一答<|im_end|>"]
+    assert "".join(text for text, _ in pieces).endswith("第一答<|im_end|>\n")

@@ -387,13 +387,18 @@ def imports(package: Path, module: str, found: set[str] | None = None) -> set[st
     found = {module} if found is None else found | {module}
     if module in NO_OUTPUT:
         return found
-    for node in ast.walk(ast.parse((package / f"{module}.py").read_text(encoding="utf-8"))):
+    if (package / module).is_dir():
+        inside = sorted((package / module).glob("*.py"))
+    else:
+        inside = [package / f"{module}.py"]
+    nodes = [node for path in inside for node in ast.walk(ast.parse(path.read_text("utf-8")))]
+    for node in nodes:
         if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("athanor"):
             continue
         parts = str(node.module).split(".")
         names = parts[1:2] or [alias.name for alias in node.names]
         for name in names:
-            if name not in found and (package / f"{name}.py").exists():
+            if name not in found and any(package.glob(f"{name}*")):
                 found |= imports(package, name, found)
     return found
 

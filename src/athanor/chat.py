@@ -6,13 +6,20 @@ Turns are found in the rendered text of the whole conversation: some templates (
 earlier turn in another way than they wrote it when it was the last.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from tokenizers import Encoding
 
 Message = dict[str, Any]
+
+# Rows that the tokenizer is given at a time: enough for every core, little in memory.
+BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -54,31 +61,124 @@ def prompt_ids(row: Message, tokenizer: "TokenizerWrapper") -> list[int]:
     return _ids(_prompt(row, tokenizer), tokenizer)
 
 
-def tokenize(row: Message, tokenizer: "TokenizerWrapper", mask_prompt: bool) -> Tokens:
-    """The tokens of a row in the one form of rows.py.
+@dataclass(frozen=True)
+class Rendered:
+    """A row as the model's template writes it.
+
+    `starts` are the places in `text` where the assistant's turns start, in characters; `prompt` is
+    what asks for the last of them. Plain text has neither.
+    """
+
+    text: str
+    prompt: str | None
+    starts: list[int]
+    answers: int
+
+    @property
+    def answers_missed(self) -> int:
+        """How many of the row's answers can't be found in `text`."""
+        return self.answers - len(self.starts)
+
+
+def render(row: Message, tokenizer: "TokenizerWrapper") -> Rendered:
+    """Writes a row in the one form of data/formats.py as the model's template does.
+
+    Raises:
+        Exception: whatever a chat template raises that refuses the row.
+    """
+    if "text" in row:
+        return Rendered(row["text"], None, [], 0)
+    text = _text(row["messages"], row, tokenizer)
+    starts, prompt, answers = [], "", 0
+    for turn, message in enumerate(row["messages"]):
+        if message["role"] != "assistant":
+            continue
+        answers += 1
+        prompt = _text(row["messages"][:turn], row, tokenizer, add_generation_prompt=True)
+        start = _start(text, prompt, message)
+        if start >= 0:
+            starts.append(start)
+    return Rendered(text, prompt, starts, answers)
+
+
+def render_all(rows: list[Message], tokenizer: "TokenizerWrapper") -> list[Rendered | Exception]:
+    """Writes rows as the model's template does; for those that it refuses, what it raised.
+
+    Questions with one answer, which most rows are, are given to the template together.
+    """
+    found: dict[int, Rendered | Exception] = {}
+    single = [
+        i
+        for i, row in enumerate(rows)
+        if "messages" in row
+        and "tools" not in row
+        and all(message["role"] != "assistant" for message in row["messages"][:-1])
+    ]
+    try:
+        chats = [rows[i]["messages"] for i in single]
+        texts = _texts(chats, tokenizer, add_generation_prompt=False)
+        prompts = _texts([chat[:-1] for chat in chats], tokenizer, add_generation_prompt=True)
+        for i, chat, text, prompt in zip(single, chats, texts, prompts, strict=True):
+            start = _start(text, prompt, chat[-1])
+            found[i] = Rendered(text, prompt, [start] if start >= 0 else [], 1)
+    except Exception:  # one of them is refused: which, is found below
+        found.clear()
+    for i, row in enumerate(rows):
+        if i not in found:
+            try:
+                found[i] = render(row, tokenizer)
+            except Exception as error:  # chat templates raise what they like
+                found[i] = error
+    return [found[i] for i in range(len(rows))]
+
+
+def encode(rows: list[Rendered], tokenizer: "TokenizerWrapper") -> list["Encoding"]:
+    """Rendered rows as the tokenizer's own encodings, in one call that uses every core it may.
+
+    Templates write a text's first token themselves; before plain text the tokenizer puts it.
+    """
+    backend = tokenizer.backend_tokenizer
+    found: dict[int, Encoding] = {}
+    for plain in (True, False):
+        chosen = [i for i, row in enumerate(rows) if (row.prompt is None) == plain]
+        texts = [rows[i].text for i in chosen]
+        # Of plain text nobody asks which character a token is from, which costs a tenth.
+        batch = backend.encode_batch_fast if plain else backend.encode_batch
+        encoded = batch(texts, add_special_tokens=plain) if texts else []
+        found.update(zip(chosen, encoded, strict=True))
+    return [found[i] for i in range(len(rows))]
+
+
+def supervise(
+    row: Rendered, encoding: "Encoding", tokenizer: "TokenizerWrapper", mask_prompt: bool
+) -> Tokens:
+    """The tokens of a row, and which of them are to be learned.
 
     With `mask_prompt` every assistant's turn is supervised and nothing else; without it, and for
     plain text, every token is.
     """
-    if "text" in row:
-        ids = list(tokenizer.encode(row["text"]))
-        if not ids or ids[-1] not in tokenizer.eos_token_ids:
+    ids = encoding.ids
+    ends = tokenizer.eos_token_ids
+    if row.prompt is None:
+        if not ids or ids[-1] not in ends:
             ids.append(tokenizer.eos_token_id)
         return Tokens(ids, [True] * len(ids))
-    text = _text(row["messages"], row, tokenizer)
-    encoded = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-    ids, offsets = list(encoded.ids), encoded.offsets
     if not mask_prompt:
         return Tokens(ids, [True] * len(ids))
     supervised = [False] * len(ids)
-    starts = _starts(row, text, tokenizer)
-    for start in starts:
-        turn = [i for i, (_, end) in enumerate(offsets) if end > start]
-        ends = [n for n, i in enumerate(turn) if ids[i] in tokenizer.eos_token_ids]
-        if ends or start == starts[-1]:
-            for i in turn[: ends[0] + 1] if ends else turn:
-                supervised[i] = True
+    for start in row.starts:
+        first = _token_at(encoding, start)
+        end = next((i + 1 for i in range(first, len(ids)) if ids[i] in ends), None)
+        if end is not None or start == row.starts[-1]:
+            end = len(ids) if end is None else end
+            supervised[first:end] = [True] * (end - first)
     return Tokens(ids, supervised)
+
+
+def tokenize(row: Message, tokenizer: "TokenizerWrapper", mask_prompt: bool) -> Tokens:
+    """The tokens of one row in the one form of data/formats.py."""
+    rendered = render(row, tokenizer)
+    return supervise(rendered, encode([rendered], tokenizer)[0], tokenizer, mask_prompt)
 
 
 def tokenize_all(
@@ -88,8 +188,15 @@ def tokenize_all(
 
     The first token of a row is never predicted, so it does not count.
     """
-    cut = (tokenize(row, tokenizer, mask_prompt).cut(max_seq_length) for row in rows)
-    return [replace(row, line=line) for line, row in enumerate(cut, 1) if any(row.supervised[1:])]
+    found = []
+    for start in range(0, len(rows), BATCH):
+        rendered = [render(row, tokenizer) for row in rows[start : start + BATCH]]
+        encoded = encode(rendered, tokenizer)
+        for line, (row, encoding) in enumerate(zip(rendered, encoded, strict=True), start + 1):
+            tokens = supervise(row, encoding, tokenizer, mask_prompt).cut(max_seq_length)
+            if any(tokens.supervised[1:]):
+                found.append(replace(tokens, line=line))
+    return found
 
 
 def expected_answer(row: Message, tokenizer: "TokenizerWrapper") -> str:
@@ -105,20 +212,39 @@ def expected_answer(row: Message, tokenizer: "TokenizerWrapper") -> str:
     return answer_text(said[: ends[0]] if ends else said, tokenizer)
 
 
-def asks_as_trained(row: Message, tokenizer: "TokenizerWrapper") -> bool:
-    """Whether what the model is asked with is a prefix of what it is trained on."""
-    if "text" in row:
+def asks_as_trained(
+    row: Rendered, encoding: "Encoding", ids: list[int], tokenizer: "TokenizerWrapper"
+) -> bool:
+    """Whether what the model is asked with is, as tokens, a prefix of the `ids` it is trained on.
+
+    Special tokens part a text before anything else does, so the prompt is read as the text is up
+    to its last special token; only what comes after that is encoded again.
+    """
+    prompt = row.prompt
+    if prompt is None:
         return True
-    asked = prompt_ids(row, tokenizer)
-    return _ids(_text(row["messages"], row, tokenizer), tokenizer)[: len(asked)] == asked
+    if not row.text.startswith(prompt):
+        return False
+    end = _token_at(encoding, len(prompt))
+    special = _special_ids(tokenizer)
+    known = next((i for i in reversed(range(end)) if ids[i] in special), None)
+    if known is not None and (place := encoding.token_to_chars(known)) is not None:
+        rest = _ids_of_short(prompt[place[1] :], tokenizer)
+        if ids[known + 1 : end] == rest:
+            return True
+    return _ids(prompt, tokenizer) == ids[:end]
 
 
-def unsupervised_turns(row: Message, tokenizer: "TokenizerWrapper") -> int:
-    """How many of a row's answers can't be found in what its template makes of it."""
-    if "text" in row:
-        return 0
-    answers = sum(message["role"] == "assistant" for message in row["messages"])
-    return answers - len(_starts(row, _text(row["messages"], row, tokenizer), tokenizer))
+def marked(
+    row: Message, tokenizer: "TokenizerWrapper", mask_prompt: bool
+) -> list[tuple[str, bool]]:
+    """A row as the model reads it, in pieces: each a text, and whether it is supervised."""
+    tokens = tokenize(row, tokenizer, mask_prompt)
+    pairs = zip(tokens.ids, tokens.supervised, strict=True)
+    return [
+        (answer_text([id for id, _ in run], tokenizer), learned)
+        for learned, run in groupby(pairs, key=lambda pair: pair[1])
+    ]
 
 
 def answer_text(ids: list[int], tokenizer: "TokenizerWrapper") -> str:
@@ -126,30 +252,42 @@ def answer_text(ids: list[int], tokenizer: "TokenizerWrapper") -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
-def _starts(row: Message, text: str, tokenizer: "TokenizerWrapper") -> list[int]:
-    """Where each assistant's turn starts in the rendered text.
+def _start(text: str, prompt: str, message: Message) -> int:
+    """Where an assistant's turn starts in the rendered text; -1 where it can't be found.
 
     That is the end of the prompt that asks for it, where the text has this prompt; where it has
     another (R1 asks with an open `<think>`), it is the place of the answer itself.
     """
-    messages = row["messages"]
-    starts = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _text(messages[:turn], row, tokenizer, add_generation_prompt=True)
-        pairs = enumerate(zip(prompt, text, strict=False))
-        start = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(text)))
-        if start < len(prompt):
-            answer = str(message.get("content") or "").rpartition("</think>")[2].strip()
-            start = text.find(answer, start) if answer else -1
-        if start >= 0:
-            starts.append(start)
-    return starts
+    if text.startswith(prompt):
+        return len(prompt)
+    pairs = enumerate(zip(prompt, text, strict=False))
+    start = next((i for i, (a, b) in pairs if a != b), len(text))
+    answer = str(message.get("content") or "").rpartition("</think>")[2].strip()
+    return text.find(answer, start) if answer else -1
+
+
+def _token_at(encoding: "Encoding", place: int) -> int:
+    """The first token that ends behind a place in the text."""
+    found = encoding.char_to_token(place)
+    if found is None:  # white space that the tokenizer drops, or the end of the text
+        return bisect_right(encoding.offsets, place, key=lambda offset: offset[1])
+    return int(found)
 
 
 def _prompt(row: Message, tokenizer: "TokenizerWrapper") -> str:
     return _text(row["messages"][:-1], row, tokenizer, add_generation_prompt=True)
+
+
+def _texts(
+    chats: list[list[Message]], tokenizer: "TokenizerWrapper", add_generation_prompt: bool
+) -> list[str]:
+    if not chats:
+        return []
+    return list(
+        tokenizer.apply_chat_template(
+            chats, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    )
 
 
 def _text(
@@ -166,6 +304,16 @@ def _text(
             tokenize=False,
         )
     )
+
+
+@lru_cache(maxsize=1)
+def _special_ids(tokenizer: "TokenizerWrapper") -> frozenset[int]:
+    return frozenset(tokenizer.added_tokens_decoder)
+
+
+@lru_cache(maxsize=256)
+def _ids_of_short(text: str, tokenizer: "TokenizerWrapper") -> list[int]:
+    return _ids(text, tokenizer)  # what prompts end with is mostly the same for all rows
 
 
 def _ids(text: str, tokenizer: "TokenizerWrapper") -> list[int]:

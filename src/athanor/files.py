@@ -10,25 +10,49 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from athanor.console import UserError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text to a temporary name beside `path`, flushes it and renames it."""
+@contextmanager
+def writing(path: Path) -> Iterator[IO[str]]:
+    """Yields a file of UTF-8 text under a temporary name, which takes `path`'s place at the end.
+
+    What was written by then is kept also where the block ends with a UserError: it is what that
+    error points at. Any other exception leaves `path` as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    refused: UserError | None = None
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+            try:
+                yield file
+            except UserError as error:
+                refused = error
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+        temporary.chmod(0o644)
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+    if refused is not None:
+        raise refused
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text to a temporary name beside `path`, flushes it and renames it."""
+    with writing(path) as file:
+        file.write(text)
+
+
+def take(finished: Path, path: Path) -> None:
+    """Flushes a file that was written elsewhere on the same disk, and gives it its name."""
+    _flush(finished)
+    finished.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:

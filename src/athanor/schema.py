@@ -27,12 +27,39 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """The names of the keys in data/*.jsonl (mlx-lm's names for them)."""
+    """How rows are read, shared out, checked and cleaned.
+
+    Sizes and shares are of 1; `article_tokens` is in tokens; `checks` maps the names of
+    data/checks.py to actions.
+    """
 
     prompt_feature: str = MISSING
     completion_feature: str = MISSING
     chat_feature: str = MISSING
     text_feature: str = MISSING
+    label_feature: str = MISSING
+    format: str = MISSING
+    formats: dict[str, str] = MISSING
+    template: dict[str, str | None] = MISSING
+    label_prompt: str = MISSING
+    labels: list[str] | None = MISSING
+    article_tokens: int = MISSING
+    dataset: str | None = MISSING
+    dataset_config: str | None = MISSING
+    dataset_revision: str | None = MISSING
+    valid_size: float = MISSING
+    test_size: float = MISSING
+    min_quality: float | None = MISSING
+    leak_similarity: float = MISSING
+    imbalance_share: float = MISSING
+    other_script_share: float = MISSING
+    spelled_share: float = MISSING
+    checks: dict[str, str] = MISSING
+    clean: dict[str, bool] = MISSING
+    synonyms: dict[str, list[str]] = MISSING
+    augment_copies: int = MISSING
+    augment_share: float = MISSING
+    augment_seed: int = MISSING
 
 
 @dataclass
@@ -130,9 +157,18 @@ def impossible(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
     def broken(key: str, holds: bool) -> bool:
         return key in value and not holds
 
-    for key in ("model.path", *(k for k in value if k.startswith("data."))):
+    for key in ("model.path", *(k for k in value if k.endswith(("_feature", "data.label_prompt")))):
         if broken(key, bool(value.get(key))):
             yield key, "a text that is not empty"
+    for key in (k for k in value if k.startswith("data.") and k.endswith(("_size", "_share"))):
+        if broken(key, 0 <= value[key] <= 1):
+            yield key, "a share: at least 0, at most 1"
+    if broken(
+        "data.valid_size", value.get("data.valid_size", 0) + value.get("data.test_size", 0) < 1
+    ):
+        yield "data.valid_size", "that some of 1 is left beside data.test_size, to train on"
+    if broken("data.leak_similarity", 0.5 <= value.get("data.leak_similarity", 1) <= 1):
+        yield "data.leak_similarity", "at least 0.5, below which it is not found, and at most 1"
     if broken("seed", value.get("seed", 0) >= 0):
         yield "seed", "0 or more"
     for key, options in (
@@ -152,6 +188,7 @@ def impossible(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if broken(key, number == -1 or number >= 1):
             yield key, "1 or more, or -1 for all"
     for key in (
+        "data.article_tokens",
         "train.rank",
         "train.batch_size",
         "train.iters",
@@ -167,8 +204,9 @@ def impossible(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
         number = value.get(key)
         if broken(key, number is None or number >= 1):
             yield key, "1 or more"
-    if broken("train.warmup", value.get("train.warmup", 0) >= 0):
-        yield "train.warmup", "0 or more"
+    for key in ("train.warmup", "data.augment_copies", "data.augment_seed"):
+        if broken(key, value.get(key, 0) >= 0):
+            yield key, "0 or more"
     if broken("train.max_seq_length", value.get("train.max_seq_length", 2) >= 2):
         yield "train.max_seq_length", "2 or more"
     for key in ("train.learning_rate", "train.scale", "train.max_grad_norm"):

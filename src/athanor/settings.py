@@ -7,6 +7,7 @@ forced in, so that every typo, wrong type and impossible value is found, each wi
 import difflib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -78,6 +79,11 @@ def flat(config: Config) -> dict[str, Any]:
     tree = cast(Any, OmegaConf.to_container(cast(Any, config)))
     sections = ((key, *key.partition(".")) for key in schema.all_keys())
     return {key: tree[first][leaf] if leaf else tree[first] for key, first, _, leaf in sections}
+
+
+def plain(section: Any) -> Any:
+    """A section as its own dataclass: OmegaConf's look-ups cost too much once a row."""
+    return OmegaConf.to_object(section)
 
 
 def say_what_is_not_in_conf(config: Config) -> None:
@@ -195,9 +201,25 @@ def _checked(tree: dict[str, Any], places: dict[str, str], problems: list[str]) 
 
         for key, text in optimizers.misfits(flat(config)["train.optimizer_config"]):
             report(f"train.optimizer_config.{key}", text)
+    if all(f"data.{field.name}" in sound for field in fields(schema.DataConfig)):
+        for key, text in _data_misfits(config.data):
+            report(f"data.{key}", text)
     if problems:
         raise ConfigError(problems)
     return cast(Config, config)
+
+
+def _data_misfits(data: schema.DataConfig) -> Iterator[tuple[str, str]]:
+    from athanor.data import checks, cleaning, formats
+
+    yield from ((f"checks.{name}", text) for name, text in checks.misfits(dict(data.checks)))
+    yield from formats.misfits(data)
+    for step in data.clean:
+        if step not in cleaning.STEPS:
+            yield f"clean.{step}", f"no such step; there are {', '.join(cleaning.STEPS)}"
+    for word, others in data.synonyms.items():
+        if not word or not others:
+            yield f"synonyms.{word}", "expected a word, and a list of other words for it"
 
 
 def _kind(key: str) -> str:
@@ -207,7 +229,9 @@ def _kind(key: str) -> str:
     kind = next(field.type for field in fields(cls) if field.name == leaf)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     or_null = [f"{word} or null" for option, word in words.items() if kind == option | None]
-    return words.get(cast(Any, kind)) or next(iter(or_null), "options by the optimizer's name")
+    if kind == list[str] | None:
+        return "a list of texts or null"
+    return words.get(cast(Any, kind)) or next(iter(or_null), "names with a value each")
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:

@@ -2,13 +2,17 @@
 
     uv run python -m athanor.test
 
-Reads params.yaml, artifacts/prepare/ and artifacts/train/; writes artifacts/test/metrics.json and
-predictions.jsonl, and adds both to the training's MLflow run. The training questions are asked
-too: whether they were learned by heart is what the figures `test_train_*` say.
+Reads params.yaml, artifacts/prepare/ and artifacts/train/; writes artifacts/test/metrics.json,
+predictions.jsonl and labels.csv (a line a row of a classification), and adds them to the training's
+MLflow run. The training questions are asked too: whether they were learned by heart is what the
+figures `test_train_*` say.
 """
 
+import csv
+import io
 import math
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +23,13 @@ from athanor import chat, console, files, models, settings, sources, tracking
 from athanor.chat import Tokens
 from athanor.evaluation import Answer, answers, mean_loss
 from athanor.paths import PREPARED, SPLITS, TESTED, TRAINED
+
+Line = dict[str, Any]
+
+# What every answer is that is none of the labels.
+OTHER = "(other)"
+# More of them make a table that no terminal is wide enough for.
+LABELS_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -69,8 +80,11 @@ def predictions(
     base: dict[str, Outcome],
     tuned: dict[str, Outcome],
     tokenizer: TokenizerWrapper,
-) -> list[dict[str, Any]]:
-    """A line a question: what was asked, what was expected, and what both models said."""
+) -> list[Line]:
+    """A line a question: what was asked, what was expected, and what both models said.
+
+    Rows of a classification keep their "label".
+    """
     lines = []
     for name, split in splits.items():
         for row, *pair in zip(
@@ -85,6 +99,7 @@ def predictions(
                     "split": name,
                     "prompt": row["messages"][:-1],
                     "reference": chat.expected_answer(row, tokenizer),
+                    **({"label": row["label"]} if "label" in row else {}),
                     **said,
                 }
             )
@@ -92,12 +107,13 @@ def predictions(
 
 
 def figures(
-    outcomes: dict[str, Outcome], lines: list[dict[str, Any]], who: str
+    outcomes: dict[str, Outcome], lines: list[Line], who: str, labels: Sequence[str]
 ) -> dict[str, float]:
     """The metrics of one model: test_* for the test rows, test_valid_* and test_train_* beside.
 
     `exact_match` and `stop_rate` are shares of the questions asked; an answer that was cut off is
-    no exact match.
+    no exact match. Where some of them are a classification's, `label_figures` says how well those
+    were answered.
     """
     found: dict[str, float] = {}
     for name, outcome in outcomes.items():
@@ -110,6 +126,9 @@ def figures(
             exact = [is_exact(line, who) for line in asked]
             found[f"{prefix}exact_match"] = sum(exact) / len(asked)
             found[f"{prefix}stop_rate"] = sum(line[who]["stopped"] for line in asked) / len(asked)
+        if classified := with_labels(asked):
+            for figure, value in label_figures(classified, labels, who).items():
+                found[f"{prefix}{figure}"] = value
     return found
 
 
@@ -118,9 +137,86 @@ def metric_prefix(split: str, who: str) -> str:
     return ("test_" if split == "test" else f"test_{split}_") + ("base_" if who == "base" else "")
 
 
-def is_exact(line: dict[str, Any], who: str) -> bool:
+def is_exact(line: Line, who: str) -> bool:
     """Whether an answer is the reference, to the character, and ended by itself."""
     return bool(line[who]["stopped"] and line[who]["text"] == line["reference"])
+
+
+def with_labels(lines: Iterable[Line], split: str | None = None) -> list[Line]:
+    """The lines of a classification's rows; those of one split, where it is named."""
+    return [line for line in lines if "label" in line and split in (None, line["split"])]
+
+
+def numbered(lines: list[Line], labels: Sequence[str], who: str) -> tuple[list[int], list[int]]:
+    """The expected and the given labels as places in `labels`; len(labels) for no label at all.
+
+    An answer is a label if it ended by itself and is that label to the character, white space
+    around it and a reasoning model's thought before it aside. One that never ended is none: what
+    uses the model would have read more than the label.
+    """
+    places = {label: place for place, label in enumerate(labels)}
+    given = []
+    for line in lines:
+        text = line[who]["text"].rpartition("</think>")[2].strip()
+        given.append(places.get(text, len(labels)) if line[who]["stopped"] else len(labels))
+    return [places[line["label"]] for line in lines], given
+
+
+def label_figures(lines: list[Line], labels: Sequence[str], who: str) -> dict[str, float]:
+    """`accuracy` and `macro_f1` of one model on a classification's rows, both from 0 to 1.
+
+    The F1 is the mean over the labels that these rows have: one that few rows have may be missing
+    in a split, and would count as 0 however good the answers are.
+    """
+    from sklearn.metrics import accuracy_score, f1_score  # costs a second, which few data need
+
+    expected, given = numbered(lines, labels, who)
+    f1 = f1_score(expected, given, labels=sorted(set(expected)), average="macro", zero_division=0)
+    return {"accuracy": float(accuracy_score(expected, given)), "macro_f1": float(f1)}
+
+
+def confusion(lines: list[Line], labels: Sequence[str], who: str) -> list[list[int]]:
+    """How often each label, a row, was answered with each, a column; the last column is OTHER."""
+    from sklearn.metrics import confusion_matrix
+
+    counts = confusion_matrix(*numbered(lines, labels, who), labels=range(len(labels) + 1))
+    return [[int(count) for count in row] for row in counts[:-1]]
+
+
+def labels_csv(lines: list[Line], labels: Sequence[str]) -> str:
+    """CSV of a classification's rows: their split, their label, what base and tuned said it is."""
+    classified = with_labels(lines)
+    names = [*labels, OTHER]
+    base, tuned = (numbered(classified, labels, who)[1] for who in ("base", "tuned"))
+    return as_csv(
+        ["split", "expected", "base", "tuned"],
+        (
+            [line["split"], line["label"], names[by_base], names[by_tuned]]
+            for line, by_base, by_tuned in zip(classified, base, tuned, strict=True)
+        ),
+    )
+
+
+def confusion_table(
+    lines: list[Line], labels: Sequence[str], who: str
+) -> tuple[str, list[str], list[list[str]]]:
+    """`confusion` of the test rows (else of the valid, else of the train rows) as a table.
+
+    Returns the split, the head and the rows. There has to be a row of a classification.
+    """
+    split = next(name for name in reversed(SPLITS) if with_labels(lines, name))
+    counts = confusion(with_labels(lines, split), labels, who)
+    rows = [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]
+    return split, ["expected", *labels, OTHER], rows
+
+
+def as_csv(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A head and rows as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def main() -> None:
@@ -130,9 +226,11 @@ def main() -> None:
         source = sources.Source.read(PREPARED / "model.json")
         model, tokenizer = models.load(source.folder())
         splits = {}
+        found_labels: set[str] = set()
         for name in SPLITS:
             rows = files.read_jsonl(PREPARED / f"{name}.jsonl")
             questions = [row for row in rows if "text" not in row]
+            found_labels.update(row["label"] for row in rows if "label" in row)
             splits[name] = Split(
                 chat.tokenize_all(rows, tokenizer, cfg.train.mask_prompt, cfg.train.max_seq_length),
                 questions[: None if cfg.test.max_rows == -1 else cfg.test.max_rows],
@@ -142,16 +240,24 @@ def main() -> None:
         models.load_adapters(model, TRAINED / "adapters")
         tuned = examine(model, tokenizer, splits, title="ask the tuned", **limits)
 
+        labels = sorted(found_labels)
         lines = predictions(splits, base, tuned, tokenizer)
-        metrics = figures(base, lines, "base") | figures(tuned, lines, "tuned")
+        metrics = figures(base, lines, "base", labels) | figures(tuned, lines, "tuned", labels)
         files.write_jsonl(TESTED / "predictions.jsonl", lines)
         files.write_json(TESTED / "metrics.json", metrics)
+        files.write_text(TESTED / "labels.csv", labels_csv(lines, labels))
         run.metrics(trained["iteration"], metrics)
         run.artifact(TESTED / "predictions.jsonl", "test")
-    _show(splits, metrics, lines)
+        if with_labels(lines):
+            _, head, counts = confusion_table(lines, labels, "tuned")
+            run.artifact(TESTED / "labels.csv", "test")
+            run.text(as_csv(head, counts), "test/confusion.csv")
+    _show(splits, metrics, lines, labels)
 
 
-def _show(splits: dict[str, Split], metrics: dict[str, float], lines: list[dict[str, Any]]) -> None:
+def _show(
+    splits: dict[str, Split], metrics: dict[str, float], lines: list[Line], labels: list[str]
+) -> None:
     rows = []
     for name, split in splits.items():
         for who in ("base", "tuned"):
@@ -188,7 +294,23 @@ def _show(splits: dict[str, Split], metrics: dict[str, float], lines: list[dict[
             for line in lines[:12]
         ],
     )
-    console.done("", {"wrote": f"{TESTED}/: metrics.json, predictions.jsonl"})
+    if with_labels(lines):
+        _show_labels(metrics, lines, labels)
+    console.done("", {"wrote": f"{TESTED}/: metrics.json, predictions.jsonl, labels.csv"})
+
+
+def _show_labels(metrics: dict[str, float], lines: list[Line], labels: list[str]) -> None:
+    rows = []
+    for name in SPLITS:
+        for who in ("base", "tuned"):
+            prefix = metric_prefix(name, who)
+            if f"{prefix}accuracy" in metrics:
+                values = (metrics[f"{prefix}{figure}"] for figure in ("accuracy", "macro_f1"))
+                rows.append([f"{name}, {who}", *(f"{value:.4f}" for value in values)])
+    console.side_by_side("", ["labels of, model", "accuracy", "macro F1"], rows)
+    if len(labels) <= LABELS_SHOWN:
+        split, head, counts = confusion_table(lines, labels, "tuned")
+        console.side_by_side(f"what the tuned model said to the {split} rows", head, counts)
 
 
 def _clip(text: str, width: int = 24) -> str:

@@ -33,7 +33,7 @@ from athanor import (
 )
 from athanor.batches import Batches
 from athanor.chat import Tokens
-from athanor.paths import CHECKPOINTS, PARAMS, PREPARED, TRAINED, root
+from athanor.paths import CHECKPOINTS, PARAMS, PREPARED, SPLITS, TRAINED, root
 from athanor.schema import Config
 from athanor.training import LESS_MEMORY, Point, Stopped, Trainer
 
@@ -71,6 +71,7 @@ def main() -> None:
         run=_run_of(kept.folder),
     ) as run:
         run.text(OmegaConf.to_yaml(cfg), PARAMS.name)  # with the overrides of this command
+        _record_data(run)
         model, tokenizer = models.load(source.folder())
         tokens = {
             split: chat.tokenize_all(
@@ -210,6 +211,17 @@ def what_decides(params: dict[str, Any], source: sources.Source) -> dict[str, An
         ],
         "device": models.device(),
     }
+
+
+def _record_data(run: tracking.Run) -> None:
+    """Keeps what prepare said of the rows; not a dep of this stage, because it decides nothing."""
+    for name in ("report.html", "report.json"):
+        if (PREPARED / name).exists():
+            run.artifact(PREPARED / name, "data")
+    if (PREPARED / "metrics.json").exists():
+        counts = files.read_json(PREPARED / "metrics.json")
+        rows = {f"{split}_rows": counts[split]["rows"] for split in SPLITS}
+        run.metrics(0, rows | {"rejected_rows": counts["rows"]["rejected"]}, once=True)
 
 
 def _run_of(folder: Path) -> str:

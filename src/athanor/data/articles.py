@@ -1,0 +1,250 @@
+"""Articles in Markdown, cut into pieces of a few paragraphs that know their title and section.
+
+Lines are taken as they are written, never rendered anew. Paragraphs and lists are cut where they
+are too long; code, tables and HTML stay whole.
+"""
+
+import re
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import yaml
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+_MARKDOWN = MarkdownIt("commonmark").enable("table")
+_WHOLE = {"fence", "code_block", "html_block", "table_open"}
+_NESTS = {"bullet_list_open", "ordered_list_open", "list_item_open", "blockquote_open"}
+# As Pandoc has it: a rule with an empty line below it opens no front matter.
+_FRONT = re.compile(r"\A---[ \t]*\n(?![ \t]*\n)(?P<yaml>.*?)^---[ \t]*$", re.M | re.S)
+_COMMENT = re.compile(r"<!--(?:-?>|.*?(?:-->|\Z))", re.S)
+
+# Inside these no cut is made while there is another place: code, links, tags, URLs, list markers.
+_TOGETHER = r"""
+    (?<!`)(?P<ticks>`++)(?s:.*?)(?<!`)(?P=ticks)(?!`)
+  | \[(?:[^\[\]]++|\[[^\[\]]*+\])*+\](?:\((?:[^()]++|\([^()]*+\))*+\)|\[[^\[\]]*+\])
+  | </?[A-Za-z][^<>]*+>
+  | https?://[!-~]*[/\w]
+  | ^(?:[ \t]*+(?:\d{1,9}[.)]|[-*+>]))++[ \t]*+
+"""
+# What ends no sentence is matched too, so that a long run of dots is read once.
+_SENTENCES = rf"""{_TOGETHER}
+  | \b(?:(?i:e\.g|i\.e|cf|vs)|Mrs?|Ms|Drs?|Profs?|St|Figs?|[A-Z])\.
+  | (?P<cut>[。！？；…]++[”’」』）】》]*+ | [.!?]++["'”’)\]*_]*+(?=\s))
+  | [.!?]++["'”’)\]*_]*+
+"""
+_CLAUSES = r"(?P<cut>\s++ | [，、；：] | ,(?!\d))"
+_CUTS = tuple(
+    re.compile(pattern, re.M | re.X)
+    for pattern in (
+        _SENTENCES,
+        rf"{_TOGETHER} | (?P<cut>\n)",
+        f"{_TOGETHER} | {_CLAUSES}",
+        _CLAUSES,
+    )
+)
+_CHARACTER = re.compile("[\U0001f1e6-\U0001f1ff]{2}|[\ud800-\udbff][\udc00-\udfff]|.", re.S)
+
+_Span = tuple[int, int]  # from this character of the text to before that one
+_Part = tuple[str, int, int]  # what is between it and the part before it, and its span
+_Fits = Callable[[int, int], bool]
+_Section = tuple[tuple[str, ...], list[list[Token]]]  # its path, its blocks
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an article."""
+
+    line: int  # the piece's first line in the file, from 1
+    path: tuple[str, ...]  # the article's title, then the headings above the piece, as plain text
+    text: str  # Markdown, as written
+
+
+def pieces(text: str, *, name: str, count: Callable[[str], int], budget: int) -> Iterator[Piece]:
+    """The pieces of one article, in their order; blocks of a piece are a blank line apart.
+
+    Headings, front matter, comments, rules (`***`) and link definitions are no text of a piece.
+
+    Args:
+        text: The article; any string will do.
+        name: The title where the article gives none: its file's name without the suffix.
+        count: A text's number of tokens; each part of the article is counted a few times.
+        budget: The most tokens of a piece. Only a code block, table or HTML block may have more,
+            alone in its piece, and one character that has more by itself.
+    """
+    text = re.sub(r"\r\n?", "\n", text.removeprefix("\ufeff"))
+    title, text = _front(text)
+    offsets = list(accumulate((len(line) + 1 for line in text.split("\n")), initial=0))
+
+    def fits(start: int, end: int) -> bool:
+        return count(text[start:end]) <= budget
+
+    # The parser cannot encode half a character in a link; the lines themselves keep it.
+    tokens = _MARKDOWN.parse(re.sub("[\ud800-\udfff]", "\ufffd", text))
+    for path, blocks in _sections(_groups(tokens), title or name):
+        parts: list[_Part] = []
+        for block in blocks:
+            first, last = block[0].map or (0, 0)
+            before = -1
+            for start, end in _spans(text, block, offsets[first], offsets[last], offsets, fits):
+                parts.append(("\n\n" if before < 0 else text[before:start], start, end))
+                before = end
+        for first, last in _packed(text, parts, count, budget):
+            line = bisect_right(offsets, parts[first][1])
+            yield Piece(line, path, _joined(text, parts[first:last]))
+
+
+def _front(text: str) -> tuple[str, str]:
+    """The front matter's title, or nothing, and the text with its front matter's lines emptied."""
+    found = _FRONT.match(text)
+    if not found:
+        return "", text
+    try:
+        # All values as written: `title: 1984` is no number, `title: No` is no truth value.
+        values = yaml.load(found["yaml"], yaml.BaseLoader)  # constructs text, lists and dicts only
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
+        values = {}
+    if values and not isinstance(values, dict):  # prose between two rules
+        return "", text
+    title = values.get("title") if values else None
+    title = " ".join(title.split()) if isinstance(title, str) else ""
+    return title, "\n" * found[0].count("\n") + text[found.end() :]
+
+
+def _groups(tokens: Sequence[Token]) -> list[list[Token]]:
+    """The outermost blocks of these tokens, each with all of its tokens."""
+    groups: list[list[Token]] = []
+    for token in tokens:
+        if token.level == tokens[0].level and token.nesting >= 0:
+            groups.append([])
+        groups[-1].append(token)
+    return groups
+
+
+def _sections(groups: list[list[Token]], title: str) -> Iterator[_Section]:
+    """The article's sections, also those without a block of text."""
+    headings: list[tuple[int, str]] = []
+    blocks: list[list[Token]] = []
+    begun = False
+    for group in groups:
+        token = group[0]
+        comment = token.type == "html_block" and not _COMMENT.sub("", token.content).strip()
+        if comment or token.type == "hr":
+            continue
+        if token.type == "heading_open":
+            yield (title, *(heading for _, heading in headings)), blocks
+            level, heading, blocks = int(token.tag[1]), _plain(group[1]), []
+            if level == 1 and not begun:
+                title = heading or title
+            headings = [above for above in headings if above[0] < level]
+            if heading and (level, heading) != (1, title):
+                headings.append((level, heading))
+        else:
+            blocks.append(group)
+        begun = True
+    yield (title, *(heading for _, heading in headings)), blocks
+
+
+def _plain(heading: Token) -> str:
+    words = (
+        token.content
+        if token.type in ("text", "code_inline", "image")
+        else " " * ("break" in token.type)
+        for token in heading.children or []
+    )
+    return " ".join("".join(words).split())
+
+
+def _spans(
+    text: str, block: list[Token], start: int, end: int, offsets: list[int], fits: _Fits
+) -> Iterator[_Span]:
+    """A block's parts: itself where it fits or must stay whole, else its blocks or sentences."""
+    end = start + len(text[start:end].rstrip())
+    inner = _groups(block[1:-1]) if block[0].type in _NESTS else []
+    if start == end:
+        return
+    if fits(start, end) or block[0].type in _WHOLE:
+        yield start, end
+    elif inner:
+        # From start to start: nothing between two blocks, or before the first, gets lost.
+        starts = [start, *(offsets[(group[0].map or (0,))[0]] for group in inner[1:]), end]
+        for group, (first, last) in zip(inner, pairwise(starts), strict=True):
+            yield from _spans(text, group, first, last, offsets, fits)
+    else:
+        yield from _cut(text, start, end, _CUTS, fits)
+
+
+def _cut(
+    text: str, start: int, end: int, cuts: tuple[re.Pattern[str], ...], fits: _Fits
+) -> Iterator[_Span]:
+    """Prose, cut at the first kind of place that makes its parts fit."""
+    part = text[start:end].strip()
+    start += text[start:end].index(part)
+    end = start + len(part)
+    if not part or fits(start, end):
+        yield from [(start, end)] if part else []
+    elif not cuts:
+        yield from _hard(text, start, end, fits)
+    else:
+        found = (match.end() for match in cuts[0].finditer(part) if match["cut"])
+        places = [0, *(at for at in found if at < len(part) and not _extends(part[at])), len(part)]
+        for first, last in pairwise(places):
+            yield from _cut(text, start + first, start + last, cuts[1:], fits)
+
+
+def _hard(text: str, start: int, end: int, fits: _Fits) -> Iterator[_Span]:
+    """The longest parts that fit, cut between characters as people see them."""
+    places: list[int] = []
+    for match in _CHARACTER.finditer(text, start, end):
+        at = match.start()
+        if at == start or not (_extends(text[at]) or text[at - 1] == "\u200d"):
+            places.append(at)
+    places.append(end)
+    first = 0
+    while first < len(places) - 1:
+        begin, most = places[first], 1
+        while first + most < len(places) and fits(begin, places[first + most]):
+            most *= 2
+        untried = places[first + most // 2 + 1 : first + most]
+        fitting = bisect_right(untried, False, key=lambda at: not fits(begin, at))
+        first = max(first + most // 2 + fitting, first + 1)
+        if not text[begin : places[first]].isspace():
+            yield begin, places[first]
+
+
+def _extends(character: str) -> bool:
+    """Whether it belongs to the one before it: an accent, a joiner, a skin tone, a Hangul vowel."""
+    return (
+        unicodedata.category(character).startswith("M")
+        or character == "\u200d"
+        or "\U0001f3fb" <= character <= "\U0001f3ff"
+        or "\u1160" <= character <= "\u11ff"
+    )
+
+
+def _packed(
+    text: str, parts: list[_Part], count: Callable[[str], int], budget: int
+) -> Iterator[_Span]:
+    """Which parts make a piece: from this one to before that one."""
+    costs = [count(gap + text[start:end]) for gap, start, end in parts]
+    first = 0
+    while first < len(parts):
+        total, last = count(_joined(text, parts[first : first + 1])), first + 1
+        while last < len(parts) and (total := total + costs[last]) <= budget:
+            last += 1
+        # Tokens of parts do not quite add up.
+        if last - first > 1 and count(_joined(text, parts[first:last])) > budget:
+            begin, ends = first, range(first + 1, last)
+            fitting = bisect_right(
+                ends[1:], False, key=lambda at: count(_joined(text, parts[begin:at])) > budget
+            )
+            last = ends[fitting]
+        yield first, last
+        first = last
+
+
+def _joined(text: str, parts: list[_Part]) -> str:
+    return "".join(gap + text[start:end] for gap, start, end in parts).removeprefix(parts[0][0])

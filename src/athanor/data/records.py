@@ -1,0 +1,476 @@
+"""Files as people have them, read record by record: .jsonl, .json, .csv, .parquet and .md.
+
+A record is whatever stands for one row, with the line where it begins, and with what was wrong in
+reading it. Reading never ends in the middle of a file over one bad record.
+"""
+
+import csv
+import json
+import math
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from athanor.console import UserError
+from athanor.data import articles
+from athanor.data.checks import Fault
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".md")
+
+# Under these names a file is a split of its own; mlx-lm's names first, then other people's.
+SPLIT_NAMES = {
+    "train": "train",
+    "valid": "valid",
+    "test": "test",
+    "training": "train",
+    "validation": "valid",
+    "val": "valid",
+    "dev": "valid",
+}
+
+# A JSON object is looked for over at most this many lines.
+LINES_OF_AN_OBJECT = 1000
+
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(slots=True)
+class Record:
+    """One row as it was written: `value`, what was parsed, or the text where nothing could be.
+
+    `line` counts from 1: lines in text files, rows in Parquet. `fixed` names what was mended.
+    """
+
+    path: str
+    line: int
+    value: Any
+    faults: list[Fault] = field(default_factory=list)
+    fixed: list[Fault] = field(default_factory=list)
+
+    @property
+    def where(self) -> str:
+        """The record's place, as editors and compilers write it."""
+        return f"{self.path}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where records come from: a file, or a split of a data set. `split` is None if not given."""
+
+    name: str
+    split: str | None
+    read: Callable[[frozenset[str]], Iterator[Record]]
+    lines: Callable[[], int]
+
+
+def origins(
+    folder: Path, count: Callable[[str], int], article_tokens: int
+) -> tuple[list[Origin], list[tuple[str, str]]]:
+    """The files of a folder that are read, in the order of their names, and those that are not.
+
+    `count` gives a text's number of tokens, for articles, which are cut into `article_tokens`.
+    """
+    found, passed_over = [], []
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if any(part.startswith((".", "~")) for part in inside.parts) or not path.is_file():
+            continue
+        kind = path.suffix.lower()
+        if kind not in SUFFIXES:
+            passed_over.append((str(path), f"expected one of {', '.join(SUFFIXES)}"))
+            continue
+        name = inside.parts[0] if len(inside.parts) > 1 else path.stem
+        split = SPLIT_NAMES.get(name.lower())
+        reader = _reader(path, count, article_tokens)
+        found.append(Origin(str(path), split, reader, partial(_count_lines, path)))
+    return found, passed_over
+
+
+def dataset(name: str, config: str | None, revision: str | None) -> list[Origin]:
+    """The splits of a Hugging Face data set: of a folder here, or of a hub's repository.
+
+    Raises:
+        UserError: where it can't be loaded, or the library for it is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            "data.dataset needs Hugging Face's library: `uv pip install 'athanor[datasets]'`"
+        ) from error
+    datasets.disable_progress_bars()
+    try:
+        splits = datasets.load_dataset(name, config, revision=revision)
+    except Exception as error:  # it raises what its many readers raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"data.dataset: {name} can't be loaded: {reason}") from error
+
+    def reader(split: Any, where: str) -> Callable[[frozenset[str]], Iterator[Record]]:
+        def read(fixes: frozenset[str]) -> Iterator[Record]:
+            for line, row in enumerate(split, 1):
+                yield Record(where, line, row)
+
+        return read
+
+    return [
+        Origin(
+            f"{name}/{key}",
+            SPLIT_NAMES.get(str(key)),
+            reader(rows, f"{name}/{key}"),
+            partial(len, rows),
+        )
+        for key, rows in splits.items()
+    ]
+
+
+def _count_lines(path: Path) -> int:
+    """How far there is to go, for a progress bar: lines, or the rows of a table."""
+    if path.suffix.lower() == ".parquet":
+        return 0
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(partial(file.read, 1 << 20), b""))
+
+
+def _reader(
+    path: Path, count: Callable[[str], int], article_tokens: int
+) -> Callable[[frozenset[str]], Iterator[Record]]:
+    def read(fixes: frozenset[str]) -> Iterator[Record]:
+        try:
+            match path.suffix.lower():
+                case ".jsonl":
+                    yield from _jsonl(path, fixes)
+                case ".json":
+                    yield from _json(path, fixes)
+                case ".csv":
+                    yield from _csv(path, fixes)
+                case ".parquet":
+                    yield from _parquet(path)
+                case _:
+                    yield from _markdown(path, fixes, count, article_tokens)
+        except OSError as error:
+            raise UserError(f"{path} can't be read: {error.strerror or error}") from error
+
+    return read
+
+
+# ---- JSON
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise Fault("duplicate_key", f"the key {twice!r} is there twice; JSON would take the last")
+    return found
+
+
+def _constant(text: str) -> None:
+    raise Fault("not_a_number", f"{text} is no JSON number; write null, or leave the key out")
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise Fault("not_a_number", f"{text} is larger than any number here")
+    return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_number)
+
+
+def parse(text: str, start: int = 0) -> tuple[Any, int]:
+    """The JSON value that starts at `start`, and where it ends.
+
+    Raises:
+        json.JSONDecodeError: where there is none.
+        Fault: for what is wrong in spite of being JSON to Python.
+    """
+    try:
+        return DECODER.raw_decode(text, start)
+    except RecursionError:
+        raise Fault("invalid_json", "objects inside objects, too deep to be read") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # a number of more digits than Python reads
+        raise Fault("invalid_json", str(error)) from None
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        hint = ""
+        try:
+            shown = data.decode("gb18030").strip()[:20]
+            hint = f"; as GB18030 it reads {shown!r}: `iconv -f GB18030 -t UTF-8 OLD > NEW`"
+        except UnicodeDecodeError:
+            pass
+        raise Fault(
+            "invalid_utf8", f"byte {error.start + 1} of the line is no UTF-8{hint}"
+        ) from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with path.open("rb") as file:
+        yield from enumerate(file, 1)
+
+
+def _without_mark(data: bytes, fixes: frozenset[str]) -> tuple[bytes, list[Fault], list[Fault]]:
+    if not data.startswith(BOM):
+        return data, [], []
+    mark = Fault(
+        "byte_order_mark", "the file starts with a byte order mark; save it as plain UTF-8"
+    )
+    is_mended = mark.name in fixes
+    return data[len(BOM) :], [] if is_mended else [mark], [mark] if is_mended else []
+
+
+def _jsonl(path: Path, fixes: frozenset[str]) -> Iterator[Record]:
+    lines = _lines(path)
+    ahead: deque[tuple[int, bytes]] = deque()
+    name = str(path)
+    faults: list[Fault] = []
+    fixed: list[Fault] = []
+    while True:
+        following = ahead.popleft() if ahead else next(lines, None)
+        if following is None:
+            return
+        number, data = following
+        if number == 1:
+            if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+                text = "the file is UTF-16: `iconv -f UTF-16 -t UTF-8 OLD > NEW`"
+                yield Record(name, 1, None, [Fault("unreadable_file", text)])
+                return
+            data, faults, fixed = _without_mark(data, fixes)
+        if not data.strip():
+            continue
+        text = ""
+        try:
+            text = _decoded(data).strip()
+            value, end = parse(text)
+            if end == len(text):
+                yield Record(name, number, value, faults, fixed)
+            else:
+                yield from _rest_of_line(
+                    Record(name, number, value, faults, fixed), text, end, fixes
+                )
+        except Fault as fault:
+            written = text or data.decode(errors="backslashreplace").rstrip("\r\n")
+            yield Record(name, number, written, [*faults, fault])
+        except json.JSONDecodeError as error:
+            if joined := _joined(text, error, lines, ahead):
+                over = Fault("split_object", f"an object over {joined[1]} lines: write it in one")
+                mends = over.name in fixes
+                yield Record(
+                    name,
+                    number,
+                    joined[0],
+                    faults if mends else [*faults, over],
+                    [*fixed, over] if mends else fixed,
+                )
+            else:
+                yield Record(name, number, text, [*faults, _no_json(text, error)])
+        faults, fixed = [], []
+
+
+def _no_json(text: str, error: json.JSONDecodeError) -> Fault:
+    hint = ""
+    if text.startswith("["):
+        hint = "; a list of rows is read from a file that is named .json"
+    return Fault("invalid_json", f"{error.msg} (column {error.colno}){hint}")
+
+
+def _rest_of_line(first: Record, text: str, end: int, fixes: frozenset[str]) -> Iterator[Record]:
+    """The objects of a line that has several; or what is wrong with what comes after the first."""
+    values = [first.value]
+    while rest := text[end:].lstrip(" \t,"):
+        try:
+            start = len(text) - len(rest)
+            value, end = parse(text, start)
+            values.append(value)
+        except (json.JSONDecodeError, Fault):
+            fault = Fault("invalid_json", f"something after the object (column {end + 1})")
+            yield Record(first.path, first.line, text, [*first.faults, fault], first.fixed)
+            return
+    several = Fault("several_objects", f"{len(values)} objects on a line: one each is expected")
+    if several.name not in fixes:
+        yield Record(first.path, first.line, text, [*first.faults, several], first.fixed)
+        return
+    for number, value in enumerate(values):
+        fixed = [*first.fixed, several] if number == 0 else []
+        yield Record(first.path, first.line, value, first.faults if number == 0 else [], fixed)
+
+
+def _joined(
+    text: str,
+    error: json.JSONDecodeError,
+    lines: Iterator[tuple[int, bytes]],
+    ahead: deque[tuple[int, bytes]],
+) -> tuple[Any, int] | None:
+    """An object that goes on over the following lines, and their number; None if there is none.
+
+    The lines that were looked at in vain come back in `ahead`.
+    """
+    if not text.startswith("{") or error.pos < len(text):
+        return None
+    parts = [text]
+    seen: list[tuple[int, bytes]] = []
+    while len(seen) < LINES_OF_AN_OBJECT:
+        following = ahead.popleft() if ahead else next(lines, None)
+        if following is None:
+            break
+        seen.append(following)
+        try:
+            part = following[1].decode()
+        except UnicodeDecodeError:
+            break
+        parts.append(part)
+        if part.startswith("{"):
+            break
+        if part.rstrip().endswith(("}", "},")):
+            whole = "".join(parts).rstrip().removesuffix(",")
+            try:
+                value, end = parse(whole)
+            except (json.JSONDecodeError, Fault):
+                continue
+            if end == len(whole):
+                return value, len(parts)
+            break
+    ahead.extendleft(reversed(seen))
+    return None
+
+
+def _json(path: Path, fixes: frozenset[str]) -> Iterator[Record]:
+    """A list of objects, or a single one; the whole file is held in memory."""
+    name = str(path)
+    data, faults, fixed = _without_mark(path.read_bytes(), fixes)
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        text = "the file is UTF-16: `iconv -f UTF-16 -t UTF-8 OLD > NEW`"
+        yield Record(name, 1, None, [Fault("unreadable_file", text)])
+        return
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        fault = Fault("invalid_utf8", f"byte {error.start + 1} of the file is no UTF-8")
+        yield Record(name, line, None, [*faults, fault])
+        return
+    position = len(text) - len(text.lstrip())
+    is_list = text.startswith("[", position)
+    line, counted = 1, 0
+    position += is_list
+    while True:
+        position = _next_value(text, position)
+        line += text.count("\n", counted, position)
+        counted = position
+        if position == len(text) or (is_list and text[position] == "]"):
+            return
+        try:
+            value, position = parse(text, position)
+        except Fault as found:
+            yield Record(name, line, text[position : position + 1000], [*faults, found], fixed)
+            return
+        except json.JSONDecodeError as error:
+            fault = Fault(
+                "invalid_json", f"{error.msg} (column {error.colno}); the rest is not read"
+            )
+            rest = text[position : position + 1000]
+            yield Record(name, error.lineno, rest, [*faults, fault], fixed)
+            return
+        yield Record(name, line, value, faults, fixed)
+        faults, fixed = [], []
+
+
+def _next_value(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n,":
+        position += 1
+    return position
+
+
+# ---- CSV, Parquet, Markdown
+
+
+def _csv(path: Path, fixes: frozenset[str]) -> Iterator[Record]:
+    name = str(path)
+    csv.field_size_limit(sys.maxsize)
+    faults: list[Fault] = []
+    fixed: list[Fault] = []
+
+    def text_lines() -> Iterator[str]:
+        nonlocal faults, fixed
+        for number, data in _lines(path):
+            if number == 1:
+                data, faults, fixed = _without_mark(data, fixes)
+            # Bytes that are no UTF-8 come through as lone surrogates, and are found in the row.
+            yield data.decode(errors="surrogateescape")
+
+    reader = csv.reader(text_lines(), strict=True)
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield Record(name, line, None, [*faults, Fault("wrong_columns", f"not CSV: {error}")])
+            continue
+        if cells is None:
+            return
+        if not any(cells):
+            continue
+        try:
+            "".join(cells).encode()
+        except UnicodeEncodeError:
+            fault = Fault("invalid_utf8", "bytes that are no UTF-8: save the file as UTF-8")
+            yield Record(name, line, cells, [*faults, fault])
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            if len(set(header)) < len(header):
+                fault = Fault("unreadable_file", "the header names a column twice")
+                yield Record(name, line, cells, [*faults, fault])
+                return
+        elif len(cells) != len(header):
+            fault = Fault("wrong_columns", f"{len(cells)} cells, and the header has {len(header)}")
+            yield Record(name, line, cells, [*faults, fault], fixed)
+            faults, fixed = [], []
+        else:
+            yield Record(name, line, dict(zip(header, cells, strict=True)), faults, fixed)
+            faults, fixed = [], []
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow import parquet
+
+    line = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for value in batch.to_pylist():
+                    line += 1
+                    yield Record(str(path), line, value)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        yield Record(str(path), line + 1, None, [Fault("unreadable_file", f"no Parquet: {reason}")])
+
+
+def _markdown(
+    path: Path, fixes: frozenset[str], count: Callable[[str], int], budget: int
+) -> Iterator[Record]:
+    data, faults, fixed = _without_mark(path.read_bytes(), fixes)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        fault = Fault("invalid_utf8", f"byte {error.start + 1} of the file is no UTF-8")
+        yield Record(str(path), line, None, [*faults, fault])
+        return
+    for piece in articles.pieces(text, name=path.stem, count=count, budget=budget):
+        value = {"path": list(piece.path), "text": piece.text}
+        yield Record(str(path), piece.line, value, faults, fixed)
+        faults, fixed = [], []
