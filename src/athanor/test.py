@@ -18,6 +18,7 @@ from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from rich.markup import escape
 
 from athanor import chat, console, files, models, settings, sources, tracking
 from athanor.chat import Tokens
@@ -83,7 +84,7 @@ def predictions(
 ) -> list[Line]:
     """A line a question: what was asked, what was expected, and what both models said.
 
-    Rows of a classification keep their "label".
+    Lines of a classification's rows have a "label" too.
     """
     lines = []
     for name, split in splits.items():
@@ -99,7 +100,7 @@ def predictions(
                     "split": name,
                     "prompt": row["messages"][:-1],
                     "reference": chat.expected_answer(row, tokenizer),
-                    **({"label": row["label"]} if "label" in row else {}),
+                    **({"label": label_of(row)} if "label" in row else {}),
                     **said,
                 }
             )
@@ -140,6 +141,14 @@ def metric_prefix(split: str, who: str) -> str:
 def is_exact(line: Line, who: str) -> bool:
     """Whether an answer is the reference, to the character, and ended by itself."""
     return bool(line[who]["stopped"] and line[who]["text"] == line["reference"])
+
+
+def label_of(row: dict[str, Any]) -> str:
+    """The label of a classification's row as the model learned to say it.
+
+    That is the answer: data.clean changes it, and leaves the row's "label" as it was.
+    """
+    return str(row["messages"][-1]["content"]).strip()
 
 
 def with_labels(lines: Iterable[Line], split: str | None = None) -> list[Line]:
@@ -230,7 +239,7 @@ def main() -> None:
         for name in SPLITS:
             rows = files.read_jsonl(PREPARED / f"{name}.jsonl")
             questions = [row for row in rows if "text" not in row]
-            found_labels.update(row["label"] for row in rows if "label" in row)
+            found_labels.update(label_of(row) for row in rows if "label" in row)
             splits[name] = Split(
                 chat.tokenize_all(rows, tokenizer, cfg.train.mask_prompt, cfg.train.max_seq_length),
                 questions[: None if cfg.test.max_rows == -1 else cfg.test.max_rows],
@@ -310,7 +319,8 @@ def _show_labels(metrics: dict[str, float], lines: list[Line], labels: list[str]
     console.side_by_side("", ["labels of, model", "accuracy", "macro F1"], rows)
     if len(labels) <= LABELS_SHOWN:
         split, head, counts = confusion_table(lines, labels, "tuned")
-        console.side_by_side(f"what the tuned model said to the {split} rows", head, counts)
+        title = f"what the tuned model said to the {split} rows"
+        console.side_by_side(title, [escape(name) for name in head], counts)
 
 
 def _clip(text: str, width: int = 24) -> str:

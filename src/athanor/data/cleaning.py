@@ -48,11 +48,15 @@ STEPS: dict[str, Callable[[str], str]] = {
 
 
 def every_text(value: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """A row in the one form with each of its texts changed; tools and their calls stay."""
+    """A row in the one form with each of its texts changed; tools and their calls stay.
+
+    A label is its row's answer, and is changed with it.
+    """
     if "text" in value:
         return value | {"text": change(value["text"])}
     changed = [message | {"content": change(message["content"])} for message in value["messages"]]
-    return value | {"messages": changed}
+    label = {"label": changed[-1]["content"]} if "label" in value else {}
+    return value | {"messages": changed} | label
 
 
 def clean(value: dict[str, Any], steps: list[str]) -> tuple[dict[str, Any], list[str]]:

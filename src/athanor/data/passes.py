@@ -548,14 +548,7 @@ def _look_at_shares(tally: Tally, config: DataConfig, findings: Findings) -> Non
     rows = tally.rows
     for split in ("train", "valid"):
         if not (rows["split"] == SPLITS.index(split)).any():
-            share = shares(tally.origins, config)[split]
-            text = (
-                f"none of {len(rows)} rows fell to {split} (data.{split}_size sets its share): add "
-                f"rows, or put some into data/{split}.jsonl"
-                if share
-                else f"no row is left for {split}"
-            )
-            findings.note("too_few_rows", split, text)
+            findings.note("too_few_rows", split, _why_none(split, tally, findings))
     train = rows[rows["split"] == SPLITS.index("train")]
     for column, names in (("label", tally.labels), ("source", tally.sources)):
         known = train[column][train[column] >= 0]
@@ -565,6 +558,21 @@ def _look_at_shares(tally: Tally, config: DataConfig, findings: Findings) -> Non
                 name = names[counts.argmax()]
                 text = f"{share:.0%} of {len(known)} rows have the {column} {name!r}"
                 findings.note("imbalance", "train", text)
+
+
+def _why_none(split: str, tally: Tally, findings: Findings) -> str:
+    if any(origin.split == split for origin in tally.origins):
+        return f"no row is left of {sum(tally.read)}; rejected.jsonl says why of each"
+    if any(origin.split is None for origin in tally.origins):
+        return (
+            f"none of {len(tally.rows)} rows fell to it (data.valid_size and data.test_size are "
+            f"the shares): add rows, or put some into data/{split}.jsonl"
+        )
+    there = ", ".join(origin.name for origin in tally.origins)
+    return (
+        f"no file is named {split}, and {there} are used as they are: add data/{split}.jsonl, or "
+        "give a file another name, and its rows are shared out"
+    )
 
 
 def label_set(origins: list[Origin], config: DataConfig) -> list[str]:
