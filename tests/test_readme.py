@@ -31,5 +31,5 @@ def test_overrides_compose(repo: Path, text: str, monkeypatch: pytest.MonkeyPatc
 
 def test_tree_names_every_module(repo: Path) -> None:
     text = (repo / "README.md").read_text(encoding="utf-8")
-    modules = {path.name for path in (repo / "src/athanor").glob("*.py")} - {"__init__.py"}
+    modules = {path.name for path in (repo / "src/athanor").rglob("*.py")} - {"__init__.py"}
     assert {name for name in modules if name not in text} == set()

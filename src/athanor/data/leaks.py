@@ -16,10 +16,15 @@ from functools import lru_cache
 import numpy as np
 
 GRAM = 3
-# 32 bands of 4: of two texts of similarity 0.7 one in 6,000 is missed, at 0.6 one in 85.
-BANDS, ROWS = 32, 4
-# Candidates whose trigrams are compared, those that share most bands first.
-CANDIDATES = 20
+# 32 bands of 4, of which two have to be shared: of pairs of similarity 0.7 one in 600 is missed.
+BANDS, ROWS, SHARED = 32, 4, 2
+# What 128 minima say of a similarity is off by 0.04 (one standard deviation): this far below what
+# is asked for, one in 5,000 of those that have it lies.
+MARGIN = 0.14
+# The texts that share one band with a text; and those whose trigrams are compared, likest first.
+OF_A_BAND, CANDIDATES = 200, 20
+# Pairs whose minima are compared at a time: 64 MB.
+PAIRS = 1 << 16
 
 
 @lru_cache(maxsize=1)
@@ -69,46 +74,60 @@ def split_of(folded_digest: int, shares: dict[str, float]) -> str:
 class NearIndex:
     """Held-out texts, indexed to find those that are nearly another text.
 
-    Memory: about 260 bytes a text and the text itself.
+    Memory: 900 bytes a text and the text itself.
     """
 
     def __init__(self, texts: list[str], similarity: float) -> None:
         """`texts` are folded; `similarity` is the least Jaccard similarity of trigrams, 0 to 1."""
         self.texts = texts
         self.similarity = similarity
-        keys = np.concatenate(
-            [_band_keys(texts[i : i + 1000]) for i in range(0, len(texts), 1000)]
-            or [np.empty((0, BANDS), np.uint64)]
-        )
-        self._order = np.argsort(keys, axis=0, kind="stable").astype(np.int32)
-        self._keys = np.take_along_axis(keys, self._order, axis=0)
+        parts = [_minima(texts[start : start + 1000]) for start in range(0, len(texts), 1000)]
+        self._minima = np.concatenate(parts)
+        keys = np.concatenate([_band_keys(part) for part in parts])
+        self._order = np.argsort(keys.T, axis=1, kind="stable").astype(np.int32)
+        self._keys = np.take_along_axis(keys.T, self._order, axis=1)
 
     def nearest(self, texts: list[str]) -> Iterator[tuple[int, float] | None]:
         """For each text, folded: the number of the nearest held-out one and its similarity."""
-        keys = _band_keys(texts)
+        minima = _minima(texts)
+        keys = _band_keys(minima)
         first = np.empty(keys.shape, np.int64)
         last = np.empty(keys.shape, np.int64)
         for band in range(BANDS):
-            column = self._keys[:, band]
-            first[:, band] = np.searchsorted(column, keys[:, band], "left")
-            last[:, band] = np.searchsorted(column, keys[:, band], "right")
-        hit = np.any(last > first, axis=1)
+            first[:, band] = np.searchsorted(self._keys[band], keys[:, band], "left")
+            last[:, band] = np.searchsorted(self._keys[band], keys[:, band], "right")
+        asking, numbers = self._sharing(first, np.minimum(last - first, OF_A_BAND))
+        likeness = np.empty(len(numbers))
+        for start in range(0, len(numbers), PAIRS):
+            pairs = slice(start, start + PAIRS)
+            equal = self._minima[numbers[pairs]] == minima[asking[pairs]]
+            likeness[pairs] = equal.mean(axis=1)
+        likely = np.flatnonzero(likeness >= self.similarity - MARGIN)
+        bounds = np.searchsorted(asking[likely], np.arange(len(texts) + 1))
         for number, text in enumerate(texts):
-            yield self._best(text, first[number], last[number]) if hit[number] else None
+            found = likely[bounds[number] : bounds[number + 1]]
+            yield self._best(text, numbers[found], likeness[found]) if len(found) else None
 
-    def _best(self, text: str, first: np.ndarray, last: np.ndarray) -> tuple[int, float] | None:
-        # A band that a thousand texts share says little: the other bands tell them apart.
-        found = np.concatenate(
-            [
-                self._order[first[band] : min(last[band], first[band] + 1000), band]
-                for band in np.flatnonzero(last > first)
-            ]
-        )
-        numbers, shared = np.unique(found, return_counts=True)
-        wanted = _grams(text)
+    def _sharing(self, first: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Each pair of a text that asks and one that shares bands enough with it, in order.
+
+        `first` and `counts` say for each (text, band) where those that share it lie.
+        """
+        asking, band = np.nonzero(counts)
+        count = counts[asking, band]
+        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        place = np.repeat(first[asking, band], count) + within
+        numbers = self._order[np.repeat(band, count), place]
+        pairs, shared = np.unique(np.repeat(asking, count) << 32 | numbers, return_counts=True)
+        pairs = pairs[shared >= SHARED]
+        return pairs >> 32, pairs & 0xFFFFFFFF
+
+    def _best(
+        self, text: str, numbers: np.ndarray, likeness: np.ndarray
+    ) -> tuple[int, float] | None:
         best: tuple[int, float] | None = None
-        for number in numbers[np.argsort(-shared, kind="stable")][:CANDIDATES]:
-            similarity = _jaccard(wanted, _grams(self.texts[number]))
+        for number in numbers[np.argsort(-likeness, kind="stable")][:CANDIDATES]:
+            similarity = _jaccard(_grams(text), _grams(self.texts[number]))
             if similarity >= self.similarity and (best is None or similarity > best[1]):
                 best = int(number), similarity
         return best
@@ -126,15 +145,19 @@ def _jaccard(one: np.ndarray, other: np.ndarray) -> float:
     return float(shared / (len(one) + len(other) - shared))
 
 
-def _band_keys(texts: list[str]) -> np.ndarray:
-    """A number a band for each text, (texts, BANDS): equal where the band's minima are."""
+def _minima(texts: list[str]) -> np.ndarray:
+    """The MinHash signatures of texts: (texts, BANDS * ROWS), uint32."""
     from datasketch import MinHash
 
-    grams = [_grams(text) for text in texts]
+    grams = (_grams(text) for text in texts)
     hashed = ((gram * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)).tolist() for gram in grams)
     signatures = MinHash.generator(hashed, num_perm=BANDS * ROWS, hashfunc=int)
-    minima = np.stack([signature.hashvalues for signature in signatures]).astype(np.uint64)
-    keys = np.zeros((len(texts), BANDS), np.uint64)
+    return np.stack([signature.hashvalues for signature in signatures])
+
+
+def _band_keys(minima: np.ndarray) -> np.ndarray:
+    """A number a band for each signature, (texts, BANDS): equal where the band's minima are."""
+    keys = np.zeros((len(minima), BANDS), np.uint64)
     for row in range(ROWS):
         keys = (keys ^ minima[:, row::ROWS]) * np.uint64(0xD6E8FEB86659FD93)
         keys ^= keys >> np.uint64(32)
