@@ -86,10 +86,10 @@ def prepare(
             max_seq_length=max_seq_length,
             samples=samples(folder, tally, tokenizer, mask_prompt),
         )
+        files.write_json(out / "report.json", found)
+        files.write_text(out / "report.html", page(found))
         for split in SPLITS:
             files.take(folder / f"{split}.jsonl", out / f"{split}.jsonl")
-    files.write_json(out / "report.json", found)
-    files.write_text(out / "report.html", page(found))
     files.write_json(out / "metrics.json", metrics(found))
     files.write_text(out / "lengths.csv", lengths_csv(found))
     source.write(out / "model.json")

@@ -7,7 +7,7 @@ chooses one for each name.
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -109,15 +109,18 @@ class Findings:
         """Counts a fault that concerns no row of its own."""
         self.counts[name] += 1
         if len(self.examples[name]) < NAMED:
-            self.examples[name].append(Example(where, text))
+            shown = text.encode(errors="backslashreplace").decode()
+            self.examples[name].append(Example(where, shown))
 
-    def passes(self, where: str, faults: Iterable[Fault], row: Any) -> bool:
-        """Counts a row's faults; False where it may not go on, and then it was written down."""
-        against = []
+    def passes(self, where: str, faults: list[Fault], row: Any, *, lost: bool = False) -> bool:
+        """Counts a row's faults; False where it may not go on, and then it was written down.
+
+        A row that is `lost` may not, although its faults are fixed: there was no mending it.
+        """
         for fault in faults:
             self.note(fault.name, where, fault.text)
-            if fault.name in self.rejecting:
-                against.append(fault)
+        keeping = (WARN,) if lost else (WARN, FIX)
+        against = [fault for fault in faults if self.actions[fault.name] not in keeping]
         if against:
             self.rejected += 1
             reasons = [{"check": fault.name, "text": fault.text} for fault in against]

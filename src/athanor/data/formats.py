@@ -113,13 +113,15 @@ class Formats:
         """The format of a record: what was said of its file, or what its keys are.
 
         Raises:
-            Fault: not_an_object, missing_key.
+            Fault: not_an_object, image, missing_key.
         """
         if not isinstance(value, dict):
             kind = {list: "a list", str: "a text", type(None): "null"}.get(type(value))
             raise Fault(
                 "not_an_object", f"expected a JSON object, found {kind or f'{value!r:.30}'}"
             )
+        if not IMAGE_KEYS.isdisjoint(value) and _has_image(value):
+            raise _image()
         if said != AUTO:
             return said
         config = self.config
@@ -131,8 +133,6 @@ class Formats:
             return "completions"
         if config.text_feature in value:
             return "classification" if config.label_feature in value else "text"
-        if _has_image(value):
-            return "text"
         expected = (
             f"{config.prompt_feature!r} and {config.completion_feature!r}, "
             f"{config.chat_feature!r}, 'instruction' and 'output', "
@@ -147,8 +147,6 @@ class Formats:
         Raises:
             Fault: for whatever keeps it from being that.
         """
-        if not IMAGE_KEYS.isdisjoint(value) and _has_image(value):
-            raise _image()
         return self._by_kind[kind](value)
 
     def _chat(self, value: dict[str, Any]) -> Row:
@@ -275,6 +273,8 @@ def label_of(value: dict[str, Any], key: str) -> str:
         raise _wrong_type(key, "a label: a text or a whole number", label)
     if not label.strip():
         raise Fault("empty_completion", f"expected a label under {key!r}, found none")
+    if any("\ud800" <= character <= "\udfff" for character in label):
+        raise Fault("half_character", f"half a character in the label {label!r}")
     return label.strip()
 
 
@@ -342,9 +342,10 @@ def _messages(given: Any, key: str, tools: list[dict[str, Any]]) -> list[dict[st
     return messages
 
 
-def without_end(value: dict[str, Any], names: DataConfig) -> dict[str, Any]:
+def without_end(value: dict[str, Any], kind: str, names: DataConfig) -> dict[str, Any]:
     """The record of a chat without the messages after its last answer."""
-    key = next(key for key in (names.chat_feature, names.text_feature, *CHAT_KEYS) if key in value)
+    keys = (names.text_feature,) if kind == "text" else (names.chat_feature, *CHAT_KEYS)
+    key = next(key for key in keys if key in value)
     messages = _parsed(value[key])
     if isinstance(messages, str):
         turns = [turn[0] for turn in TURN.finditer(messages)]

@@ -44,13 +44,14 @@ def _dropped() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
 
 
 def fold(text: str) -> str:
-    """A text as it is compared: see the module's docstring."""
+    """A text as it is compared: see the module's docstring. One of punctuation alone stays."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     dropped, between_digits, others = _dropped()
+    text = text.casefold()
     if between_digits.search(text) is None:  # the same, three times as fast
-        return dropped.sub("", text.casefold())
-    return " ".join(others.sub("", text.casefold()).split())
+        return dropped.sub("", text) or " ".join(text.split())
+    return " ".join(others.sub("", text).split())
 
 
 def digest(text: str) -> int:

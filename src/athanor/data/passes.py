@@ -62,6 +62,9 @@ COLUMNS = np.dtype(
 )
 
 
+CLASSES = "classification"
+# Between a folded question and a folded answer: nothing that folding leaves.
+BETWEEN = "\x1f"
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 UNWRITTEN = Rendered("", None, [], 0)
 
@@ -121,7 +124,7 @@ class FirstPass:
         self.findings = findings
         self.max_seq_length = max_seq_length
         self.mask_prompt = mask_prompt
-        self.formats = Formats(config, label_set(origins, config))
+        self.formats = Formats(config, label_set(origins, config, findings.fixes))
         self.spelling = characters.Spelling(tokenizer)
         self._said = [self.formats.of(origin.name) for origin in origins]
         self._steps = [step for step in cleaning.STEPS if config.clean.get(step)]
@@ -195,7 +198,7 @@ class FirstPass:
         for fault in record.fixed:
             self.findings.note(fault.name, record.where, fault.text)
         if candidate is None:
-            self.findings.passes(record.where, faults, record.value)
+            self.findings.passes(record.where, faults, record.value, lost=True)
             return
         yield candidate
         if SPLITS[candidate.split] == "train":
@@ -216,23 +219,25 @@ class FirstPass:
 
     def _passes(self, candidate: Candidate, faults: list[Fault]) -> bool:
         record = candidate.record
+        if candidate.number < 0:  # what augmentation made is not anybody's fault
+            return all(fault.name not in self.findings.rejecting for fault in faults)
         return self.findings.passes(record.where, faults, record.value)
 
     def _candidate(
         self, number: int, origin: int, record: Record, faults: list[Fault]
     ) -> Candidate:
         kind = self.formats.kind(record.value, self._said[origin])
+        self._check_quality(record.value)
+        row = self._row(record, kind)
         first, line = self._first.setdefault(origin, (kind, record.line))
         if kind != first:
             text = f"{kind}, and line {line} is {first}: expected one format in a file"
             faults.append(Fault("mixed_formats", text))
-        self._check_quality(record.value)
-        row = self._row(record, kind)
         if self._steps:
             row.value, changed = cleaning.clean(row.value, self._steps)
             self._tally.cleaned.update(changed)
-            self._check_what_cleaning_left(row)
-        row.value = self._without_special(row.value, faults, record)
+            if changed:
+                _check_what_is_left(row)
         self._tally.formats[origin][row.format] += 1
         return self._placed(number, origin, record, row, faults)
 
@@ -243,7 +248,7 @@ class FirstPass:
         except Fault as fault:
             if fault.name not in self.findings.fixes or fault.name != "no_answer":
                 raise
-            row = self.formats.row(formats.without_end(value, self.config), kind)
+            row = self.formats.row(formats.without_end(value, kind, self.config), kind)
             record.fixed.append(fault)
             return row
 
@@ -252,9 +257,11 @@ class FirstPass:
     ) -> Candidate:
         """What is known of a row whose text is settled."""
         line = self._line(row, record)
+        if self._special is not None and self._special.search(line) is not None:
+            line = self._without_special(row, line, faults, record)
         question = leaks.fold(row.question())
         subject = question if row.subject is None else leaks.fold(row.subject)
-        folded = subject + leaks.fold(row.answer())
+        folded = f"{subject}{BETWEEN}{leaks.fold(row.answer())}"
         digest = leaks.digest(folded)
         split = self.origins[origin].split or leaks.split_of(digest, self._shares)
         return Candidate(
@@ -283,7 +290,7 @@ class FirstPass:
             if fault.name not in self.findings.fixes:
                 raise fault from None
             record.fixed.append(fault)
-            row.value = _whole_characters(row.value)
+            row.value = _every_string(row.value, _whole_characters)
             row.subject = None if row.subject is None else _whole_characters(row.subject)
             return ENCODER.encode(row.value)
         except (TypeError, ValueError) as error:
@@ -295,39 +302,42 @@ class FirstPass:
             return
         try:
             score = float(value["quality_score"])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             text = f"expected a number as quality_score, found {value['quality_score']!r:.60}"
             raise Fault("wrong_type", text) from None
         if not score >= least:
             raise Fault("low_quality", f"quality_score {score:g} is below {least:g}")
 
-    def _check_what_cleaning_left(self, row: Row) -> None:
-        if not row.answer().strip():
-            name = "empty_text" if "text" in row.value else "empty_completion"
-            raise Fault(name, "nothing is left of it after data.clean")
-
-    def _without_special(
-        self, value: dict[str, Any], faults: list[Fault], record: Record
-    ) -> dict[str, Any]:
-        """A row without the model's special tokens in its texts, if that is how they are fixed."""
-        if self._special is None:
-            return value
-        text = "\n".join(_texts(value))
-        if "text" in value:
+    def _without_special(self, row: Row, line: str, faults: list[Fault], record: Record) -> str:
+        """The line of a row without the model's special tokens, if that is how they are fixed."""
+        assert self._special is not None
+        written = line
+        if "text" in row.value:
+            written = row.value["text"]
             for end in self._ends:  # what a text ends with is no smuggler's
-                text = text.removesuffix(end)
-        if (hit := self._special.search(text)) is None:
-            return value
+                written = written.removesuffix(end)
+        if (hit := self._special.search(written)) is None:
+            return line
         fault = Fault("special_token", f"the model's own {hit[0]} stands inside a text")
         if fault.name not in self.findings.fixes:
             faults.append(fault)
-            return value
+            return line
+        row.value = _every_string(row.value, self._without_tokens)
+        if row.subject is not None:
+            row.subject = self._without_tokens(row.subject)
+        _check_what_is_left(row)
         record.fixed.append(fault)
-        special = self._special
-        return cleaning.every_text(value, lambda content: special.sub("", content))
+        return self._line(row, record)
+
+    def _without_tokens(self, text: str) -> str:
+        assert self._special is not None
+        while (shorter := self._special.sub("", text)) != text:
+            text = shorter  # what is left may have become one
+        return text
 
     def _in_other_words(self, candidate: Candidate) -> Iterator[Candidate]:
         config = self.config
+        lines = {candidate.line}
         for copy in range(config.augment_copies if config.synonyms else 0):
             value = cleaning.in_other_words(
                 candidate.row.value,
@@ -335,9 +345,10 @@ class FirstPass:
                 config.augment_share,
                 f"{config.augment_seed} {copy} {candidate.line}",
             )
-            if value != candidate.row.value:
-                row = Row(value, candidate.row.format)
-                made = self._placed(-1, candidate.origin, candidate.record, row, [])
+            row = Row(value, candidate.row.format)
+            made = self._placed(-1, candidate.origin, candidate.record, row, [])
+            if made.line not in lines:
+                lines.add(made.line)
                 made.split = candidate.split
                 yield made
 
@@ -442,7 +453,8 @@ def second_pass(tally: Tally, config: DataConfig, findings: Findings, folder: Pa
                 found(at, "near_leak", f"{similarity:.0%} the same as {_held_out(tally, other)}")
     out = {at for at, why in faults.items() if any(f.name in findings.rejecting for f in why)}
     for at in sorted(faults.keys() - out):
-        findings.passes(tally.where(rows[at]), faults[at], None)
+        if rows[at]["record"] >= 0:  # what augmentation made is not anybody's fault
+            findings.passes(tally.where(rows[at]), faults[at], None)
     _write_down({int(rows[at]["record"]): faults[at] for at in sorted(out)}, tally, findings)
     stays = np.ones(len(rows), np.bool_)
     stays[list(out)] = False
@@ -520,16 +532,13 @@ def _other_scripts(rows: np.ndarray, least: float) -> list[int]:
 
 def _write_down(out: dict[int, list[Fault]], tally: Tally, findings: Findings) -> None:
     """Reads the records that may not go on once more, and writes them down as they were."""
-    made = out.pop(-1, None)
+    out.pop(-1, None)
     number = 0
     for origin in tally.origins if out else ():
         for record in origin.read(findings.fixes):
             if number in out:
                 findings.passes(record.where, out[number], record.value)
             number += 1
-    if made is not None:
-        for fault in made:
-            findings.counts[fault.name] += 1
 
 
 def _write_splits(rows: np.ndarray, stays: np.ndarray, folder: Path) -> None:
@@ -575,7 +584,7 @@ def _why_none(split: str, tally: Tally, findings: Findings) -> str:
     )
 
 
-def label_set(origins: list[Origin], config: DataConfig) -> list[str]:
+def label_set(origins: list[Origin], config: DataConfig, fixes: frozenset[str]) -> list[str]:
     """The labels of all rows of a classification, in their order; those of the config, if it has.
 
     Raises:
@@ -587,15 +596,18 @@ def label_set(origins: list[Origin], config: DataConfig) -> list[str]:
     formats = Formats(config, [])
     for origin in origins:
         said = formats.of(origin.name)
-        for record in origin.read(frozenset()):
+        first = None
+        for record in origin.read(fixes):
             try:
                 kind = formats.kind(record.value, said)
-                if kind == "classification":
-                    labels.add(label_of(record.value, config.label_feature))
+                label = label_of(record.value, config.label_feature) if kind == CLASSES else ""
             except Fault:
                 continue
-            if kind != "classification":
+            first = first or kind
+            if first != CLASSES:
                 break  # one format a file, and its first row says which
+            if kind == CLASSES:
+                labels.add(label)
             if len(labels) > MOST_LABELS:
                 raise UserError(
                     f"{origin.name}: more than {MOST_LABELS} different labels under "
@@ -626,7 +638,21 @@ def source_of(value: Any) -> str | None:
         return None
     metadata = value.get("metadata")
     source = value.get("source", metadata.get("source") if isinstance(metadata, dict) else None)
-    return source if isinstance(source, str) and source else None
+    return _whole_characters(source) if isinstance(source, str) and source else None
+
+
+def _check_what_is_left(row: Row) -> None:
+    """Raises a Fault where mending left a question or an answer without a text."""
+    if "text" in row.value:
+        if not row.value["text"].strip():
+            raise Fault("empty_text", "nothing is left of it")
+        return
+    for message in row.value["messages"]:
+        said = message["content"].strip() or "tool_calls" in message
+        if not said and message["role"] in ("user", "assistant"):
+            answer = message["role"] == "assistant"
+            name = "empty_completion" if answer else "empty_prompt"
+            raise Fault(name, f"nothing is left of what the {message['role']} says")
 
 
 def _texts(value: dict[str, Any]) -> list[str]:
@@ -635,14 +661,19 @@ def _texts(value: dict[str, Any]) -> list[str]:
     return [message["content"] for message in value["messages"]]
 
 
-def _whole_characters(value: Any) -> Any:
-    """A value with the replacement character where its texts have half a character."""
+def _whole_characters(text: str) -> str:
+    """A text with the replacement character where it has half a character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _every_string(value: Any, change: Callable[[str], str]) -> Any:
+    """A value with each text in it changed, keys too."""
     if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return change(value)
     if isinstance(value, list):
-        return [_whole_characters(item) for item in value]
+        return [_every_string(item, change) for item in value]
     if isinstance(value, dict):
-        return {_whole_characters(key): _whole_characters(item) for key, item in value.items()}
+        return {change(key): _every_string(item, change) for key, item in value.items()}
     return value
 
 

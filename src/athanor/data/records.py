@@ -35,6 +35,8 @@ SPLIT_NAMES = {
 # A JSON object is looked for over at most this many lines.
 LINES_OF_AN_OBJECT = 1000
 
+# No row is meant to be deeper.
+DEEPEST = 100
 BOM = b"\xef\xbb\xbf"
 
 
@@ -112,7 +114,7 @@ def dataset(name: str, config: str | None, revision: str | None) -> list[Origin]
     def reader(split: Any, where: str) -> Callable[[frozenset[str]], Iterator[Record]]:
         def read(fixes: frozenset[str]) -> Iterator[Record]:
             for line, row in enumerate(split, 1):
-                yield Record(where, line, row)
+                yield Record(where, line, _without_nulls(row))
 
         return read
 
@@ -140,6 +142,10 @@ def _reader(
 ) -> Callable[[frozenset[str]], Iterator[Record]]:
     def read(fixes: frozenset[str]) -> Iterator[Record]:
         try:
+            if path.suffix.lower() != ".parquet" and _is_utf16(path):
+                text = "the file is UTF-16: `iconv -f UTF-16 -t UTF-8 OLD > NEW`"
+                yield Record(str(path), 1, None, [Fault("unreadable_file", text)])
+                return
             match path.suffix.lower():
                 case ".jsonl":
                     yield from _jsonl(path, fixes)
@@ -155,6 +161,11 @@ def _reader(
             raise UserError(f"{path} can't be read: {error.strerror or error}") from error
 
     return read
+
+
+def _is_utf16(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) in (b"\xff\xfe", b"\xfe\xff")
 
 
 # ---- JSON
@@ -183,6 +194,18 @@ def _number(text: str) -> float:
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_number)
 
 
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [
+        inside
+        for item in level
+        if isinstance(item, dict | list)
+        for inside in (item.values() if isinstance(item, dict) else item)
+    ]:
+        depth += 1
+    return depth
+
+
 def parse(text: str, start: int = 0) -> tuple[Any, int]:
     """The JSON value that starts at `start`, and where it ends.
 
@@ -190,14 +213,19 @@ def parse(text: str, start: int = 0) -> tuple[Any, int]:
         json.JSONDecodeError: where there is none.
         Fault: for what is wrong in spite of being JSON to Python.
     """
+    too_deep = Fault("invalid_json", f"objects inside objects, more than {DEEPEST} deep")
     try:
-        return DECODER.raw_decode(text, start)
+        value, end = DECODER.raw_decode(text, start)
     except RecursionError:
-        raise Fault("invalid_json", "objects inside objects, too deep to be read") from None
+        raise too_deep from None
     except json.JSONDecodeError:
         raise
     except ValueError as error:  # a number of more digits than Python reads
         raise Fault("invalid_json", str(error)) from None
+    # Python gives up at a depth that depends on who asks: later steps would, where this did not.
+    if text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST:
+        raise too_deep
+    return value, end
 
 
 def _decoded(data: bytes) -> str:
@@ -242,10 +270,6 @@ def _jsonl(path: Path, fixes: frozenset[str]) -> Iterator[Record]:
             return
         number, data = following
         if number == 1:
-            if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-                text = "the file is UTF-16: `iconv -f UTF-16 -t UTF-8 OLD > NEW`"
-                yield Record(name, 1, None, [Fault("unreadable_file", text)])
-                return
             data, faults, fixed = _without_mark(data, fixes)
         if not data.strip():
             continue
@@ -297,6 +321,10 @@ def _rest_of_line(first: Record, text: str, end: int, fixes: frozenset[str]) -> 
             fault = Fault("invalid_json", f"something after the object (column {end + 1})")
             yield Record(first.path, first.line, text, [*first.faults, fault], first.fixed)
             return
+    if len(values) == 1:
+        fault = Fault("invalid_json", "a comma behind the object: lines of JSON have none")
+        yield Record(first.path, first.line, text, [*first.faults, fault], first.fixed)
+        return
     several = Fault("several_objects", f"{len(values)} objects on a line: one each is expected")
     if several.name not in fixes:
         yield Record(first.path, first.line, text, [*first.faults, several], first.fixed)
@@ -349,10 +377,6 @@ def _json(path: Path, fixes: frozenset[str]) -> Iterator[Record]:
     """A list of objects, or a single one; the whole file is held in memory."""
     name = str(path)
     data, faults, fixed = _without_mark(path.read_bytes(), fixes)
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        text = "the file is UTF-16: `iconv -f UTF-16 -t UTF-8 OLD > NEW`"
-        yield Record(name, 1, None, [Fault("unreadable_file", text)])
-        return
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -367,23 +391,44 @@ def _json(path: Path, fixes: frozenset[str]) -> Iterator[Record]:
     while True:
         position = _next_value(text, position)
         line += text.count("\n", counted, position)
-        counted = position
+        counted = start = position
         if position == len(text) or (is_list and text[position] == "]"):
+            if wrong := _after_the_rows(text, position, is_list):
+                yield Record(name, line, text[start:], [*faults, wrong], fixed)
             return
         try:
             value, position = parse(text, position)
-        except Fault as found:
-            yield Record(name, line, text[position : position + 1000], [*faults, found], fixed)
-            return
+            yield Record(name, line, value, faults, fixed)
         except json.JSONDecodeError as error:
-            fault = Fault(
-                "invalid_json", f"{error.msg} (column {error.colno}); the rest is not read"
-            )
-            rest = text[position : position + 1000]
-            yield Record(name, error.lineno, rest, [*faults, fault], fixed)
+            found = Fault("invalid_json", f"{error.msg} (column {error.colno})")
+            yield Record(name, error.lineno, text[start:], [*faults, found], fixed)
             return
-        yield Record(name, line, value, faults, fixed)
+        except Fault as found:
+            end = _end_of_value(text, start)
+            yield Record(name, line, text[start:end], [*faults, found], fixed)
+            if end is None:
+                return
+            position = end
         faults, fixed = [], []
+
+
+def _after_the_rows(text: str, position: int, is_list: bool) -> Fault | None:
+    """What is wrong with how a file ends: `position` is where no row is left."""
+    if not is_list:
+        return None
+    if position == len(text):
+        return Fault("invalid_json", "the list is not closed: the file may have been cut off")
+    if text[position + 1 :].strip():
+        return Fault("invalid_json", "something after the end of the list")
+    return None
+
+
+def _end_of_value(text: str, start: int) -> int | None:
+    """Where a value that is JSON to Python ends; None where there is none."""
+    try:
+        return int(json.JSONDecoder().raw_decode(text, start)[1])
+    except (ValueError, RecursionError):
+        return None
 
 
 def _next_value(text: str, position: int) -> int:
@@ -398,49 +443,59 @@ def _next_value(text: str, position: int) -> int:
 def _csv(path: Path, fixes: frozenset[str]) -> Iterator[Record]:
     name = str(path)
     csv.field_size_limit(sys.maxsize)
-    faults: list[Fault] = []
     fixed: list[Fault] = []
+    header: list[str] | None = None
+    read: list[str] = []  # the lines since the last record
 
     def text_lines() -> Iterator[str]:
-        nonlocal faults, fixed
-        for number, data in _lines(path):
-            if number == 1:
-                data, faults, fixed = _without_mark(data, fixes)
+        for _, data in _lines(path):
             # Bytes that are no UTF-8 come through as lone surrogates, and are found in the row.
-            yield data.decode(errors="surrogateescape")
+            read.append(data.removeprefix(BOM).decode(errors="surrogateescape"))
+            yield read[-1]
 
+    with path.open("rb") as file:
+        _, faults, fixed = _without_mark(file.read(len(BOM)), fixes)
+    if faults:
+        yield Record(name, 1, None, faults)
     reader = csv.reader(text_lines(), strict=True)
-    header: list[str] | None = None
     while True:
         line = reader.line_num + 1
+        read.clear()
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            yield Record(name, line, None, [*faults, Fault("wrong_columns", f"not CSV: {error}")])
+            over = f", over {len(read):,} lines" if len(read) > 1 else ""
+            fault = Fault("wrong_columns", f"not CSV: {error}{over}")
+            yield Record(name, line, "".join(read).rstrip("\r\n"), [fault])
             continue
         if cells is None:
             return
         if not any(cells):
             continue
-        try:
-            "".join(cells).encode()
-        except UnicodeEncodeError:
-            fault = Fault("invalid_utf8", "bytes that are no UTF-8: save the file as UTF-8")
-            yield Record(name, line, cells, [*faults, fault])
-            continue
-        if header is None:
+        if wrong := _wrong_cells(cells, header):
+            yield Record(name, line, cells, [wrong], fixed)
+            if header is None:
+                return  # what the columns are is not known
+        elif header is None:
             header = [cell.strip() for cell in cells]
-            if len(set(header)) < len(header):
-                fault = Fault("unreadable_file", "the header names a column twice")
-                yield Record(name, line, cells, [*faults, fault])
-                return
-        elif len(cells) != len(header):
-            fault = Fault("wrong_columns", f"{len(cells)} cells, and the header has {len(header)}")
-            yield Record(name, line, cells, [*faults, fault], fixed)
-            faults, fixed = [], []
+            continue
         else:
-            yield Record(name, line, dict(zip(header, cells, strict=True)), faults, fixed)
-            faults, fixed = [], []
+            yield Record(name, line, dict(zip(header, cells, strict=True)), [], fixed)
+        fixed = []
+
+
+def _wrong_cells(cells: list[str], header: list[str] | None) -> Fault | None:
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        return Fault("invalid_utf8", "bytes that are no UTF-8: save the file as UTF-8")
+    if header is None:
+        names = [cell.strip() for cell in cells]
+        if len(set(names)) < len(names):
+            return Fault("unreadable_file", "the header names a column twice")
+    elif len(cells) != len(header):
+        return Fault("wrong_columns", f"{len(cells)} cells, and the header has {len(header)}")
+    return None
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -453,10 +508,15 @@ def _parquet(path: Path) -> Iterator[Record]:
             for batch in file.iter_batches(batch_size=1000):
                 for value in batch.to_pylist():
                     line += 1
-                    yield Record(str(path), line, value)
+                    yield Record(str(path), line, _without_nulls(value))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         yield Record(str(path), line + 1, None, [Fault("unreadable_file", f"no Parquet: {reason}")])
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table without the columns that say nothing of it."""
+    return {key: value for key, value in row.items() if value is not None}
 
 
 def _markdown(
