@@ -1,8 +1,9 @@
 """Rows on their way to training: shared out, compared, cleaned, and never lost."""
 
+import io
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from athanor import prepare, settings, synthesize
+from athanor import models, prepare, settings, synthesize
 from athanor.console import UserError
-from athanor.data import leaks
+from athanor.data import leaks, passes
+from athanor.data.checks import Findings
+from athanor.data.records import Origin, Record
 from athanor.paths import SPLITS
 
 Row = dict[str, Any]
@@ -404,3 +407,35 @@ def test_nothing_is_left_behind_and_old_results_stay_when_it_stops(
     assert (tmp_path / "out/train.jsonl").read_bytes() == before
     assert rejected(tmp_path / "out") == {"train.jsonl:2": ["empty_prompt"]}
     assert [path.name for path in (tmp_path / "out").glob(".*")] == []
+
+
+def test_rows_stream_through(tiny: Path, repo: Path, tmp_path: Path) -> None:
+    """However many rows there are, only so many are between the file that is read and the spool."""
+    tokenizer = models.load_tokenizer(tiny)
+    config = settings.plain(settings.compose(repo / "conf", []).data)
+    read, between = 0, []
+
+    def records(fixes: frozenset[str]) -> Iterator[Record]:
+        nonlocal read
+        for line in range(1, 12_001):
+            read += 1
+            if line % 100 == 0:
+                written = sum(path.read_bytes().count(b"\n") for path in tmp_path.iterdir())
+                between.append(read - written)
+            yield Record("made.jsonl", line, {"text": f"{line:06} {line * 7:09} rows stream"})
+
+    findings = Findings(config.checks, io.StringIO())
+    first = passes.FirstPass(
+        [Origin("made.jsonl", "train", records, lambda: 12_000)],
+        config,
+        tokenizer,
+        findings,
+        max_seq_length=64,
+        mask_prompt=True,
+    )
+    # label_set looks at the first row, to see whether there are labels.
+    assert read == 1
+    tally = first.run(tmp_path)
+    assert len(tally.rows) == 12_000
+    assert len((tmp_path / "train.spool").read_text(encoding="utf-8").splitlines()) == 12_000
+    assert passes.CHUNK < max(between) < passes.CHUNK * (passes.CHUNKS_AHEAD + 3)

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from athanor.paths import SPLITS
+
 LORA = Path("conf/train/lora.yaml")
 
 
@@ -209,8 +211,23 @@ def test_mlflow_holds_the_whole_run(finished: Workspace) -> None:
     assert {"model.digest", "mlx.version", "mlx_lm.version", "device"} <= set(tags)
     kept = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert {"adapters", "params.yaml", "history.csv", "test"} <= kept
+    of_data = {a.path for a in client.list_artifacts(run.info.run_id, "data")}
+    assert of_data == {"data/report.html", "data/report.json"}
+    assert (run.data.metrics["train_rows"], run.data.metrics["rejected_rows"]) == (6, 0)
     datasets = {d.dataset.name: d.tags[0].value for d in run.inputs.dataset_inputs}
     assert datasets["artifacts/prepare/train.jsonl"] == "training"
+
+
+def test_dvc_counts_and_draws_the_rows(finished: Workspace) -> None:
+    shown = json.loads(finished.run("dvc", "metrics", "show", "--json"))
+    counts = shown[""]["data"]["artifacts/prepare/metrics.json"]["data"]
+    assert counts["rows"] == {"read": 12, "kept": 12, "rejected": 0, "augmented": 0}
+    assert [counts[split]["rows"] for split in SPLITS] == [6, 3, 3]
+    finished.run("dvc", "plots", "show", "-o", "drawn")
+    page = (finished.folder / "drawn/index.html").read_text(encoding="utf-8")
+    assert "rows by their length in tokens" in page
+    assert '"tokens": "24-27"' in page
+    shutil.rmtree(finished.folder / "drawn")
 
 
 def test_history_is_what_mlflow_has(finished: Workspace) -> None:

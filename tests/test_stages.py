@@ -251,7 +251,7 @@ def test_stages_out_of_order_say_which_comes_first(stages: Stages) -> None:
 
 def test_rows_with_nothing_to_learn_stop_before_training(stages: Stages) -> None:
     stages("config", overrides=("train.max_seq_length=5",))
-    with pytest.raises(UserError, match=r"train\.jsonl: no row has a token left to learn"):
+    with pytest.raises(UserError, match=r"train: too_few_rows: .* 12 nothing_to_learn"):
         stages("prepare")
 
 
@@ -292,9 +292,9 @@ def test_full_training_is_float32_where_the_base_is_not(
 
 
 def test_a_line_separator_in_a_row_is_no_new_row(stages: Stages) -> None:
-    row: dict[str, Any] = {"prompt": "行\u2028分", "completion": "段\u2029落"}
-    text = json.dumps(row, ensure_ascii=False)
-    for split in ("train", "valid"):
+    for split, answer in (("train", "段\u2029落"), ("valid", "另\u2029外")):
+        row = {"prompt": f"{split}行\u2028分", "completion": answer}
+        text = json.dumps(row, ensure_ascii=False)
         Path(f"data/{split}.jsonl").write_text(text + "\n", encoding="utf-8")
     stages("config", overrides=("train.iters=1",))
     stages("prepare", "train")

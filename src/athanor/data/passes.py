@@ -22,7 +22,7 @@ from athanor import chat, console
 from athanor.chat import Rendered
 from athanor.console import UserError
 from athanor.data import characters, cleaning, formats, leaks
-from athanor.data.checks import OFF, Fault, Findings
+from athanor.data.checks import CHECKS, OFF, SKIP, WARN, Fault, Findings
 from athanor.data.formats import Formats, Row, label_of
 from athanor.data.records import Origin, Record
 from athanor.paths import SPLITS
@@ -571,7 +571,13 @@ def _look_at_shares(tally: Tally, config: DataConfig, findings: Findings) -> Non
 
 def _why_none(split: str, tally: Tally, findings: Findings) -> str:
     if any(origin.split == split for origin in tally.origins):
-        return f"no row is left of {sum(tally.read)}; rejected.jsonl says why of each"
+        why = [
+            f"{count:,} {name}" + (f" (data.checks.{name}=warn keeps them)" if keeps else "")
+            for name, count in findings.counts.items()
+            if findings.actions[name] == SKIP
+            for keeps in [WARN in CHECKS[name][1].split()]
+        ]
+        return f"no row is left of it: {', '.join(why)}; rejected.jsonl has them, whole"
     if any(origin.split is None for origin in tally.origins):
         return (
             f"none of {len(tally.rows)} rows fell to it (data.valid_size and data.test_size are "
