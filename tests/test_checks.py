@@ -22,8 +22,11 @@ from pyarrow import parquet
 
 from athanor import files, models, settings
 from athanor.console import UserError
-from athanor.data import passes, records
+from athanor.data import records
 from athanor.data.checks import CHECKS, FIX, SKIP, STOP, WARN, Findings
+from athanor.data.first_pass import FirstPass
+from athanor.data.second_pass import second_pass
+from athanor.data.tally import Tally
 from athanor.paths import SPLITS
 from athanor.prepare import prepare
 from athanor.schema import DataConfig
@@ -1122,17 +1125,17 @@ def through(conf: DataConfig, tiny: Path) -> Try:
             with (out / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
                 findings = Findings(checks, rejected)
                 read, _ = records.origins(data, count, config.article_tokens)
-                first = passes.FirstPass(
+                first = FirstPass(
                     read, config, tokenizer, findings, max_seq_length=64, mask_prompt=True
                 )
                 tally = first.run(out)
-                passes.second_pass(tally, config, findings, out)
+                second_pass(tally, config, findings, out)
             accounted(tally, findings, out)
 
     return run
 
 
-def accounted(tally: passes.Tally, findings: Findings, out: Path) -> None:
+def accounted(tally: Tally, findings: Findings, out: Path) -> None:
     """Every record is either in a split or in rejected.jsonl, but for files that can't be read."""
     kept = sum(len(files.read_jsonl(out / f"{split}.jsonl")) for split in SPLITS)
     rejected = len(files.read_jsonl(out / "rejected.jsonl"))

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from athanor import models, prepare, settings, synthesize
 from athanor.console import UserError
-from athanor.data import leaks, passes
+from athanor.data import leaks
 from athanor.data.checks import Findings
+from athanor.data.first_pass import CHUNKS_AHEAD, FirstPass
 from athanor.data.records import Origin, Record
+from athanor.data.tally import CHUNK
 from athanor.paths import SPLITS
 
 Row = dict[str, Any]
@@ -425,7 +427,7 @@ def test_rows_stream_through(tiny: Path, repo: Path, tmp_path: Path) -> None:
             yield Record("made.jsonl", line, {"text": f"{line:06} {line * 7:09} rows stream"})
 
     findings = Findings(config.checks, io.StringIO())
-    first = passes.FirstPass(
+    first = FirstPass(
         [Origin("made.jsonl", "train", records, lambda: 12_000)],
         config,
         tokenizer,
@@ -438,4 +440,4 @@ def test_rows_stream_through(tiny: Path, repo: Path, tmp_path: Path) -> None:
     tally = first.run(tmp_path)
     assert len(tally.rows) == 12_000
     assert len((tmp_path / "train.spool").read_text(encoding="utf-8").splitlines()) == 12_000
-    assert passes.CHUNK < max(between) < passes.CHUNK * (passes.CHUNKS_AHEAD + 3)
+    assert CHUNK < max(between) < CHUNK * (CHUNKS_AHEAD + 3)

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from athanor import console, files, models, settings, sources
-from athanor.data import passes, records
+from athanor.data import records
 from athanor.data.checks import Findings
+from athanor.data.first_pass import FirstPass
 from athanor.data.page import page
 from athanor.data.report import lengths_csv, metrics, report, samples
+from athanor.data.second_pass import second_pass
 from athanor.paths import DATA, PREPARED, SPLITS
 from athanor.schema import DataConfig
 
@@ -66,7 +68,7 @@ def prepare(
         findings = Findings(dict(config.checks), reasons)
         for path, text in passed_over:
             findings.note("unknown_file", path, text)
-        first = passes.FirstPass(
+        first = FirstPass(
             origins,
             config,
             tokenizer,
@@ -76,7 +78,7 @@ def prepare(
         )
         tally = first.run(folder)
         findings.stop(rejected)
-        passes.second_pass(tally, config, findings, folder)
+        second_pass(tally, config, findings, folder)
         findings.stop(rejected)
         found = report(
             tally,

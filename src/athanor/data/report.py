@@ -11,7 +11,7 @@ import numpy as np
 from athanor import chat
 from athanor.data import characters
 from athanor.data.checks import CHECKS, Findings
-from athanor.data.passes import Tally
+from athanor.data.tally import Tally
 from athanor.paths import SPLITS
 
 if TYPE_CHECKING:
