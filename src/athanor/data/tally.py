@@ -1,4 +1,4 @@
-"""What is known of the rows that go on: a line of numbers each, in memory while the rows are not."""
+"""What is known of each row that goes on: numbers, in memory while the rows themselves are not."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
