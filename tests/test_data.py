@@ -336,6 +336,22 @@ def test_questions_in_other_words_and_never_answers(prepared: Prepare, tmp_path:
     assert (tmp_path / "out/train.jsonl").read_bytes() != first
 
 
+def test_a_label_set_is_not_said_in_other_words(prepared: Prepare, tmp_path: Path) -> None:
+    rows = [{"text": f"第{n}位老师很好", "label": "很好" if n % 2 else "一般"} for n in range(8)]
+    found = prepared(
+        "data.augment_share=1.0",
+        "data.checks.near_leak=off",
+        synonyms={"老师": ["教师"], "很好": ["不错"], "一般": ["普通"]},
+        train__jsonl=rows,
+        valid__jsonl=[{"text": "还可以", "label": "一般"}],
+    )
+    assert found["rows"]["augmented"] == 8
+    made = lines(tmp_path / "out/train.jsonl")
+    asked = [row["messages"][0]["content"] for row in made]
+    assert sum("教师不错\n\nLabel (一般, 很好):" in question for question in asked) == 8
+    assert {row["label"] for row in made} == {"很好", "一般"}
+
+
 # ---- Hugging Face
 
 

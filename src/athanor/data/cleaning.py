@@ -4,7 +4,6 @@ import html
 import random
 import re
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 from athanor.console import UserError
@@ -70,43 +69,15 @@ def clean(value: dict[str, Any], steps: list[str]) -> tuple[dict[str, Any], list
     return value, changed
 
 
-def in_other_words(
-    value: dict[str, Any], synonyms: dict[str, list[str]], share: float, seed: str
-) -> dict[str, Any]:
-    """A row whose questions, or whose plain text, say some words by a synonym.
+def other_words(synonyms: dict[str, list[str]], share: float) -> Callable[[str, str], str]:
+    """Returns a function of a seed and a text: the text, some words of it said by a synonym.
 
-    Each word that `synonyms` has is replaced with the probability `share`. Answers, labels and
-    system messages stay: they are what is learned. `seed` alone decides which words.
+    Each word that `synonyms` has is replaced with the probability `share`; the seed and the text
+    alone decide which, and by which.
 
     Raises:
         UserError: where the library that finds Chinese words is not installed.
     """
-    chance = random.Random(seed)
-
-    def change(text: str) -> str:
-        return "".join(
-            chance.choice(synonyms[word]) if word in synonyms and chance.random() < share else word
-            for word in _words(text, tuple(synonyms))
-        )
-
-    if "text" in value:
-        return value | {"text": change(value["text"])}
-    return value | {
-        "messages": [
-            message | {"content": change(message["content"])}
-            if message["role"] == "user"
-            else message
-            for message in value["messages"]
-        ]
-    }
-
-
-def _words(text: str, known: tuple[str, ...]) -> list[str]:
-    return list(_cutter(known).lcut(text))
-
-
-@lru_cache(maxsize=1)
-def _cutter(known: tuple[str, ...]) -> Any:
     try:
         import jieba
     except ImportError as error:
@@ -116,6 +87,14 @@ def _cutter(known: tuple[str, ...]) -> Any:
         ) from error
     jieba.setLogLevel("WARNING")
     cutter = jieba.Tokenizer()
-    for word in known:
+    for word in synonyms:
         cutter.add_word(word)
-    return cutter
+
+    def say(seed: str, text: str) -> str:
+        chance = random.Random(f"{seed} {text}")
+        return "".join(
+            chance.choice(synonyms[word]) if word in synonyms and chance.random() < share else word
+            for word in cutter.lcut(text)
+        )
+
+    return say

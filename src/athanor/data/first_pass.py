@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -86,6 +87,9 @@ class FirstPass:
         self._special = special_tokens(tokenizer)
         self._ends = tuple(tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids)))
         self._shares = shares(origins, config)
+        self._say = (
+            cleaning.other_words(config.synonyms, config.augment_share) if config.synonyms else None
+        )
         self._labels: dict[str, int] = {}
         self._sources: dict[str, int] = {}
         self._first: dict[int, tuple[str, int]] = {}
@@ -190,6 +194,8 @@ class FirstPass:
             faults.append(Fault("mixed_formats", text))
         if self._steps:
             row.value, changed = cleaning.clean(row.value, self._steps)
+            if row.subject is not None:
+                row.subject = cleaning.clean({"text": row.subject}, self._steps)[0]["text"]
             self._tally.cleaned.update(changed)
             if changed:
                 _check_what_is_left(row)
@@ -291,16 +297,13 @@ class FirstPass:
         return text
 
     def _in_other_words(self, candidate: Candidate) -> Iterator[Candidate]:
+        if self._say is None:
+            return
         config = self.config
         lines = {candidate.line}
-        for copy in range(config.augment_copies if config.synonyms else 0):
-            value = cleaning.in_other_words(
-                candidate.row.value,
-                {word: list(others) for word, others in config.synonyms.items()},
-                config.augment_share,
-                f"{config.augment_seed} {copy} {candidate.line}",
-            )
-            row = Row(value, candidate.row.format)
+        for copy in range(config.augment_copies):
+            seed = f"{config.augment_seed} {copy}"
+            row = candidate.row.asked_otherwise(partial(self._say, seed))
             made = self._placed(-1, candidate.origin, candidate.record, row, [])
             if made.line not in lines:
                 lines.add(made.line)

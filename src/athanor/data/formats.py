@@ -70,6 +70,29 @@ class Row:
         messages = self.value.get("messages", ())
         return "\n".join(_said(message) for message in messages[:-1] if message["role"] != "system")
 
+    def asked_otherwise(self, change: Callable[[str], str]) -> "Row":
+        """The row with its question, or its plain text, changed.
+
+        Only the subject of a question that has one: the rest is the format's. Answers, labels and
+        system messages stay: they are what is learned.
+        """
+        if "text" in self.value:
+            return Row({"text": change(self.value["text"])}, self.format)
+        subject = None if self.subject is None else change(self.subject)
+
+        def changed(content: str) -> str:
+            if self.subject is None or subject is None:
+                return change(content)
+            return content.replace(self.subject, subject)
+
+        messages = [
+            message | {"content": changed(message["content"])}
+            if message["role"] == "user"
+            else message
+            for message in self.value["messages"]
+        ]
+        return Row(self.value | {"messages": messages}, self.format, subject)
+
     def answer(self) -> str:
         """What is learned last."""
         return (
