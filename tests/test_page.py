@@ -154,7 +154,7 @@ def test_figures_are_the_reports(report: dict[str, Any]) -> None:
     assert "50.550.550.5–" in cells
     assert "4,1204,1204,12012,360" in cells
     text = found.text()
-    assert "1,234 rows" in text and "1 row\n" in text
+    assert "1,234 rows" in text and "1 row " in text
     assert "data/train.jsonl:17the same as data/train.jsonl:3" in text
     assert "2,34519.0%" in text
     assert "𠮷U+20BB74 tokens3 rows" in text and "6 more characters" in text
