@@ -45,6 +45,8 @@ def _dropped() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
 
 def fold(text: str) -> str:
     """A text as it is compared: see the module's docstring. One of punctuation alone stays."""
+    if not text:
+        return text
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     dropped, between_digits, others = _dropped()
