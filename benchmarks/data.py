@@ -61,7 +61,7 @@ def prepare(folder: Path, near: bool) -> Callable[[], int]:
     from athanor.prepare import prepare as stage
 
     config = settings.plain(settings.compose(REPO / "conf", []).data)
-    config.checks["near_leak"] = "skip" if near else "off"
+    config.checks["near_leak"] = "skip" if near else "ignore"
 
     def work() -> int:
         with tempfile.TemporaryDirectory() as out:

@@ -101,7 +101,7 @@ def test_every_turn_is_learned_where_earlier_ones_are_written_otherwise(make: Ma
     assert learned(QUESTIONS, tokenizer) == (
         "第一答<|im_end|><think>\n\n</think>\n\n第二答<|im_end|>"
     )
-    assert chat.render(QUESTIONS, tokenizer).answers_missed == 0
+    assert chat.tokenize(QUESTIONS, tokenizer, mask_prompt=True).answers == 2
     assert asked_as_trained(QUESTIONS, tokenizer)
     assert chat.expected_answer(QUESTIONS, tokenizer) == "<think>\n\n</think>\n\n第二答"
 
@@ -121,6 +121,18 @@ def test_the_templates_own_end_is_learned_and_stopped_at(make: Make, tiny: Path)
     assert tokenizer.eos_token_id == texts_end
     assert usual.convert_tokens_to_ids("<|im_end|>") in tokenizer.eos_token_ids
     assert learned(QUESTIONS, tokenizer) == "第一答<|im_end|>第二答<|im_end|>"
+
+
+def test_a_turn_without_an_end_does_not_reach_into_the_next(make: Make) -> None:
+    """A template that ends the last turn alone: earlier answers are counted as not learned."""
+    template = (
+        "{%- for m in messages -%}{{- m.role + ': ' + m.content + '\\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- 'assistant: ' -}}"
+        "{%- elif messages[-1].role == 'assistant' -%}{{- '<|im_end|>' -}}{%- endif -%}"
+    )
+    tokenizer = make(template)
+    assert learned(QUESTIONS, tokenizer) == "第二答\n<|im_end|>"
+    assert chat.tokenize(QUESTIONS, tokenizer, mask_prompt=True).answers == 1
 
 
 def test_an_answer_that_repeats_its_question_is_learned_once(make: Make) -> None:

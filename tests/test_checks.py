@@ -130,7 +130,7 @@ def of_csv(id: str, check: str, bad: str | bytes, row: Any, **more: Any) -> Bad:
 def of_parquet(id: str, check: str, bad: Object, among: str = "completions", **more: Any) -> Bad:
     first, last = GOOD[among]
     data = parquet_bytes([first, bad, last])
-    row = {key: value for key, value in bad.items() if value is not None}
+    row = {key: bad.get(key) for key in {**first, **bad}}
     return Bad(id, check, {"train.parquet": data}, "train.parquet:2", row, **more)
 
 
@@ -173,6 +173,16 @@ TABLE = [
     # Files
     beside("a-word-document", "unknown_file", "notes.docx", b"PK", None, whole_file=True),
     beside("no-suffix", "unknown_file", "README", "read me", None, whole_file=True),
+    beside("about-the-data", "unknown_file", "README.md", "# A\n\nb\n", None, whole_file=True),
+    Bad(
+        "no-splits-name",
+        "shared_out",
+        {"train/good.jsonl": line(pair("天空", "蓝")), "vaild.jsonl": line(pair("云", "白"))},
+        "vaild.jsonl",
+        stays=2,
+        whole_file=True,
+    ),
+    beside("semicolons", "unreadable_file", "b.csv", "prompt;completion\na;b\n", 1),
     beside("utf-16-jsonl", "unreadable_file", "b.jsonl", '{"text": "a"}'.encode("utf-16"), 1),
     beside("utf-16-json", "unreadable_file", "b.json", '[{"text": "a"}]'.encode("utf-16"), 1),
     beside("utf-16-csv", "unreadable_file", "b.csv", "text\na\n".encode("utf-16"), 1),
@@ -193,7 +203,14 @@ TABLE = [
     jsonl("gb18030-jsonl", "invalid_utf8", GB18030, row=GB18030.decode(errors="backslashreplace")),
     jsonl("cut-utf-8", "invalid_utf8", b'{"text": "\xe4\xbd"}', row='{"text": "\\xe4\\xbd"}'),
     beside("gb18030-json", "invalid_utf8", "b.json", b"[\n" + GB18030 + b"]", 2, whole_file=True),
-    beside("gb18030-md", "invalid_utf8", "b.md", "# A\n\n中文\n".encode("gb18030"), 3),
+    beside(
+        "gb18030-md",
+        "invalid_utf8",
+        "b.md",
+        "# A\n\n中文\n".encode("gb18030"),
+        3,
+        row="# A\n\n\\xd6\\xd0\\xce\\xc4\n",
+    ),
     of_csv("gb18030-csv", "invalid_utf8", "中,b".encode("gb18030"), ["\udcd6\udcd0", "b"]),
     jsonl("half-an-emoji", "half_character", pair("好\ud83d", "好的")),
     jsonl("half-an-emoji-in-an-answer", "half_character", chat("好", "好的\ude00"), "chat"),
@@ -284,7 +301,7 @@ TABLE = [
     jsonl("no-prompt", "missing_key", {"completion": "a"}),
     jsonl("no-output", "missing_key", {"instruction": "a"}, "instruction"),
     jsonl("prompt-a-number", "wrong_type", pair(3, "b")),  # type: ignore[arg-type]
-    jsonl("prompt-null", "wrong_type", {"prompt": None, "completion": "b"}),
+    jsonl("prompt-null", "missing_key", {"prompt": None, "completion": "b"}),
     jsonl(
         "input-a-list",
         "wrong_type",
@@ -297,7 +314,7 @@ TABLE = [
     jsonl("content-a-number", "wrong_type", chat(3, "b"), "chat"),  # type: ignore[arg-type]
     jsonl("content-of-numbers", "wrong_type", chat([1], "b"), "chat"),  # type: ignore[arg-type]
     jsonl("label-a-float", "wrong_type", {"text": "a", "label": 0.5}, "classification"),
-    jsonl("label-null", "wrong_type", {"text": "a", "label": None}, "classification"),
+    jsonl("label-null", "mixed_formats", {"text": "a", "label": None}, "classification"),
     jsonl(
         "quality-a-word",
         "wrong_type",
@@ -1124,7 +1141,7 @@ def through(conf: DataConfig, tiny: Path) -> Try:
             )
             with (out / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
                 findings = Findings(checks, rejected)
-                read, _ = records.origins(data, count, config.article_tokens)
+                read, _ = records.origins(data, count, config.article_tokens, [])
                 first = FirstPass(
                     read, config, tokenizer, findings, max_seq_length=64, mask_prompt=True
                 )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from athanor import models, prepare, settings, synthesize
 from athanor.console import UserError
-from athanor.data import leaks
+from athanor.data import leaks, records
 from athanor.data.checks import Findings
 from athanor.data.first_pass import CHUNKS_AHEAD, FirstPass
 from athanor.data.records import Origin, Record
@@ -94,10 +94,10 @@ def test_other_files_are_shared_out_and_a_split_with_a_file_gets_none(
     prepared: Prepare, tmp_path: Path
 ) -> None:
     rows = list(synthesize.rows("completions", 300, ["zh_CN"], 0))
-    found = prepared("data.checks.near_leak=off", rows__jsonl=rows)["splits"]
+    found = prepared("data.checks.near_leak=ignore", rows__jsonl=rows)["splits"]
     assert [found[split]["rows"] for split in SPLITS] == pytest.approx([240, 30, 30], abs=15)
     own = [pair("天是什么颜色", "蓝"), pair("草是什么颜色", "绿")]
-    found = prepared("data.checks.near_leak=off", rows__jsonl=rows, valid__jsonl=own)["splits"]
+    found = prepared("data.checks.near_leak=ignore", rows__jsonl=rows, valid__jsonl=own)["splits"]
     assert found["valid"]["rows"] == 2
     assert found["train"]["rows"] + found["test"]["rows"] == 300
 
@@ -148,7 +148,7 @@ def test_adding_a_row_to_data_moves_no_other(prepared: Prepare, tmp_path: Path) 
 def test_copies_fall_on_one_side(prepared: Prepare, tmp_path: Path) -> None:
     rows = list(synthesize.rows("completions", 80, ["en_US"], 1))
     copies = [pair(row["prompt"].upper(), row["completion"] + "!") for row in rows]
-    found = prepared("data.checks.near_leak=off", rows__jsonl=rows + copies)
+    found = prepared("data.checks.near_leak=ignore", rows__jsonl=rows + copies)
     assert [check for check in found["checks"] if check["name"] == "leak"] == []
     assert found["rows"]["kept"] == 160
 
@@ -257,9 +257,14 @@ def test_folding_is_stable(one: str, other: str) -> None:
     assert "\t" not in leaks.fold(one + other)
 
 
-def test_numbers_and_signs_are_not_folded_away() -> None:
-    for one, other in (("1.5", "15"), ("3-4", "34"), ("a+b", "ab"), ("😀", "😭"), ("12 5", "125")):
-        assert leaks.fold(one) != leaks.fold(other), (one, other)
+APART = (
+    """1.5 15|3-4 34|a+b ab|😀 😭|-5 5|C# C|foo_bar foobar|5% 5|a.b ab|if(!x) if(x)|f(a,b) f(ab)"""
+)
+
+
+@pytest.mark.parametrize("pair", [*(pair.split() for pair in APART.split("|")), ("12 5", "125")])
+def test_what_tells_things_apart_is_not_folded_away(pair: tuple[str, str]) -> None:
+    assert leaks.fold(pair[0]) != leaks.fold(pair[1])
 
 
 def test_near_texts_are_those_that_a_full_comparison_finds() -> None:
@@ -286,9 +291,88 @@ def test_near_texts_are_those_that_a_full_comparison_finds() -> None:
         )
         if best[0] >= 0.7:
             expected[i] = (-best[1], pytest.approx(best[0]))
-    found = dict(enumerate(leaks.NearIndex(held_out, 0.7).nearest(asked)))
+    found = dict(enumerate(leaks.NearIndex(held_out, 0.7, leaks.common_grams([])).nearest(asked)))
     assert {i: hit for i, hit in found.items() if hit is not None} == expected
     assert 5 < len(expected) < 35
+
+
+def a_form(kind: str, count: int) -> list[Row]:
+    """Rows of one form with something of its own in each: none is another's copy."""
+    words = [row["text"].split()[-1] for row in sentences(count)]
+    numbers = random.Random(1).sample(range(100, 10_000), 2 * count)
+    if kind == "sums":
+        asked = "Calculate the sum of the following two numbers and answer with the number alone: "
+        return [
+            pair(f"{asked}{a} + {b}", str(a + b))
+            for a, b in zip(numbers[:count], numbers[count:], strict=True)
+        ]
+    if kind == "functions":
+        return [
+            pair(
+                f"Write a Python function named {word}_{n} that returns the square of its input.",
+                f"def {word}_{n}(value):\n    return value * value",
+            )
+            for word, n in zip(words, numbers, strict=False)
+        ]
+    told = "Judge whether the following sentence is grammatical, and answer with a single word."
+    return [
+        {"instruction": told, "input": row["text"], "output": "yes" if n % 2 else "no"}
+        for n, row in enumerate(sentences(count))
+    ]
+
+
+def sentences(count: int) -> list[Row]:
+    from faker import Faker
+
+    faker = Faker("en_US")
+    faker.seed_instance(7)
+    return [{"text": faker.unique.sentence(9).rstrip(".")} for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["sums", "functions", "instructions"])
+def test_rows_of_one_form_are_no_leaks(prepared: Prepare, kind: str) -> None:
+    found = prepared(rows__jsonl=a_form(kind, 600))
+    near = [check["rows"] for check in found["checks"] if check["name"] == "near_leak"]
+    assert sum(near) <= 12
+    assert found["rows"]["kept"] >= 588
+
+
+def test_a_leak_is_found_among_rows_of_one_form(prepared: Prepare, tmp_path: Path) -> None:
+    rows = a_form("instructions", 400)
+    copy = dict(rows[390], input=rows[390]["input"].replace(" ", "  ", 2) + "!")
+    near = dict(rows[391], input=" ".join([*rows[391]["input"].split()[:-1], "indeed"]))
+    prepared(train__jsonl=[*rows[:300], copy, near], valid__jsonl=rows[300:], test__jsonl=[])
+    assert rejected(tmp_path / "out") == {
+        "train.jsonl:301": ["leak"],
+        "train.jsonl:302": ["near_leak"],
+    }
+
+
+def test_the_same_input_for_another_task_is_no_leak(prepared: Prepare) -> None:
+    rows = sentences(40)
+    one, other = "Is this sentence grammatical?", "Does its writer sound polite to you?"
+    found = prepared(
+        "data.checks.near_leak=ignore",
+        train__jsonl=[{"instruction": one, "input": r["text"], "output": "yes"} for r in rows],
+        valid__jsonl=[{"instruction": other, "input": r["text"], "output": "yes"} for r in rows],
+    )
+    assert found["checks"] == []
+
+
+def test_a_new_label_moves_no_row(prepared: Prepare, tmp_path: Path) -> None:
+    rows = [{"text": row["text"], "label": "ab"[n % 2]} for n, row in enumerate(sentences(80))]
+
+    def sides(given: list[Row]) -> dict[str, str]:
+        prepared("data.checks.near_leak=ignore", rows__jsonl=given)
+        return {
+            row["messages"][0]["content"].partition("\n")[0]: split
+            for split in SPLITS
+            for row in lines(tmp_path / "out" / f"{split}.jsonl")
+        }
+
+    before = sides(rows)
+    after = sides([*rows, {"text": "quite another", "label": "c"}])
+    assert {text: after[text] for text in before} == before
 
 
 # ---- cleaning and other words
@@ -319,7 +403,7 @@ def test_cleaning_is_off_and_counted_when_asked_for(prepared: Prepare, tmp_path:
 
 def test_questions_in_other_words_and_never_answers(prepared: Prepare, tmp_path: Path) -> None:
     rows = [pair(f"{n}号老师高兴吗", "老师很高兴") for n in range(20)]
-    chosen = ["data.augment_share=0.8", "data.checks.near_leak=off"]
+    chosen = ["data.augment_share=0.8", "data.checks.near_leak=ignore"]
     files: dict[str, Any] = {"train__jsonl": rows, "valid__jsonl": [pair("他高兴吗", "高兴")]}
     files["synonyms"] = {"高兴": ["快乐", "开心"], "老师": ["教师"]}
     found = prepared(*chosen, **files)
@@ -340,7 +424,7 @@ def test_a_label_set_is_not_said_in_other_words(prepared: Prepare, tmp_path: Pat
     rows = [{"text": f"第{n}位老师很好", "label": "很好" if n % 2 else "一般"} for n in range(8)]
     found = prepared(
         "data.augment_share=1.0",
-        "data.checks.near_leak=off",
+        "data.checks.near_leak=ignore",
         synonyms={"老师": ["教师"], "很好": ["不错"], "一般": ["普通"]},
         train__jsonl=rows,
         valid__jsonl=[{"text": "还可以", "label": "一般"}],
@@ -350,6 +434,67 @@ def test_a_label_set_is_not_said_in_other_words(prepared: Prepare, tmp_path: Pat
     asked = [row["messages"][0]["content"] for row in made]
     assert sum("教师不错\n\nLabel (一般, 很好):" in question for question in asked) == 8
     assert {row["label"] for row in made} == {"很好", "一般"}
+
+
+def test_no_copy_is_trained_on_whose_row_is_out(prepared: Prepare, tmp_path: Path) -> None:
+    prepared(
+        "data.augment_share=1.0",
+        "data.checks.mixed_formats=skip",
+        synonyms={"高兴": ["快乐"]},
+        train__jsonl=[pair("我今天很高兴", "好"), pair("你呢", "也好"), {"text": "大家都高兴"}],
+        valid__jsonl=[pair("我今天很高兴！", "好")],
+    )
+    assert answers(tmp_path / "out", "train") == ["也好"]
+    assert len(rejected(tmp_path / "out")) == 2
+
+
+# ---- files
+
+
+def test_splits_are_named_by_files_and_folders(prepared: Prepare, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    names = {
+        "mine/train.jsonl": "train",
+        "mine/test.jsonl": "test",
+        "validation/a.jsonl": "valid",
+        "test-00000-of-00002.jsonl": "test",
+        "train_01.jsonl": "train",
+        "train/old/b.jsonl": "train",
+    }
+    for number, name in enumerate(names):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text(json.dumps(pair(f"{number}问", f"{number}答")), encoding="utf-8")
+    (tmp_path / "elsewhere").mkdir()
+    row = json.dumps(pair("在别处", "是的"))
+    (tmp_path / "elsewhere" / "c.jsonl").write_text(row, encoding="utf-8")
+    (data / "valid").symlink_to(tmp_path / "elsewhere")
+    (data / "mine" / "again").symlink_to(data)  # leads back
+    found = prepared()
+    assert [found["splits"][split]["rows"] for split in SPLITS] == [3, 2, 2]
+    assert found["checks"] == []
+
+
+def test_a_long_list_of_json_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row looks at itself alone: counted, because it was once the whole file for each."""
+    looked_at = 0
+
+    class Counting(str):
+        def count(self, *arguments: Any) -> int:
+            nonlocal looked_at
+            start, end = (
+                (*arguments[1:], 0, len(self))[:2] if len(arguments) > 1 else (0, len(self))
+            )
+            looked_at += end - start
+            return super().count(*arguments)
+
+    rows = [pair(f"第{n}问", f"第{n}答") for n in range(500)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+    parsed = records.parse
+    monkeypatch.setattr(records, "parse", lambda text, start=0: parsed(Counting(text), start))
+    [origin], _ = records.origins(tmp_path, len, 100, [])
+    assert [record.value for record in origin.read(frozenset())] == rows
+    assert 0 < looked_at < 3 * path.stat().st_size
 
 
 # ---- Hugging Face
@@ -375,8 +520,11 @@ def test_a_data_set_of_hugging_faces(
     found = prepared(*chosen)
     assert [found["splits"][split]["rows"] for split in SPLITS] == [4, 4, 0]
     assert answers(tmp_path / "out", "valid") == ["答案4", "答案5", "答案6", "答案7"]
+    (tmp_path / "hub" / "empty").mkdir()
     with pytest.raises(UserError, match=r"data\.dataset: .* can't be loaded"):
-        prepared(f"data.dataset={tmp_path / 'nothing'}")
+        prepared(f"data.dataset={tmp_path / 'hub' / 'empty'}")
+    with pytest.raises(UserError, match=r"data\.dataset_revision has to say which state"):
+        prepared("data.dataset=somebody/facts")
 
 
 # ---- the report

@@ -26,12 +26,13 @@ BATCH = 1000
 class Tokens:
     """One row: `ids[i]` is a token, `supervised[i]` whether the loss asks for it. Equal lengths.
 
-    `line` is the row's place in its file, from 1.
+    `line` is the row's place in its file, from 1; `answers` is how many answers are supervised.
     """
 
     ids: list[int]
     supervised: list[bool]
     line: int = 0
+    answers: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,19 +66,13 @@ def prompt_ids(row: Message, tokenizer: "TokenizerWrapper") -> list[int]:
 class Rendered:
     """A row as the model's template writes it.
 
-    `starts` are the places in `text` where the assistant's turns start, in characters; `prompt` is
-    what asks for the last of them. Plain text has neither.
+    `starts` are the places in `text` where the assistant's turns start, in characters, -1 where one
+    can't be found; `prompt` is what asks for the last of them. Plain text has neither.
     """
 
     text: str
     prompt: str | None
     starts: list[int]
-    answers: int
-
-    @property
-    def answers_missed(self) -> int:
-        """How many of the row's answers can't be found in `text`."""
-        return self.answers - len(self.starts)
 
 
 def render(row: Message, tokenizer: "TokenizerWrapper") -> Rendered:
@@ -87,18 +82,14 @@ def render(row: Message, tokenizer: "TokenizerWrapper") -> Rendered:
         Exception: whatever a chat template raises that refuses the row.
     """
     if "text" in row:
-        return Rendered(row["text"], None, [], 0)
+        return Rendered(row["text"], None, [])
     text = _text(row["messages"], row, tokenizer)
-    starts, prompt, answers = [], "", 0
+    starts, prompt = [], ""
     for turn, message in enumerate(row["messages"]):
-        if message["role"] != "assistant":
-            continue
-        answers += 1
-        prompt = _text(row["messages"][:turn], row, tokenizer, add_generation_prompt=True)
-        start = _start(text, prompt, message)
-        if start >= 0:
-            starts.append(start)
-    return Rendered(text, prompt, starts, answers)
+        if message["role"] == "assistant":
+            prompt = _text(row["messages"][:turn], row, tokenizer, add_generation_prompt=True)
+            starts.append(_start(text, prompt, message))
+    return Rendered(text, prompt, starts)
 
 
 def render_all(rows: list[Message], tokenizer: "TokenizerWrapper") -> list[Rendered | Exception]:
@@ -119,8 +110,7 @@ def render_all(rows: list[Message], tokenizer: "TokenizerWrapper") -> list[Rende
         texts = _texts(chats, tokenizer, add_generation_prompt=False)
         prompts = _texts([chat[:-1] for chat in chats], tokenizer, add_generation_prompt=True)
         for i, chat, text, prompt in zip(single, chats, texts, prompts, strict=True):
-            start = _start(text, prompt, chat[-1])
-            found[i] = Rendered(text, prompt, [start] if start >= 0 else [], 1)
+            found[i] = Rendered(text, prompt, [_start(text, prompt, chat[-1])])
     except Exception:  # one of them is refused: which, is found below
         found.clear()
     for i, row in enumerate(rows):
@@ -164,15 +154,24 @@ def supervise(
             ids.append(tokenizer.eos_token_id)
         return Tokens(ids, [True] * len(ids))
     if not mask_prompt:
-        return Tokens(ids, [True] * len(ids))
+        return Tokens(ids, [True] * len(ids), answers=len(row.starts))
     supervised = [False] * len(ids)
-    for start in row.starts:
+    answers = 0
+    following: int | None = None
+    for start in reversed(row.starts):
+        if start < 0:
+            continue
         first = _token_at(encoding, start)
-        end = next((i + 1 for i in range(first, len(ids)) if ids[i] in ends), None)
-        if end is not None or start == row.starts[-1]:
-            end = len(ids) if end is None else end
+        # A turn that its template ends with nothing must not go on into the next question.
+        turn = range(first, len(ids) if following is None else following)
+        end = next((i + 1 for i in turn if ids[i] in ends), None)
+        if end is None and start == row.starts[-1]:
+            end = len(ids)
+        if end is not None:
             supervised[first:end] = [True] * (end - first)
-    return Tokens(ids, supervised)
+            answers += 1
+        following = first
+    return Tokens(ids, supervised, answers=answers)
 
 
 def tokenize(row: Message, tokenizer: "TokenizerWrapper", mask_prompt: bool) -> Tokens:

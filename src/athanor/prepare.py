@@ -9,6 +9,7 @@ why); report.json, report.html, metrics.json and lengths.csv (what the data look
 """
 
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -52,13 +53,19 @@ def prepare(
         origins = records.dataset(config.dataset, config.dataset_config, config.dataset_revision)
         passed_over: list[tuple[str, str]] = []
     else:
-        origins, passed_over = records.origins(data, count, config.article_tokens)
+        origins, passed_over = records.origins(
+            data, count, config.article_tokens, list(config.formats)
+        )
     if not origins:
         raise console.UserError(
             f"data: {data} holds no rows: put {', '.join(records.SUFFIXES)} files there "
             "(`uv run dvc pull data.dvc` brings the rows that data.dvc names)"
         )
     out.mkdir(parents=True, exist_ok=True)
+    for left in out.glob(".rows.*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    for left in out.glob(".rejected.jsonl.*"):
+        left.unlink()
     rejected = out / "rejected.jsonl"
     with (
         tempfile.TemporaryDirectory(dir=out, prefix=".rows.") as name,
@@ -68,6 +75,11 @@ def prepare(
         findings = Findings(dict(config.checks), reasons)
         for path, text in passed_over:
             findings.note("unknown_file", path, text)
+        if any(origin.split for origin in origins):
+            for origin in origins:
+                if origin.split is None:
+                    text = "its rows are shared out, while other files are a split by their name"
+                    findings.note("shared_out", origin.name, text)
         first = FirstPass(
             origins,
             config,

@@ -144,11 +144,8 @@ def is_exact(line: Line, who: str) -> bool:
 
 
 def label_of(row: dict[str, Any]) -> str:
-    """The label of a classification's row as the model learned to say it.
-
-    That is the answer: data.clean changes it, and leaves the row's "label" as it was.
-    """
-    return str(row["messages"][-1]["content"]).strip()
+    """The label of a classification's row, which is the answer that the model learned."""
+    return str(row["label"]).strip()
 
 
 def with_labels(lines: Iterable[Line], split: str | None = None) -> list[Line]:

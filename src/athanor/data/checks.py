@@ -1,7 +1,7 @@
 """What can be wrong with rows, under a name each, and what is done about it.
 
 `stop` ends the stage with every fault named, `skip` puts the row into rejected.jsonl and goes on,
-`fix` mends it, `warn` says it and keeps the row, `off` does not look. conf/data/default.yaml
+`fix` mends it, `warn` says it and keeps the row, `ignore` does not look. conf/data/default.yaml
 chooses one for each name.
 """
 
@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from athanor.console import UserError
 
-STOP, SKIP, FIX, WARN, OFF = "stop", "skip", "fix", "warn", "off"
+STOP, SKIP, FIX, WARN, IGNORE = "stop", "skip", "fix", "warn", "ignore"
 
 # Of each check this many rows are named; rejected.jsonl has every one.
 NAMED = 20
@@ -22,6 +22,7 @@ NAMED = 20
 # What each check means, and which actions it may have.
 CHECKS: dict[str, tuple[str, str]] = {
     "unknown_file": ("a file of a kind that is not read", "stop warn"),
+    "shared_out": ("a file without a split's name beside files that have one", "stop warn"),
     "unreadable_file": ("a file that is not what its name says", "stop warn"),
     "byte_order_mark": ("a byte order mark at the start of a file", "stop fix"),
     "invalid_utf8": ("bytes that are no UTF-8", "stop skip"),
@@ -57,7 +58,7 @@ CHECKS: dict[str, tuple[str, str]] = {
     "other_script": ("in another script than almost all other rows", "stop skip warn"),
     "duplicate": ("the same row twice in a split", "stop skip warn"),
     "leak": ("a row that a held-out split has, too", "stop skip warn"),
-    "near_leak": ("almost a row that a held-out split has", "stop skip warn off"),
+    "near_leak": ("almost a row that a held-out split has", "stop skip warn ignore"),
     "question_leak": ("a question that a held-out split asks, too", "stop skip warn"),
     "imbalance": ("almost all rows have one label, or one source", "stop warn"),
     "too_few_rows": ("a split without rows", "stop"),

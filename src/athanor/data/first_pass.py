@@ -22,7 +22,7 @@ from athanor.chat import Rendered
 from athanor.console import UserError
 from athanor.data import characters, cleaning, formats, leaks
 from athanor.data.checks import Fault, Findings
-from athanor.data.formats import Formats, Row, label_of
+from athanor.data.formats import Formats, Row, label_of, without_nulls
 from athanor.data.records import Origin, Record
 from athanor.data.tally import CHUNK, COLUMNS, Tally, chunks
 from athanor.paths import SPLITS
@@ -36,11 +36,13 @@ if TYPE_CHECKING:
 CHUNKS_AHEAD = 3
 # More kinds than that are texts, not labels.
 MOST_LABELS = 100
+# So many sources are told apart; of more, the first.
+MOST_NAMES = 1000
 CLASSES = "classification"
 # Between a folded question and a folded answer: nothing that folding leaves.
 BETWEEN = "\x1f"
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
-UNWRITTEN = Rendered("", None, [], 0)
+UNWRITTEN = Rendered("", None, [])
 
 
 @dataclass(slots=True)
@@ -49,10 +51,12 @@ class Candidate:
 
     record: Record
     number: int
+    made: bool
     origin: int
     row: Row
     line: str
     said: str
+    script: int
     faults: list[Fault]
     split: int
     folded: str
@@ -90,6 +94,7 @@ class FirstPass:
         self._say = (
             cleaning.other_words(config.synonyms, config.augment_share) if config.synonyms else None
         )
+        self._out: set[int] = set()  # records whose copies in other words are out with them
         self._labels: dict[str, int] = {}
         self._sources: dict[str, int] = {}
         self._first: dict[int, tuple[str, int]] = {}
@@ -177,17 +182,22 @@ class FirstPass:
         return taken
 
     def _passes(self, candidate: Candidate, faults: list[Fault]) -> bool:
-        record = candidate.record
-        if candidate.number < 0:  # what augmentation made is not anybody's fault
-            return all(fault.name not in self.findings.rejecting for fault in faults)
-        return self.findings.passes(record.where, faults, record.value)
+        record, number = candidate.record, candidate.number
+        if candidate.made:  # goes where its row goes, and its faults are nobody's
+            rejecting = self.findings.rejecting
+            return number not in self._out and rejecting.isdisjoint(f.name for f in faults)
+        passes = not faults or self.findings.passes(record.where, faults, record.value)
+        if not passes and self._say is not None:
+            self._out.add(number)
+        return passes
 
     def _candidate(
         self, number: int, origin: int, record: Record, faults: list[Fault]
     ) -> Candidate:
-        kind = self.formats.kind(record.value, self._said[origin])
-        self._check_quality(record.value)
-        row = self._row(record, kind)
+        value = without_nulls(record.value)
+        kind = self.formats.kind(value, self._said[origin])
+        self._check_quality(value)
+        row = self._row(value, kind, record)
         first, line = self._first.setdefault(origin, (kind, record.line))
         if kind != first:
             text = f"{kind}, and line {line} is {first}: expected one format in a file"
@@ -202,8 +212,7 @@ class FirstPass:
         self._tally.formats[origin][row.format] += 1
         return self._placed(number, origin, record, row, faults)
 
-    def _row(self, record: Record, kind: str) -> Row:
-        value = record.value
+    def _row(self, value: dict[str, Any], kind: str, record: Record) -> Row:
         try:
             return self.formats.row(value, kind)
         except Fault as fault:
@@ -220,18 +229,20 @@ class FirstPass:
         line = self._line(row, record)
         if self._special is not None and self._special.search(line) is not None:
             line = self._without_special(row, line, faults, record)
-        question = leaks.fold(row.question())
-        subject = question if row.subject is None else leaks.fold(row.subject)
-        folded = f"{subject}{BETWEEN}{leaks.fold(row.answer())}"
+        asked, answered = row.question(), row.answer()
+        question = leaks.fold(asked)
+        folded = f"{question}{BETWEEN}{leaks.fold(answered)}"
         digest = leaks.digest(folded)
         split = self.origins[origin].split or leaks.split_of(digest, self._shares)
         return Candidate(
             record,
             number,
+            False,
             origin,
             row,
             line,
             "\n".join(_texts(row.value)),
+            characters.NAMES.index(characters.script(asked + answered)),
             faults,
             SPLITS.index(split),
             folded,
@@ -259,12 +270,13 @@ class FirstPass:
 
     def _check_quality(self, value: dict[str, Any]) -> None:
         least = self.config.min_quality
-        if least is None or value.get("quality_score") is None:
+        given = None if least is None else said_of(value, "quality_score")
+        if least is None or given is None:
             return
         try:
-            score = float(value["quality_score"])
+            score = float(given)
         except (TypeError, ValueError, OverflowError):
-            text = f"expected a number as quality_score, found {value['quality_score']!r:.60}"
+            text = f"expected a number as quality_score, found {given!r:.60}"
             raise Fault("wrong_type", text) from None
         if not score >= least:
             raise Fault("low_quality", f"quality_score {score:g} is below {least:g}")
@@ -304,10 +316,10 @@ class FirstPass:
         for copy in range(config.augment_copies):
             seed = f"{config.augment_seed} {copy}"
             row = candidate.row.asked_otherwise(partial(self._say, seed))
-            made = self._placed(-1, candidate.origin, candidate.record, row, [])
+            made = self._placed(candidate.number, candidate.origin, candidate.record, row, [])
             if made.line not in lines:
                 lines.add(made.line)
-                made.split = candidate.split
+                made.made, made.split = True, candidate.split
                 yield made
 
     def _finished(
@@ -320,18 +332,19 @@ class FirstPass:
         lines: list[list[str]] = [[] for _ in files]
         for candidate, encoding in zip(candidates, encoded.result(), strict=True):
             numbers = self._tokens(candidate, encoding)
-            if candidate.faults and not self._passes(candidate, candidate.faults):
+            if not self._passes(candidate, candidate.faults):
                 continue
             lines[candidate.split].append(f"{candidate.folded}\t{candidate.line}\n")
             value = candidate.record.value
             rows.append(
                 (
                     candidate.number,
+                    candidate.made,
                     candidate.origin,
                     candidate.record.line,
                     candidate.split,
                     *numbers,
-                    characters.NAMES.index(characters.script(candidate.said)),
+                    candidate.script,
                     _known(self._labels, candidate.row.value.get("label")),
                     _known(self._sources, source_of(value)),
                     leaks.digest(candidate.line),
@@ -365,9 +378,9 @@ class FirstPass:
             )
         elif cut:
             faults.append(Fault("too_long", f"{cut} of {length} tokens are cut"))
-        if self.mask_prompt and rendered.answers_missed:
-            text = f"the chat template writes {rendered.answers_missed} answers otherwise"
-            faults.append(Fault("answer_not_found", f"{text}: they are not learned"))
+        if self.mask_prompt and (missed := len(rendered.starts) - tokens.answers):
+            text = f"{missed} answers are not learned: the chat template writes them otherwise, or"
+            faults.append(Fault("answer_not_found", f"{text} ends none of them with its end token"))
         if not chat.asks_as_trained(rendered, encoding, tokens.ids, self.tokenizer):
             text = "the template asks in another way than it writes the finished conversation"
             faults.append(Fault("asked_otherwise", text))
@@ -397,8 +410,9 @@ def label_set(origins: list[Origin], config: DataConfig, fixes: frozenset[str]) 
         first = None
         for record in origin.read(fixes):
             try:
-                kind = formats.kind(record.value, said)
-                label = label_of(record.value, config.label_feature) if kind == CLASSES else ""
+                value = without_nulls(record.value)
+                kind = formats.kind(value, said)
+                label = label_of(value, config.label_feature) if kind == CLASSES else ""
             except Fault:
                 continue
             first = first or kind
@@ -430,12 +444,17 @@ def special_tokens(tokenizer: "TokenizerWrapper") -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
-def source_of(value: Any) -> str | None:
-    """Where a record says that it is from."""
+def said_of(value: Any, key: str) -> Any:
+    """What a record says of itself under a key, or under that key of its metadata."""
     if not isinstance(value, dict):
         return None
     metadata = value.get("metadata")
-    source = value.get("source", metadata.get("source") if isinstance(metadata, dict) else None)
+    return value.get(key, metadata.get(key) if isinstance(metadata, dict) else None)
+
+
+def source_of(value: Any) -> str | None:
+    """Where a record says that it is from."""
+    source = said_of(value, "source")
     return _whole_characters(source) if isinstance(source, str) and source else None
 
 
@@ -476,4 +495,8 @@ def _every_string(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _known(names: dict[str, int], name: str | None) -> int:
-    return -1 if name is None else names.setdefault(name, len(names))
+    if name is None:
+        return -1
+    if len(names) > MOST_NAMES:
+        return names.get(name, names.setdefault("(others)", len(names)))
+    return names.setdefault(name, len(names))

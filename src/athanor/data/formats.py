@@ -44,6 +44,7 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "function_call": "assistant",
 }
 CHAT_KEYS = ("messages", "conversations", "conversation")
 IMAGE_KEYS = frozenset(["image", "images", "image_path", "image_url", "image_file"])
@@ -57,8 +58,8 @@ Canonical = dict[str, Any]
 class Row:
     """A row in the one form.
 
-    `subject` is what its question is about, where a format wrote more into the question than that:
-    a label set, an instruction that a thousand rows share. It makes no rows alike.
+    `subject` is the text that a classification is about: the label set that its format writes
+    beside it is no part of what makes rows alike, and may grow.
     """
 
     value: Canonical
@@ -67,6 +68,8 @@ class Row:
 
     def question(self) -> str:
         """What is asked, system messages left out; nothing for plain text and articles."""
+        if self.subject is not None:
+            return self.subject
         messages = self.value.get("messages", ())
         return "\n".join(_said(message) for message in messages[:-1] if message["role"] != "system")
 
@@ -156,6 +159,9 @@ class Formats:
             return "completions"
         if config.text_feature in value:
             return "classification" if config.label_feature in value else "text"
+        if len(value) == 1 and isinstance(next(iter(value.values())), list):
+            text = f"a list of rows under {next(iter(value))!r}: put the list itself into the file"
+            raise Fault("missing_key", text)
         expected = (
             f"{config.prompt_feature!r} and {config.completion_feature!r}, "
             f"{config.chat_feature!r}, 'instruction' and 'output', "
@@ -194,12 +200,10 @@ class Formats:
         given = value.get("input")
         if given is not None and not isinstance(given, str):
             raise _wrong_type("input", "a text", given)
-        if subject := given if given and given.strip() else None:
-            question = f"{question}\n\n{subject}"
+        if given and given.strip():
+            question = f"{question}\n\n{given}"
         answer = _string(value, "output", "empty_completion")
-        row = _asked(value, question, answer, "instruction")
-        row.subject = subject
-        return row
+        return _asked(value, question, answer, "instruction")
 
     def _classification(self, value: dict[str, Any]) -> Row:
         text = _string(value, self.config.text_feature, "empty_text")
@@ -281,6 +285,13 @@ def _syntax(key: str, text: Any) -> list[tuple[str, str]]:
     except TemplateError as error:
         return [(key, f"expected a Jinja template: {error.message}")]
     return []
+
+
+def without_nulls(value: Any) -> Any:
+    """A record without the keys that it says nothing about, as rows of tables have them."""
+    if isinstance(value, dict) and any(said is None for said in value.values()):
+        return {key: said for key, said in value.items() if said is not None}
+    return value
 
 
 def label_of(value: dict[str, Any], key: str) -> str:

@@ -1,10 +1,12 @@
 """Rows that are held out and trained on at once, to the letter or almost.
 
 Two texts are compared after folding: compatibility forms (full-width letters and digits) as plain
-ones, no case, no white space, no punctuation but what stands between two digits. Near ones are
-found by MinHash (Broder 1997) over character trigrams: the held-out rows are indexed by bands of
-their signatures (locality-sensitive hashing, Indyk and Motwani 1998), the others are streamed
-against it, and a candidate counts if the Jaccard similarity of the trigrams themselves is reached.
+ones, no case, white space only between words of Latin letters, no punctuation but what tells things
+apart (C# and C, -5 and 5, 1.5 and 15). Near ones are found by MinHash (Broder 1997) over character
+trigrams: the held-out rows are indexed by bands of their signatures (locality-sensitive hashing,
+Indyk and Motwani 1998), the others are streamed against it, and a candidate counts if the Jaccard
+similarity of the trigrams themselves is reached. Trigrams that many rows have are what rows of a
+kind share, a form or a phrase, and make no two of them alike: they do not count.
 """
 
 import hashlib
@@ -23,23 +25,37 @@ BANDS, ROWS, SHARED = 32, 4, 2
 MARGIN = 0.14
 # The texts that share one band with a text; and those whose trigrams are compared, likest first.
 OF_A_BAND, CANDIDATES = 200, 20
+# Trigrams in more than this share of the texts do not count; in so few texts, all do.
+COMMON, FEW = 0.05, 3
+# So many texts tell which trigrams are common.
+SAMPLE = 10_000
 # Pairs whose minima are compared at a time: 64 MB.
 PAIRS = 1 << 16
 
 
+# Punctuation that tells things apart: C# from C, -5 from 5, foo_bar from foobar.
+TELLING = "#%&*/@_\\-"
+# Stands for the ! of "if (!x)", which is no end of a sentence.
+NOT = "\ue000"
+
+
 @lru_cache(maxsize=1)
-def _dropped() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
-    """What folding drops: a run of it, such a run between two digits, any run but such a one."""
-    kinds = "".join(
-        re.escape(chr(code))
+def _patterns() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+    """A telling !; white space between two words; what else is dropped."""
+    dropped = [
+        chr(code)
         for code in range(0x10000)
         if unicodedata.category(chr(code))[0] in "PZ"
         or unicodedata.category(chr(code)) in ("Cc", "Cf")
-    )
+    ]
+    dropped = [character for character in dropped if character not in TELLING]
+    both = "".join(map(re.escape, dropped))
+    white = "".join(re.escape(character) for character in dropped if character.isspace())
+    marks = "".join(re.escape(character) for character in dropped if not character.isspace())
     return (
-        re.compile(rf"[{kinds}]+"),
-        re.compile(rf"\d[{kinds}]+\d"),
-        re.compile(rf"(?<![\d{kinds}])[{kinds}]++|[{kinds}]++(?!\d)"),
+        re.compile(r"!(?=[a-z0-9(=])"),
+        re.compile(rf"(?<=[a-z0-9])[{marks}]*[{white}][{both}]*(?=[a-z0-9])"),
+        re.compile(rf"(?<![a-z0-9])[{both}]++|[{both}]++(?![a-z0-9])"),
     )
 
 
@@ -49,11 +65,12 @@ def fold(text: str) -> str:
         return text
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
-    dropped, between_digits, others = _dropped()
+    telling, between_words, dropped = _patterns()
     text = text.casefold()
-    if between_digits.search(text) is None:  # the same, three times as fast
-        return dropped.sub("", text) or " ".join(text.split())
-    return " ".join(others.sub("", text).split())
+    if "!" in text:
+        text = telling.sub(NOT, text)
+    folded = dropped.sub("", between_words.sub(" ", text))
+    return (folded or " ".join(text.split())).replace(NOT, "!")
 
 
 def digest(text: str) -> int:
@@ -80,11 +97,17 @@ class NearIndex:
     Memory: 900 bytes a text and the text itself.
     """
 
-    def __init__(self, texts: list[str], similarity: float) -> None:
-        """`texts` are folded; `similarity` is the least Jaccard similarity of trigrams, 0 to 1."""
+    def __init__(self, texts: list[str], similarity: float, common: np.ndarray) -> None:
+        """`texts` are folded; `similarity` is the least Jaccard similarity of trigrams, 0 to 1.
+
+        `common` are the trigrams that do not count.
+        """
         self.texts = texts
         self.similarity = similarity
-        parts = [_minima(texts[start : start + 1000]) for start in range(0, len(texts), 1000)]
+        self._common = common
+        parts = [
+            self._minima_of(texts[start : start + 1000]) for start in range(0, len(texts), 1000)
+        ]
         self._minima = np.concatenate(parts)
         keys = np.concatenate([_band_keys(part) for part in parts])
         self._order = np.argsort(keys.T, axis=1, kind="stable").astype(np.int32)
@@ -92,7 +115,7 @@ class NearIndex:
 
     def nearest(self, texts: list[str]) -> Iterator[tuple[int, float] | None]:
         """For each text, folded: the number of the nearest held-out one and its similarity."""
-        minima = _minima(texts)
+        minima = self._minima_of(texts)
         keys = _band_keys(minima)
         first = np.empty(keys.shape, np.int64)
         last = np.empty(keys.shape, np.int64)
@@ -129,11 +152,32 @@ class NearIndex:
         self, text: str, numbers: np.ndarray, likeness: np.ndarray
     ) -> tuple[int, float] | None:
         best: tuple[int, float] | None = None
+        wanted = self._grams(text)
         for number in numbers[np.argsort(-likeness, kind="stable")][:CANDIDATES]:
-            similarity = _jaccard(_grams(text), _grams(self.texts[number]))
+            similarity = _jaccard(wanted, self._grams(self.texts[number]))
             if similarity >= self.similarity and (best is None or similarity > best[1]):
                 best = int(number), similarity
         return best
+
+    def _minima_of(self, texts: list[str]) -> np.ndarray:
+        return _minima([self._grams(text) for text in texts])
+
+    def _grams(self, text: str) -> np.ndarray:
+        """The trigrams of a text that count; all of them, if none does."""
+        grams = _grams(text)
+        if not len(self._common):
+            return grams
+        place = np.minimum(np.searchsorted(self._common, grams), len(self._common) - 1)
+        counting = grams[self._common[place] != grams]
+        return counting if len(counting) else grams
+
+
+def common_grams(texts: list[str]) -> np.ndarray:
+    """The trigrams that many of some texts have, sorted."""
+    if not texts:
+        return np.empty(0, np.uint64)
+    found, counts = np.unique(np.concatenate([_grams(text) for text in texts]), return_counts=True)
+    return found[counts > max(COMMON * len(texts), FEW)]
 
 
 def _grams(text: str) -> np.ndarray:
@@ -148,11 +192,10 @@ def _jaccard(one: np.ndarray, other: np.ndarray) -> float:
     return float(shared / (len(one) + len(other) - shared))
 
 
-def _minima(texts: list[str]) -> np.ndarray:
-    """The MinHash signatures of texts: (texts, BANDS * ROWS), uint32."""
+def _minima(grams: list[np.ndarray]) -> np.ndarray:
+    """The MinHash signatures of sets of trigrams: (sets, BANDS * ROWS), uint32."""
     from datasketch import MinHash
 
-    grams = (_grams(text) for text in texts)
     hashed = ((gram * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)).tolist() for gram in grams)
     signatures = MinHash.generator(hashed, num_perm=BANDS * ROWS, hashfunc=int)
     return np.stack([signature.hashvalues for signature in signatures])

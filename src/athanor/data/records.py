@@ -7,10 +7,13 @@ reading it. Reading never ends in the middle of a file over one bad record.
 import csv
 import json
 import math
+import os
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,11 @@ SPLIT_NAMES = {
     "val": "valid",
     "dev": "valid",
 }
+
+# train, and as hubs number the parts of a split: test-00000-of-00001.
+SPLIT = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?:[-_.]?\d+(?:-of-\d+)?)?$")
+# What lies in a folder of data and is no data.
+ABOUT = re.compile(r"(readme|license|changelog|contributing|dataset_?card)\b.*\.md$", re.IGNORECASE)
 
 # A JSON object is looked for over at most this many lines.
 LINES_OF_AN_OBJECT = 1000
@@ -70,33 +78,54 @@ class Origin:
 
 
 def origins(
-    folder: Path, count: Callable[[str], int], article_tokens: int
+    folder: Path, count: Callable[[str], int], article_tokens: int, named: list[str]
 ) -> tuple[list[Origin], list[tuple[str, str]]]:
     """The files of a folder that are read, in the order of their names, and those that are not.
 
-    `count` gives a text's number of tokens, for articles, which are cut into `article_tokens`.
+    `count` gives a text's number of tokens, for articles, which are cut into `article_tokens`;
+    `named` are the patterns of data.formats.
     """
     found, passed_over = [], []
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(_files(folder)):
         inside = path.relative_to(folder)
-        if any(part.startswith((".", "~")) for part in inside.parts) or not path.is_file():
-            continue
-        kind = path.suffix.lower()
-        if kind not in SUFFIXES:
+        if path.suffix.lower() not in SUFFIXES:
             passed_over.append((str(path), f"expected one of {', '.join(SUFFIXES)}"))
-            continue
-        name = inside.parts[0] if len(inside.parts) > 1 else path.stem
-        split = SPLIT_NAMES.get(name.lower())
-        reader = _reader(path, count, article_tokens)
-        found.append(Origin(str(path), split, reader, partial(_count_lines, path)))
+        elif ABOUT.match(path.name) and not any(fnmatch(path.name, name) for name in named):
+            text = f"about the data, not of it; data.formats: {{{path.name}: article}} reads it"
+            passed_over.append((str(path), text))
+        else:
+            reader = _reader(path, count, article_tokens)
+            found.append(Origin(str(path), _split(inside), reader, partial(_count_lines, path)))
     return found, passed_over
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files below a folder that are not hidden, behind links too."""
+    seen = set()
+    for name, folders, names in os.walk(folder, followlinks=True):
+        real = Path(name).resolve()
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [inside for inside in folders if not inside.startswith((".", "~"))]
+        yield from (Path(name) / inside for inside in names if not inside.startswith((".", "~")))
+
+
+def _split(path: Path) -> str | None:
+    """The split that a file's name says, or the nearest of its folders' names."""
+    for name in (path.stem, *reversed(path.parts[:-1])):
+        if found := SPLIT.match(name.lower()):
+            return SPLIT_NAMES[found[1]]
+    return None
 
 
 def dataset(name: str, config: str | None, revision: str | None) -> list[Origin]:
     """The splits of a Hugging Face data set: of a folder here, or of a hub's repository.
 
     Raises:
-        UserError: where it can't be loaded, or the library for it is not installed.
+        UserError: where it can't be loaded, the library for it is not installed, or it would be
+            another one tomorrow.
     """
     try:
         import datasets
@@ -104,6 +133,11 @@ def dataset(name: str, config: str | None, revision: str | None) -> list[Origin]
         raise UserError(
             "data.dataset needs Hugging Face's library: `uv pip install 'athanor[datasets]'`"
         ) from error
+    if revision is None and not Path(name).exists():
+        raise UserError(
+            f"data.dataset: there is no folder {name}; for a data set of a hub "
+            "data.dataset_revision has to say which state of it: a commit, or main, which changes"
+        )
     datasets.disable_progress_bars()
     try:
         splits = datasets.load_dataset(name, config, revision=revision)
@@ -114,14 +148,14 @@ def dataset(name: str, config: str | None, revision: str | None) -> list[Origin]
     def reader(split: Any, where: str) -> Callable[[frozenset[str]], Iterator[Record]]:
         def read(fixes: frozenset[str]) -> Iterator[Record]:
             for line, row in enumerate(split, 1):
-                yield Record(where, line, _without_nulls(row))
+                yield Record(where, line, row)
 
         return read
 
     return [
         Origin(
             f"{name}/{key}",
-            SPLIT_NAMES.get(str(key)),
+            _split(Path(str(key))),
             reader(rows, f"{name}/{key}"),
             partial(len, rows),
         )
@@ -223,7 +257,8 @@ def parse(text: str, start: int = 0) -> tuple[Any, int]:
     except ValueError as error:  # a number of more digits than Python reads
         raise Fault("invalid_json", str(error)) from None
     # Python gives up at a depth that depends on who asks: later steps would, where this did not.
-    if text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST:
+    opened = text.count("[", start, end) + text.count("{", start, end)
+    if opened > DEEPEST and _depth(value) > DEEPEST:
         raise too_deep
     return value, end
 
@@ -377,13 +412,9 @@ def _json(path: Path, fixes: frozenset[str]) -> Iterator[Record]:
     """A list of objects, or a single one; the whole file is held in memory."""
     name = str(path)
     data, faults, fixed = _without_mark(path.read_bytes(), fixes)
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        fault = Fault("invalid_utf8", f"byte {error.start + 1} of the file is no UTF-8")
-        yield Record(name, line, None, [*faults, fault])
-        return
+    # Bytes that are no UTF-8 come through as lone surrogates, and are found in their row.
+    text = data.decode(errors="surrogateescape")
+    del data
     position = len(text) - len(text.lstrip())
     is_list = text.startswith("[", position)
     line, counted = 1, 0
@@ -398,9 +429,12 @@ def _json(path: Path, fixes: frozenset[str]) -> Iterator[Record]:
             return
         try:
             value, position = parse(text, position)
+            if not _is_utf8(text[start:position]):
+                raise Fault("invalid_utf8", "bytes that are no UTF-8: save the file as UTF-8")
             yield Record(name, line, value, faults, fixed)
         except json.JSONDecodeError as error:
-            found = Fault("invalid_json", f"{error.msg} (column {error.colno})")
+            rest = f"; the rest of the file, {len(text) - start:,} characters, can't be read"
+            found = Fault("invalid_json", f"{error.msg} (column {error.colno}){rest}")
             yield Record(name, error.lineno, text[start:], [*faults, found], fixed)
             return
         except Fault as found:
@@ -410,6 +444,14 @@ def _json(path: Path, fixes: frozenset[str]) -> Iterator[Record]:
                 return
             position = end
         faults, fixed = [], []
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _after_the_rows(text: str, position: int, is_list: bool) -> Fault | None:
@@ -464,13 +506,13 @@ def _csv(path: Path, fixes: frozenset[str]) -> Iterator[Record]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            over = f", over {len(read):,} lines" if len(read) > 1 else ""
+            over = f"; {len(read):,} lines were taken for one row" if len(read) > 1 else ""
             fault = Fault("wrong_columns", f"not CSV: {error}{over}")
             yield Record(name, line, "".join(read).rstrip("\r\n"), [fault])
             continue
         if cells is None:
             return
-        if not any(cells):
+        if not cells:
             continue
         if wrong := _wrong_cells(cells, header):
             yield Record(name, line, cells, [wrong], fixed)
@@ -485,12 +527,13 @@ def _csv(path: Path, fixes: frozenset[str]) -> Iterator[Record]:
 
 
 def _wrong_cells(cells: list[str], header: list[str] | None) -> Fault | None:
-    try:
-        "".join(cells).encode()
-    except UnicodeEncodeError:
+    if not _is_utf8("".join(cells)):
         return Fault("invalid_utf8", "bytes that are no UTF-8: save the file as UTF-8")
     if header is None:
         names = [cell.strip() for cell in cells]
+        if len(names) == 1 and (other := next((c for c in ";\t|" if c in names[0]), None)):
+            text = f"its columns seem to be parted by {other!r}: save it with commas"
+            return Fault("unreadable_file", text)
         if len(set(names)) < len(names):
             return Fault("unreadable_file", "the header names a column twice")
     elif len(cells) != len(header):
@@ -508,15 +551,10 @@ def _parquet(path: Path) -> Iterator[Record]:
             for batch in file.iter_batches(batch_size=1000):
                 for value in batch.to_pylist():
                     line += 1
-                    yield Record(str(path), line, _without_nulls(value))
+                    yield Record(str(path), line, value)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         yield Record(str(path), line + 1, None, [Fault("unreadable_file", f"no Parquet: {reason}")])
-
-
-def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a table without the columns that say nothing of it."""
-    return {key: value for key, value in row.items() if value is not None}
 
 
 def _markdown(
@@ -528,7 +566,7 @@ def _markdown(
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         fault = Fault("invalid_utf8", f"byte {error.start + 1} of the file is no UTF-8")
-        yield Record(str(path), line, None, [*faults, fault])
+        yield Record(str(path), line, data.decode(errors="backslashreplace"), [*faults, fault])
         return
     for piece in articles.pieces(text, name=path.stem, count=count, budget=budget):
         value = {"path": list(piece.path), "text": piece.text}

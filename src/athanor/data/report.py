@@ -21,6 +21,7 @@ BINS = 24
 SAMPLES = 3
 SEVERITY = ("stop", "skip", "fix", "warn")
 SPELLED = 30
+MOST_NAMED = 100
 
 
 def report(
@@ -34,7 +35,7 @@ def report(
 ) -> dict[str, Any]:
     """Everything that is known of the rows, in values that JSON can hold; lengths in tokens."""
     rows = tally.rows
-    kept = np.bincount(rows["origin"][rows["record"] >= 0], minlength=len(tally.origins))
+    kept = np.bincount(rows["origin"][~rows["made"]], minlength=len(tally.origins))
     edges = _edges(rows["tokens"])
     return {
         "model": model,
@@ -43,7 +44,7 @@ def report(
             "read": sum(tally.read),
             "kept": int(kept.sum()),
             "rejected": findings.rejected,
-            "augmented": int((rows["record"] < 0).sum()),
+            "augmented": int(rows["made"].sum()),
         },
         "files": [
             {
@@ -147,6 +148,9 @@ def _counts(numbers: np.ndarray, names: list[str], without: str | None) -> dict[
     found = Counter(
         {names[i]: int(n) for i, n in enumerate(np.bincount(numbers[numbers >= 0])) if n}
     )
+    if rest := sum(count for _, count in found.most_common()[MOST_NAMED:]):
+        found = Counter(dict(found.most_common(MOST_NAMED)))
+        found["(others)"] += rest
     if found and without and (rest := int((numbers < 0).sum())):
         found[without] = rest
     return dict(found.most_common())

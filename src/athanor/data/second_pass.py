@@ -5,13 +5,14 @@ nearly the same the rows are read again. What may not go on is taken out of its 
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from athanor import console
 from athanor.data import characters, leaks
-from athanor.data.checks import CHECKS, OFF, SKIP, WARN, Fault, Findings
+from athanor.data.checks import CHECKS, IGNORE, SKIP, WARN, Fault, Findings
 from athanor.data.tally import Tally, chunks
 from athanor.paths import SPLITS
 from athanor.schema import DataConfig
@@ -42,15 +43,19 @@ def second_pass(tally: Tally, config: DataConfig, findings: Findings, folder: Pa
     for at in _other_scripts(rows, config.other_script_share):
         name = characters.NAMES[rows[at]["script"]]
         found(at, "other_script", f"written in {name}, unlike almost all other rows")
-    if findings.actions["near_leak"] != OFF:
+    if findings.actions["near_leak"] != IGNORE:
         for at, other, similarity in _near(rows, config.leak_similarity, folder):
             if at not in leaked:
                 found(at, "near_leak", f"{similarity:.0%} the same as {_held_out(tally, other)}")
     out = {at for at, why in faults.items() if any(f.name in findings.rejecting for f in why)}
-    for at in sorted(faults.keys() - out):
-        if rows[at]["record"] >= 0:  # what augmentation made is not anybody's fault
-            findings.passes(tally.where(rows[at]), faults[at], None)
-    _write_down({int(rows[at]["record"]): faults[at] for at in sorted(out)}, tally, findings)
+    wrong = {at: why for at, why in faults.items() if not rows[at]["made"]}
+    for at in sorted(wrong.keys() - out):
+        findings.passes(tally.where(rows[at]), wrong[at], None)
+    gone = {int(rows[at]["record"]): wrong[at] for at in sorted(wrong.keys() & out)}
+    _write_down(gone, tally, findings)
+    # What augmentation made of a row is out with it, and its faults are nobody's.
+    of_those = rows["made"] & np.isin(rows["record"], list(gone))
+    out.update(np.flatnonzero(of_those).tolist())
     stays = np.ones(len(rows), np.bool_)
     stays[list(out)] = False
     _write_splits(rows, stays, folder)
@@ -91,14 +96,19 @@ def _shared(rows: np.ndarray, column: str) -> Iterator[tuple[int, int]]:
 
 def _near(rows: np.ndarray, similarity: float, folder: Path) -> Iterator[tuple[int, int, float]]:
     """Yields (row, held-out row, similarity) where one is nearly the other."""
+    if not len(rows):
+        return
+    every = len(rows) // leaks.SAMPLE + 1
+    texts = (text for split in SPLITS for text in _folded(folder, split))
+    common = leaks.common_grams(list(islice(texts, 0, None, every)))
     at = {split: np.flatnonzero(rows["split"] == i) for i, split in enumerate(SPLITS)}
     with console.progress() as bar:
         task = bar.add_task("look for leaks", total=len(at["train"]) + len(at["valid"]))
         for asked, held_out in (("valid", ("test",)), ("train", ("test", "valid"))):
-            texts = [text for split in held_out for text in _folded(folder, split)]
-            if not texts or not len(at[asked]):
+            known = [text for split in held_out for text in _folded(folder, split)]
+            if not known or not len(at[asked]):
                 continue
-            index = leaks.NearIndex(texts, similarity)
+            index = leaks.NearIndex(known, similarity, common)
             others = np.concatenate([at[split] for split in held_out])
             number = 0
             for chunk in chunks(_folded(folder, asked)):
@@ -127,7 +137,6 @@ def _other_scripts(rows: np.ndarray, least: float) -> list[int]:
 
 def _write_down(out: dict[int, list[Fault]], tally: Tally, findings: Findings) -> None:
     """Reads the records that may not go on once more, and writes them down as they were."""
-    out.pop(-1, None)
     number = 0
     for origin in tally.origins if out else ():
         for record in origin.read(findings.fixes):
@@ -165,18 +174,22 @@ def _look_at_shares(tally: Tally, config: DataConfig, findings: Findings) -> Non
 
 
 def _why_none(split: str, tally: Tally, findings: Findings) -> str:
-    if any(origin.split == split for origin in tally.origins):
-        why = [
-            f"{count:,} {name}" + (f" (data.checks.{name}=warn keeps them)" if keeps else "")
-            for name, count in findings.counts.items()
-            if findings.actions[name] == SKIP
-            for keeps in [WARN in CHECKS[name][1].split()]
-        ]
-        return f"no row is left of it: {', '.join(why)}; rejected.jsonl has them, whole"
+    skipped = [
+        f"{count:,} {name}" + (f" (data.checks.{name}=warn keeps them)" if keeps else "")
+        for name, count in findings.counts.items()
+        if findings.actions[name] == SKIP
+        for keeps in [WARN in CHECKS[name][1].split()]
+    ]
+    out = f"; left out were {', '.join(skipped)}: rejected.jsonl has them" if skipped else ""
+    own = [i for i, origin in enumerate(tally.origins) if origin.split == split]
+    if own and not sum(tally.read[i] for i in own):
+        return f"{tally.origins[own[0]].name} holds no rows"
+    if own:
+        return f"none of its rows is left{out}"
     if any(origin.split is None for origin in tally.origins):
         return (
             f"none of {len(tally.rows)} rows fell to it (data.valid_size and data.test_size are "
-            f"the shares): add rows, or put some into data/{split}.jsonl"
+            f"the shares{out}): add rows, or put some into data/{split}.jsonl"
         )
     there = ", ".join(origin.name for origin in tally.origins)
     return (

@@ -13,11 +13,12 @@ from athanor.data.records import Origin
 # Rows that are looked at together: enough for the tokenizer to share out among the cores.
 CHUNK = 1000
 
-# What is known of each row that goes on; `record` numbers the records as they were read, from 0,
-# and is -1 for a row that augmentation made.
+# What is known of each row that goes on; `record` numbers the records as they were read, from 0;
+# `made` says that augmentation made the row of its record.
 COLUMNS = np.dtype(
     [
         ("record", np.int64),
+        ("made", np.bool_),
         ("origin", np.int32),
         ("line", np.int32),
         ("split", np.int8),
