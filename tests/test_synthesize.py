@@ -259,7 +259,7 @@ def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
 
 def test_a_missing_faker_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faker", None)
-    with pytest.raises(UserError, match=r"uv pip install 'athanor\[synthesize\]'"):
+    with pytest.raises(UserError, match="uv sync --extra synthesize"):
         next(synthesize.rows("text", 1, LOCALES, 0))
 
 

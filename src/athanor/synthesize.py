@@ -267,7 +267,7 @@ def _pools(locale: str, seed: int) -> dict[str, list[str]]:
     except ImportError:
         raise UserError(
             "rows are made up by Faker, which is not installed: "
-            "`uv pip install 'athanor[synthesize]'`"
+            "`uv sync --extra synthesize`"
         ) from None
     faker = Faker(locale)
     faker.seed_instance(f"{seed} {locale}")

@@ -83,7 +83,7 @@ def other_words(synonyms: dict[str, list[str]], share: float) -> Callable[[str, 
     except ImportError as error:
         raise UserError(
             "data.synonyms needs the library that finds Chinese words: "
-            "`uv pip install 'athanor[augment]'`"
+            "`uv sync --extra augment`"
         ) from error
     jieba.setLogLevel("WARNING")
     cutter = jieba.Tokenizer()

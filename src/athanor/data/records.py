@@ -131,7 +131,7 @@ def dataset(name: str, config: str | None, revision: str | None) -> list[Origin]
         import datasets
     except ImportError as error:
         raise UserError(
-            "data.dataset needs Hugging Face's library: `uv pip install 'athanor[datasets]'`"
+            "data.dataset needs Hugging Face's library: `uv sync --extra datasets`"
         ) from error
     if revision is None and not Path(name).exists():
         raise UserError(
