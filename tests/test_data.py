@@ -448,6 +448,19 @@ def test_no_copy_is_trained_on_whose_row_is_out(prepared: Prepare, tmp_path: Pat
     assert len(rejected(tmp_path / "out")) == 2
 
 
+def test_a_row_that_was_typed_is_no_copy_of_one_that_was_made(
+    prepared: Prepare, tmp_path: Path
+) -> None:
+    found = prepared(
+        "data.augment_share=1.0",
+        synonyms={"高兴": ["快乐"]},
+        train__jsonl=[pair("我很高兴", "好"), pair("我很快乐", "好")],
+        valid__jsonl=[pair("一", "二")],
+    )
+    assert rejected(tmp_path / "out") == {}
+    assert found["rows"] == {"read": 3, "kept": 3, "rejected": 0, "augmented": 0}
+
+
 # ---- files
 
 

@@ -266,8 +266,7 @@ def _pools(locale: str, seed: int) -> dict[str, list[str]]:
         from faker import Faker
     except ImportError:
         raise UserError(
-            "rows are made up by Faker, which is not installed: "
-            "`uv sync --extra synthesize`"
+            "rows are made up by Faker, which is not installed: `uv sync --extra synthesize`"
         ) from None
     faker = Faker(locale)
     faker.seed_instance(f"{seed} {locale}")

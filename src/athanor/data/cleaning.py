@@ -82,8 +82,7 @@ def other_words(synonyms: dict[str, list[str]], share: float) -> Callable[[str, 
         import jieba
     except ImportError as error:
         raise UserError(
-            "data.synonyms needs the library that finds Chinese words: "
-            "`uv sync --extra augment`"
+            "data.synonyms needs the library that finds Chinese words: `uv sync --extra augment`"
         ) from error
     jieba.setLogLevel("WARNING")
     cutter = jieba.Tokenizer()

@@ -72,6 +72,7 @@ def _duplicates(rows: np.ndarray) -> Iterator[tuple[int, int]]:
     """Yields (row, the first that is the same) for rows that are twice in a split."""
     for split in range(len(SPLITS)):
         at = np.flatnonzero(rows["split"] == split)
+        at = at[np.argsort(rows["made"][at], kind="stable")]  # no typed row is a made one's copy
         _, first, inverse = np.unique(rows["whole"][at], return_index=True, return_inverse=True)
         again = np.flatnonzero(first[inverse] != np.arange(len(at)))
         yield from zip(at[again].tolist(), at[first[inverse][again]].tolist(), strict=True)
