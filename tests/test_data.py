@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
-from athanor import models, prepare, settings, synthesize
+from athanor import chat, models, prepare, settings, synthesize
 from athanor.console import UserError
 from athanor.data import leaks, records
 from athanor.data.checks import Findings
@@ -618,3 +619,21 @@ def test_rows_stream_through(tiny: Path, repo: Path, tmp_path: Path) -> None:
     assert len(tally.rows) == 12_000
     assert len((tmp_path / "train.spool").read_text(encoding="utf-8").splitlines()) == 12_000
     assert CHUNK < max(between) < CHUNK * (CHUNKS_AHEAD + 3)
+
+
+def test_plain_texts_have_as_many_tokens_as_training_gives_them(
+    prepared: Prepare, tiny: Path
+) -> None:
+    texts = ["一段文字", "another text", "已经结束<|im_end|>", "x"]
+    rows = [{"text": text} for text in texts]
+    found = prepared(train__jsonl=rows, valid__jsonl=[{"text": "其他"}])["splits"]["train"]
+    tokenizer = models.load_tokenizer(tiny)
+    learned = [chat.tokenize(row, tokenizer, mask_prompt=True) for row in rows]
+    assert found["tokens"] == sum(map(len, learned))
+    assert found["supervised_tokens"] == sum(sum(row.supervised[1:]) for row in learned)
+    assert not chat.closes_texts(tokenizer)
+    end = "<|im_end|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.convert_tokens_to_ids(end))]
+    )
+    assert chat.closes_texts(tokenizer)

@@ -174,6 +174,12 @@ def supervise(
     return Tokens(ids, supervised, answers=answers)
 
 
+def closes_texts(tokenizer: "TokenizerWrapper") -> bool:
+    """Whether the tokenizer itself puts an end token behind a plain text."""
+    [encoding] = encode([Rendered("x", None, [])], tokenizer)
+    return bool(encoding.ids) and encoding.ids[-1] in tokenizer.eos_token_ids
+
+
 def tokenize(row: Message, tokenizer: "TokenizerWrapper", mask_prompt: bool) -> Tokens:
     """The tokens of one row in the one form of data/formats.py."""
     rendered = render(row, tokenizer)

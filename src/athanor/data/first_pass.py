@@ -21,7 +21,7 @@ from athanor import chat, console
 from athanor.chat import Rendered
 from athanor.console import UserError
 from athanor.data import characters, cleaning, formats, leaks
-from athanor.data.checks import Fault, Findings
+from athanor.data.checks import IGNORE, Fault, Findings
 from athanor.data.formats import Formats, Row, label_of, without_nulls
 from athanor.data.records import Origin, Record
 from athanor.data.tally import CHUNK, COLUMNS, Tally, chunks
@@ -41,6 +41,8 @@ MOST_NAMES = 1000
 CLASSES = "classification"
 # Between a folded question and a folded answer: nothing that folding leaves.
 BETWEEN = "\x1f"
+# Rows are the same where these bits of their hash are; only a split needs one that stays the same.
+BITS = 2**64 - 1
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 UNWRITTEN = Rendered("", None, [])
 
@@ -91,6 +93,8 @@ class FirstPass:
         self._special = special_tokens(tokenizer)
         self._ends = tuple(tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids)))
         self._shares = shares(origins, config)
+        self._compares = findings.actions["near_leak"] != IGNORE
+        self._closes = chat.closes_texts(tokenizer)
         self._say = (
             cleaning.other_words(config.synonyms, config.augment_share) if config.synonyms else None
         )
@@ -334,7 +338,8 @@ class FirstPass:
             numbers = self._tokens(candidate, encoding)
             if not self._passes(candidate, candidate.faults):
                 continue
-            lines[candidate.split].append(f"{candidate.folded}\t{candidate.line}\n")
+            folded = candidate.folded if self._compares else ""
+            lines[candidate.split].append(f"{folded}\t{candidate.line}\n")
             value = candidate.record.value
             rows.append(
                 (
@@ -347,9 +352,9 @@ class FirstPass:
                     candidate.script,
                     _known(self._labels, candidate.row.value.get("label")),
                     _known(self._sources, source_of(value)),
-                    leaks.digest(candidate.line),
+                    hash(candidate.line) & BITS,
                     candidate.folded_digest,
-                    leaks.digest(candidate.question) if candidate.question else 0,
+                    hash(candidate.question) & BITS if candidate.question else 0,
                 )
             )
         for file, found in zip(files, lines, strict=True):
@@ -359,10 +364,16 @@ class FirstPass:
     def _tokens(self, candidate: Candidate, encoding: "Encoding") -> tuple[int, int, int, bool]:
         """Tokens, supervised ones, tokens cut, whether the end is; adds what is wrong in them."""
         rendered, faults, limit = candidate.rendered, candidate.faults, self.max_seq_length
-        tokens = chat.supervise(rendered, encoding, self.tokenizer, self.mask_prompt)
-        length, cut = len(tokens), max(len(tokens) - limit, 0)
-        end_cut = cut > 0 and any(tokens.supervised[limit:])
-        kept = sum(tokens.supervised[1:limit])
+        if rendered.prompt is None:  # as chat.supervise has it, without a list for each text
+            closed = self._closes or rendered.text.endswith(self._ends)
+            length = len(encoding) + (not closed)
+            kept, end_cut = max(min(length, limit) - 1, 0), length > limit
+        else:
+            tokens = chat.supervise(rendered, encoding, self.tokenizer, self.mask_prompt)
+            length, kept = len(tokens), sum(tokens.supervised[1:limit])
+            end_cut = length > limit and any(tokens.supervised[limit:])
+            self._check_turns(rendered, encoding, tokens, faults)
+        cut = max(length - limit, 0)
         if not kept:
             faults.append(
                 Fault(
@@ -378,12 +389,6 @@ class FirstPass:
             )
         elif cut:
             faults.append(Fault("too_long", f"{cut} of {length} tokens are cut"))
-        if self.mask_prompt and (missed := len(rendered.starts) - tokens.answers):
-            text = f"{missed} answers are not learned: the chat template writes them otherwise, or"
-            faults.append(Fault("answer_not_found", f"{text} ends none of them with its end token"))
-        if not chat.asks_as_trained(rendered, encoding, tokens.ids, self.tokenizer):
-            text = "the template asks in another way than it writes the finished conversation"
-            faults.append(Fault("asked_otherwise", text))
         said = candidate.said
         if spelled := self.spelling.spelled(said):
             self.spelling.rows.update(spelled)
@@ -393,6 +398,16 @@ class FirstPass:
                 text = f"{share:.0%} of its characters take several tokens each: {shown}"
                 faults.append(Fault("spelled_characters", text))
         return length, kept, cut, end_cut
+
+    def _check_turns(
+        self, rendered: Rendered, encoding: "Encoding", tokens: chat.Tokens, faults: list[Fault]
+    ) -> None:
+        if self.mask_prompt and (missed := len(rendered.starts) - tokens.answers):
+            text = f"{missed} answers are not learned: the chat template writes them otherwise, or"
+            faults.append(Fault("answer_not_found", f"{text} ends none of them with its end token"))
+        if not chat.asks_as_trained(rendered, encoding, tokens.ids, self.tokenizer):
+            text = "the template asks in another way than it writes the finished conversation"
+            faults.append(Fault("asked_otherwise", text))
 
 
 def label_set(origins: list[Origin], config: DataConfig, fixes: frozenset[str]) -> list[str]:

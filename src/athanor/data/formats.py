@@ -70,7 +70,9 @@ class Row:
         """What is asked, system messages left out; nothing for plain text and articles."""
         if self.subject is not None:
             return self.subject
-        messages = self.value.get("messages", ())
+        if "text" in self.value:
+            return ""
+        messages = self.value["messages"]
         return "\n".join(_said(message) for message in messages[:-1] if message["role"] != "system")
 
     def asked_otherwise(self, change: Callable[[str], str]) -> "Row":
@@ -289,7 +291,7 @@ def _syntax(key: str, text: Any) -> list[tuple[str, str]]:
 
 def without_nulls(value: Any) -> Any:
     """A record without the keys that it says nothing about, as rows of tables have them."""
-    if isinstance(value, dict) and any(said is None for said in value.values()):
+    if isinstance(value, dict) and None in value.values():
         return {key: said for key, said in value.items() if said is not None}
     return value
 
