@@ -8,10 +8,13 @@ why); report.json, report.html, metrics.json and lengths.csv (what the data look
 (which model, at which commit, with which digest).
 """
 
+import gc
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +71,7 @@ def prepare(
         left.unlink()
     rejected = out / "rejected.jsonl"
     with (
+        _rare_collections(),
         tempfile.TemporaryDirectory(dir=out, prefix=".rows.") as name,
         files.writing(rejected) as reasons,
     ):
@@ -108,6 +112,17 @@ def prepare(
     files.write_text(out / "lengths.csv", lengths_csv(found))
     source.write(out / "model.json")
     return found
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Rows are freed as they go: looking for cycles among them, in vain, is a tenth of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ What goes on is written to its split, and stays in memory as a line of numbers. 
 in chunks, so that the tokenizer reads many at a time, in threads of its own.
 """
 
-import json
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from athanor import chat, console
@@ -43,7 +43,6 @@ CLASSES = "classification"
 BETWEEN = "\x1f"
 # Rows are the same where these bits of their hash are; only a split needs one that stays the same.
 BITS = 2**64 - 1
-ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 UNWRITTEN = Rendered("", None, [])
 
 
@@ -256,9 +255,7 @@ class FirstPass:
 
     def _line(self, row: Row, record: Record) -> str:
         try:
-            line = ENCODER.encode(row.value)
-            line.encode()
-            return line
+            return msgspec.json.encode(row.value).decode()
         except UnicodeEncodeError:
             fault = Fault(
                 "half_character", "half a character (a lone surrogate, as of a cut emoji)"
@@ -268,7 +265,7 @@ class FirstPass:
             record.fixed.append(fault)
             row.value = _every_string(row.value, _whole_characters)
             row.subject = None if row.subject is None else _whole_characters(row.subject)
-            return ENCODER.encode(row.value)
+            return msgspec.json.encode(row.value).decode()
         except (TypeError, ValueError) as error:
             raise Fault("wrong_type", f"a value that JSON does not have: {error}") from None
 
