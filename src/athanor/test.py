@@ -145,7 +145,7 @@ def is_exact(line: Line, who: str) -> bool:
 
 def label_of(row: dict[str, Any]) -> str:
     """The label of a classification's row, which is the answer that the model learned."""
-    return str(row["label"]).strip()
+    return str(row["messages"][-1]["content"]).strip()
 
 
 def with_labels(lines: Iterable[Line], split: str | None = None) -> list[Line]:
