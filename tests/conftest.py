@@ -1,9 +1,11 @@
 """What tests share: the repository's own parts, and copies of it to work in."""
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ os.environ.pop("DVC_ROOT", None)
 # Each stage is a process; without a cache of bytecode each would compile MLflow again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+Stages = Callable[..., None]
 
 REPO = Path(__file__).parent.parent
 
@@ -47,6 +51,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny() -> Path:
     """The tiny base model's folder."""
     return REPO / "models" / "tiny"
+
+
+@pytest.fixture
+def stages(
+    repo: Path, data: Path, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> Stages:
+    """Runs stages in a folder with this repository's conf/, data/ and models/, and a `store`."""
+    for part in (repo / "conf", data):
+        shutil.copytree(part, tmp_path / part.name)
+    (tmp_path / "models").symlink_to(repo / "models")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+
+    def run(*names: str, overrides: tuple[str, ...] = ()) -> None:
+        for name in names:
+            monkeypatch.setattr(sys, "argv", [name, *overrides])
+            importlib.import_module(f"athanor.{name}").main()
+
+    return run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

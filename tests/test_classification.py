@@ -1,11 +1,9 @@
 """Rows of a classification through the stages, and the figures of their answers."""
 
 import csv
-import importlib
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,7 @@ import pytest
 
 from athanor import files, synthesize, test
 from athanor.paths import TESTED
-
-Stages = Callable[..., None]
+from conftest import Stages
 
 LABELS = ["negative", "neutral", "positive"]
 FIGURES = ("accuracy", "macro_f1")
@@ -23,25 +20,6 @@ FIGURES = ("accuracy", "macro_f1")
 @pytest.fixture
 def store(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/runs.db"
-
-
-@pytest.fixture
-def stages(
-    repo: Path, data: Path, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
-) -> Stages:
-    """Runs stages in a folder with this repository's conf/, data/ and models/."""
-    for part in (repo / "conf", data):
-        shutil.copytree(part, tmp_path / part.name)
-    (tmp_path / "models").symlink_to(repo / "models")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-
-    def run(*names: str, overrides: tuple[str, ...] = ()) -> None:
-        for name in names:
-            monkeypatch.setattr(sys, "argv", [name, *overrides])
-            importlib.import_module(f"athanor.{name}").main()
-
-    return run
 
 
 def rows_of_csv(path: Path) -> list[dict[str, str]]:

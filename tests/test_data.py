@@ -489,7 +489,7 @@ def test_splits_are_named_by_files_and_folders(prepared: Prepare, tmp_path: Path
 
 
 def test_a_long_list_of_json_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each row looks at itself alone: counted, because it was once the whole file for each."""
+    """Each row looks at itself alone, not at the whole file: what is looked at is counted."""
     looked_at = 0
 
     class Counting(str):

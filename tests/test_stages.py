@@ -1,11 +1,9 @@
 """The stages by hand, as `python -m athanor.<stage>` runs them, for each method of training."""
 
-import importlib
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +11,13 @@ import pytest
 
 from athanor import chat, evaluation, files, models
 from athanor.console import UserError
-
-Stages = Callable[..., None]
+from conftest import Stages
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A store elsewhere than mlruns/, for all tests of this file."""
     return f"sqlite:///{tmp_path_factory.mktemp('store')}/runs.db"
-
-
-@pytest.fixture
-def stages(
-    repo: Path, data: Path, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
-) -> Stages:
-    """Runs stages in a folder with this repository's conf/, data/ and models/."""
-    for part in (repo / "conf", data):
-        shutil.copytree(part, tmp_path / part.name)
-    (tmp_path / "models").symlink_to(repo / "models")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-
-    def run(*names: str, overrides: tuple[str, ...] = ()) -> None:
-        for name in names:
-            monkeypatch.setattr(sys, "argv", [name, *overrides])
-            importlib.import_module(f"athanor.{name}").main()
-
-    return run
 
 
 @pytest.fixture(scope="module")

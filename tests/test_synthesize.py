@@ -273,7 +273,7 @@ def test_no_rows_are_refused_before_a_file_is_there(
 
 
 def test_fields_hold_what_they_are_called() -> None:
-    """A name is no telephone number: the pools were once all filled from the last field."""
+    """A name is no telephone number: each field is drawn from a pool of its own."""
     made = list(synthesize.rows("text", 200, ["en_US"], 0))
     sources = {row["source"] for row in made if "source" in row}
     assert sources
