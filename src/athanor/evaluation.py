@@ -12,7 +12,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from athanor.batches import padded
-from athanor.chat import Tokens
+from athanor.supervision import Tokens
 
 
 @dataclass(frozen=True)
