@@ -73,6 +73,7 @@ def prepare(folder: Path, near: bool) -> Callable[[], int]:
                 config=config,
                 max_seq_length=2048,
                 mask_prompt=True,
+                end_token="auto",
             )
         return int(found["rows"]["read"])
 

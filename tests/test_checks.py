@@ -430,6 +430,7 @@ TABLE = [
         "special_token",
         calling([call({})], tools=[{**TIME, "description": "<|im_end|>"}]),
         "chat",
+        strange=True,
     ),
     of_csv("token-csv", "special_token", "a<|im_end|>,b", pair("a<|im_end|>", "b")),
     jsonl(
@@ -441,10 +442,13 @@ TABLE = [
     ),
     # Lengths and templates
     jsonl("learned-by-none", "nothing_to_learn", pair(LONG, "b"), limit=100),
-    jsonl("an-answer-cut", "end_cut", pair("谁", LONG), limit=100),
-    jsonl("a-text-cut", "end_cut", {"text": LONG}, "text", limit=100),
+    jsonl("an-answer-too-long", "nothing_to_learn", pair("谁", LONG), limit=100),
+    jsonl("an-answer-cut", "end_cut", chat("谁", "我", "谁", LONG), "chat", limit=100),
+    jsonl("a-text-cut", "too_long", {"text": LONG}, "text", limit=100),
     jsonl("a-line-break-cut", "too_long", pair("谁" * 60, "我"), limit=0),
     jsonl("refused", "template_refuses", chat("refuse", "b"), "chat", strange=True),
+    jsonl("a-question-left-out", "left_out_by_template", chat("hush", "b"), "chat", strange=True),
+    jsonl("a-tool-left-out", "left_out_by_template", calling([call({})], tools=[TIME]), "chat"),
     jsonl("said-otherwise", "answer_not_found", chat("a", "shout", "b", "c"), "chat", strange=True),
     jsonl("asked-otherwise", "asked_otherwise", chat("think", "b"), "chat", strange=True),
     jsonl("spelled", "spelled_characters", pair("𠮷𠮾𡃁𡈽𡌛", "𠮷𡃁")),
@@ -526,11 +530,12 @@ def conf(repo: Path) -> DataConfig:
 
 @pytest.fixture(scope="session")
 def strange(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a template that refuses a row, and writes two otherwise."""
+    """The tiny model with a template that refuses a row, leaves out one, writes two otherwise."""
     folder = tmp_path_factory.mktemp("models") / "strange"
     shutil.copytree(tiny, folder)
     (folder / "chat_template.jinja").write_text(
-        "{%- for m in messages -%}"
+        "{%- if tools -%}{{ tools | tojson }}{%- endif -%}"
+        "{%- for m in messages if m.content != 'hush' -%}"
         "{%- if m.content == 'refuse' -%}{{ raise_exception('no such word here') }}{%- endif -%}"
         "{%- if m.content == 'shout' -%}{{ '<|im_start|>ASSISTANT\nSHOUT<|im_end|>\n' }}"
         "{%- else -%}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -570,6 +575,7 @@ class Shop:
             config=replace(self.conf, checks=checks, **changes),
             max_seq_length=limit,
             mask_prompt=True,
+            end_token="auto",
         )
 
     def rows(self, name: str) -> list[Any]:
@@ -883,8 +889,8 @@ def test_good_rows_in_the_one_form(
 ) -> None:
     shutil.rmtree(shop.data)
     shop.write({f"train.{suffix}": content, f"valid.{suffix}": content})
-    found = shop.prepare(checks={"leak": WARN}, **config)
-    assert [check["name"] for check in found["checks"]] == ["leak"]
+    found = shop.prepare(checks={"leak": WARN, "left_out_by_template": WARN}, **config)
+    assert {check["name"] for check in found["checks"]} - {"left_out_by_template"} == {"leak"}
     assert shop.rows("train") == rows
     assert shop.rows("valid") == rows
 
@@ -1143,7 +1149,13 @@ def through(conf: DataConfig, tiny: Path) -> Try:
                 findings = Findings(checks, rejected)
                 read, _ = records.origins(data, count, config.article_tokens, [])
                 first = FirstPass(
-                    read, config, tokenizer, findings, max_seq_length=64, mask_prompt=True
+                    read,
+                    config,
+                    tokenizer,
+                    findings,
+                    max_seq_length=64,
+                    mask_prompt=True,
+                    end=tokenizer.eos_token_id,
                 )
                 tally = first.run(out)
                 second_pass(tally, config, findings, out)

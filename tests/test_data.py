@@ -56,6 +56,7 @@ def prepared(repo: Path, tiny: Path, tmp_path: Path) -> Prepare:
             config=config,
             max_seq_length=max_seq_length,
             mask_prompt=True,
+            end_token="auto",
         )
 
     return run
@@ -612,6 +613,7 @@ def test_rows_stream_through(tiny: Path, repo: Path, tmp_path: Path) -> None:
         findings,
         max_seq_length=64,
         mask_prompt=True,
+        end=tokenizer.eos_token_id,
     )
     # label_set looks at the first row, to see whether there are labels.
     assert read == 1
@@ -628,7 +630,7 @@ def test_plain_texts_have_as_many_tokens_as_training_gives_them(
     rows = [{"text": text} for text in texts]
     found = prepared(train__jsonl=rows, valid__jsonl=[{"text": "其他"}])["splits"]["train"]
     tokenizer = models.load_tokenizer(tiny)
-    learned = [supervision.tokenize(row, tokenizer, mask_prompt=True) for row in rows]
+    learned = [supervision.tokenize(row, tokenizer, mask_prompt=True)[0] for row in rows]
     assert found["tokens"] == sum(map(len, learned))
     assert found["supervised_tokens"] == sum(sum(row.supervised[1:]) for row in learned)
     assert not supervision.closes_texts(tokenizer)

@@ -140,13 +140,15 @@ def test_training_questions_are_learned_and_every_answer_ends(finished: Workspac
 
 
 def test_fused_model_answers_by_itself(finished: Workspace) -> None:
-    from athanor import chat, evaluation, models
+    from athanor import evaluation, models, templates
 
     model, tokenizer = models.load(finished.folder / "artifacts/fuse/model")
     asked = [line for line in finished.predictions() if line["split"] == "train"]
-    prompts = [chat.prompt_ids({"messages": [*line["prompt"], {}]}, tokenizer) for line in asked]
+    prompts = [
+        templates.prompt_ids({"messages": [*line["prompt"], {}]}, tokenizer) for line in asked
+    ]
     given = evaluation.answers(model, tokenizer, prompts, max_tokens=64, batch_size=8)
-    assert [chat.answer_text(answer.ids, tokenizer) for answer in given] == [
+    assert [templates.answer_text(answer.ids, tokenizer) for answer in given] == [
         line["reference"] for line in asked
     ]
     assert all(answer.stopped for answer in given)

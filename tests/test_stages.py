@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from athanor import chat, evaluation, files, models
+from athanor import evaluation, files, models, templates
 from athanor.console import UserError
 from conftest import Stages
 
@@ -38,9 +38,9 @@ def fused_answers() -> list[str]:
     """What the fused model says to the training questions; … where it did not stop."""
     model, tokenizer = models.load(Path("artifacts/fuse/model"))
     rows = files.read_jsonl(Path("artifacts/prepare/train.jsonl"))
-    prompts = [chat.prompt_ids(row, tokenizer) for row in rows]
+    prompts = [templates.prompt_ids(row, tokenizer) for row in rows]
     given = evaluation.answers(model, tokenizer, prompts, max_tokens=64, batch_size=6)
-    return [chat.answer_text(a.ids, tokenizer) + ("" if a.stopped else "…") for a in given]
+    return [templates.answer_text(a.ids, tokenizer) + ("" if a.stopped else "…") for a in given]
 
 
 def references() -> list[str]:

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner import trainer as peer
 from mlx_lm.tuner.datasets import CacheDataset, create_dataset
 
-from athanor import chat, files, models, optimizers, schema, settings, supervision
+from athanor import files, models, optimizers, schema, settings, supervision, templates
 from athanor.batches import Batch, Batches, padded
 from athanor.checkpoints import Checkpoints
 from athanor.console import UserError
@@ -515,7 +515,7 @@ def test_mlx_lm_learns_a_stray_token_after_the_end_and_ours_does_not(
 
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for model, stray in ((theirs, True), (one.model, False)):
-        said = [after_the_end(model, chat.prompt_ids(row, tokenizer), end) for row in chats]
+        said = [after_the_end(model, templates.prompt_ids(row, tokenizer), end) for row in chats]
         assert all(said), "an answer did not end"
         assert any(0 in tokens for tokens in said) is stray
 

@@ -73,13 +73,15 @@ def plan(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[lis
 def padded(rows: list[Tokens]) -> tuple[mx.array, mx.array, mx.array]:
     """Inputs, targets and loss mask of rows, each rows × (longest - 1).
 
-    `targets[i, t]` is the token after `inputs[i, t]`; the mask is 1 where it is supervised, and 0
-    on every padding position.
+    `targets[i, t]` is the token to be said after `inputs[i, t]`; the mask is 1 where it is
+    supervised, and 0 on every padding position.
     """
     width = max(map(len, rows))
     ids = np.zeros((len(rows), width), np.int32)
+    said = np.zeros((len(rows), width), np.int32)
     mask = np.zeros((len(rows), width), np.float32)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row.ids
+        said[i, : len(row)] = row.learned() if row.said else row.ids
         mask[i, : len(row)] = row.supervised
-    return mx.array(ids[:, :-1]), mx.array(ids[:, 1:]), mx.array(mask[:, 1:])
+    return mx.array(ids[:, :-1]), mx.array(said[:, 1:]), mx.array(mask[:, 1:])

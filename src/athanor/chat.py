@@ -1,162 +1,254 @@
-"""How a model's chat template writes rows: what it is asked with, and what it answers.
+"""The chat contract: how a model is asked, what ends its answers, and whether it can say that.
 
-Turns are found in the rendered text of the whole conversation: some templates (Qwen3, R1) write an
-earlier turn in another way than they wrote it when it was the last.
+    uv run python -m athanor.chat                       # the model of params.yaml
+    uv run python -m athanor.chat Qwen/Qwen2.5-1.5B     # any folder, or any repository of a hub
+
+prints it as a report: a doctor for models that don't stop, or that ignore what they were taught.
+`prepare` settles the contract, and writes it to artifacts/prepare/chat.json; `train`, `test` and
+`fuse` keep it. The stops have one source, the tokenizer's `eos_token_ids` as models.load_tokenizer
+sets them, from where generation, the fused folder's files and what is exported have them.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from athanor import console, files, models, settings, sources, templates, vocabulary
+from athanor.console import UserError
+from athanor.paths import PARAMS
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-Message = dict[str, Any]
+# What train.end_token may be.
+AUTO, TEMPLATE, BASE, TRAIN = "auto", "template", "base", "train"
 
+# As it should be; so only for rows that need it; met by what is said; to be mended.
+OK, ASIDE, NOTE, FAULT = "ok", "aside", "note", "fault"
 
-def end_of_turn(tokenizer: "TokenizerWrapper") -> int | None:
-    """The special token that the chat template writes after an answer; None if it writes none.
-
-    It need not be the tokenizer's end token: Qwen2.5's base models end texts with `<|endoftext|>`
-    and turns with `<|im_end|>`, and a model that learned the second has to be stopped at it.
-    """
-    if not tokenizer.has_chat_template:
-        return None
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    text = _text(messages, {}, tokenizer)
-    after = tokenizer.encode(text[text.rindex("!") + 1 :], add_special_tokens=False)
-    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return next((id for id in after if id in special), None)
-
-
-def prompt_ids(row: Message, tokenizer: "TokenizerWrapper") -> list[int]:
-    """The tokens that ask for a row's last answer."""
-    return text_ids(_prompt(row, tokenizer), tokenizer)
+Found = Callable[[str, str, str], None]
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A row as the model's template writes it.
+class Finding:
+    """One line of the report: what it is about, how bad it is, and what was found."""
 
-    `starts` are the places in `text` where the assistant's turns start, in characters, -1 where one
-    can't be found; `prompt` is what asks for the last of them. Plain text has neither.
-    """
-
+    about: str
+    state: str
     text: str
-    prompt: str | None
-    starts: list[int]
 
 
-def render(row: Message, tokenizer: "TokenizerWrapper") -> Rendered:
-    """Writes a row in the one form of data/formats.py as the model's template does.
+@dataclass(frozen=True)
+class Contract:
+    """What prepare settled.
 
-    Raises:
-        Exception: whatever a chat template raises that refuses the row.
+    `end` is the token that answers are trained to end with, and `ends_as_written` whether that is
+    what the template writes there. `trains_end` is whether that token's rows of the embedding and
+    the head are trained too. Generation stops at each of `stops`. `report` is what was found.
     """
-    if "text" in row:
-        return Rendered(row["text"], None, [])
-    text = _text(row["messages"], row, tokenizer)
-    starts, prompt = [], ""
-    for turn, message in enumerate(row["messages"]):
-        if message["role"] == "assistant":
-            prompt = _text(row["messages"][:turn], row, tokenizer, add_generation_prompt=True)
-            starts.append(_start(text, prompt, message))
-    return Rendered(text, prompt, starts)
+
+    end: int
+    ends_as_written: bool
+    trains_end: bool
+    stops: list[int]
+    report: list[Finding]
+
+    @classmethod
+    def read(cls, path: Path) -> "Contract":
+        """Reads what `prepare` settled."""
+        value = files.read_json(path)
+        return cls(**value | {"report": [Finding(**finding) for finding in value["report"]]})
+
+    def write(self, path: Path) -> None:
+        """Records the contract for the later stages."""
+        files.write_json(path, asdict(self))
+
+    def of(self, *states: str) -> list[Finding]:
+        """The findings of some states."""
+        return [finding for finding in self.report if finding.state in states]
 
 
-def render_all(rows: list[Message], tokenizer: "TokenizerWrapper") -> list[Rendered | Exception]:
-    """Writes rows as the model's template does; for those that it refuses, what it raised.
+def settle(folder: Path, tokenizer: "TokenizerWrapper", choice: str) -> Contract:
+    """The contract of a model with a tokenizer, by `train.end_token`.
 
-    Questions with one answer, which most rows are, are given to the template together.
+    Where the base can't say what its template ends answers with, `auto` takes another end of the
+    base's own that it can say, else has that token's rows trained too.
+    Without weights in the folder a model is taken to be able to say everything.
     """
-    found: dict[int, Rendered | Exception] = {}
-    single = [
-        i
-        for i, row in enumerate(rows)
-        if "messages" in row
-        and "tools" not in row
-        and all(message["role"] != "assistant" for message in row["messages"][:-1])
-    ]
-    try:
-        chats = [rows[i]["messages"] for i in single]
-        texts = _texts(chats, tokenizer, add_generation_prompt=False)
-        prompts = _texts([chat[:-1] for chat in chats], tokenizer, add_generation_prompt=True)
-        for i, chat, text, prompt in zip(single, chats, texts, prompts, strict=True):
-            found[i] = Rendered(text, prompt, [_start(text, prompt, chat[-1])])
-    except Exception:  # one of them is refused: which, is found below
-        found.clear()
-    for i, row in enumerate(rows):
-        if i not in found:
-            try:
-                found[i] = render(row, tokenizer)
-            except Exception as error:  # chat templates raise what they like
-                found[i] = error
-    return [found[i] for i in range(len(rows))]
+    report: list[Finding] = []
 
+    def found(about: str, state: str, text: str) -> None:
+        report.append(Finding(about, state, text))
 
-def expected_answer(row: Message, tokenizer: "TokenizerWrapper") -> str:
-    """The text that a model was trained to say last: the answer as its template writes it.
-
-    Templates of reasoning models write an empty thought before an answer that has none.
-    """
-    text, prompt = _text(row["messages"], row, tokenizer), _prompt(row, tokenizer)
-    if not text.startswith(prompt):
-        return str(row["messages"][-1]["content"])
-    said = text_ids(text[len(prompt) :], tokenizer)
-    ends = [i for i, id in enumerate(said) if id in tokenizer.eos_token_ids]
-    return answer_text(said[: ends[0]] if ends else said, tokenizer)
-
-
-def answer_text(ids: list[int], tokenizer: "TokenizerWrapper") -> str:
-    """The text of generated tokens, special tokens included, so that a stray one is seen."""
-    return str(tokenizer.decode(ids, skip_special_tokens=False))
-
-
-def _start(text: str, prompt: str, message: Message) -> int:
-    """Where an assistant's turn starts in the rendered text; -1 where it can't be found.
-
-    That is the end of the prompt that asks for it, where the text has this prompt; where it has
-    another (R1 asks with an open `<think>`), it is the place of the answer itself.
-    """
-    if text.startswith(prompt):
-        return len(prompt)
-    pairs = enumerate(zip(prompt, text, strict=False))
-    start = next((i for i, (a, b) in pairs if a != b), len(text))
-    answer = str(message.get("content") or "").rpartition("</think>")[2].strip()
-    return text.find(answer, start) if answer else -1
-
-
-def _prompt(row: Message, tokenizer: "TokenizerWrapper") -> str:
-    return _text(row["messages"][:-1], row, tokenizer, add_generation_prompt=True)
-
-
-def _texts(
-    chats: list[list[Message]], tokenizer: "TokenizerWrapper", add_generation_prompt: bool
-) -> list[str]:
-    if not chats:
-        return []
-    return list(
-        tokenizer.apply_chat_template(
-            chats, add_generation_prompt=add_generation_prompt, tokenize=False
+    name = _names(tokenizer)
+    written = templates.end_of_turn(tokenizer)
+    stops = sorted(tokenizer.eos_token_ids, key=lambda id: (id != written, id))
+    own = [id for id in stops if id != written]
+    if not stops:
+        raise UserError(
+            f"{folder}: neither the tokenizer nor the chat template has a token that ends an answer"
         )
+    untrained = vocabulary.untrained(folder, _size(tokenizer), stops)
+    cannot = untrained or {}
+    sayable = [id for id in own if id not in cannot]
+
+    end, trains_end = stops[0] if written is None else written, False
+    if choice == BASE:
+        if not own:
+            raise UserError(
+                f"train.end_token is base, and {folder} has no other end than {name(end)}: "
+                "expected auto, template or train"
+            )
+        end = (sayable or own)[0]
+    elif choice == TRAIN:
+        trains_end = True
+    elif choice == AUTO and end in cannot:
+        if sayable:
+            end = sayable[0]
+        else:
+            trains_end = True
+
+    _report_template(tokenizer, found)
+    if written is None:
+        found("answers end with", NOTE, f"{name(end)}, put there: the template ends them with none")
+    elif end == written:
+        found("answers end with", OK, f"{name(end)}, as the template writes them")
+    else:
+        found("answers end with", NOTE, f"{name(end)} instead of the template's {name(written)}")
+    _report_saying(found, name, end, written, trains_end, untrained)
+    theirs = _own_stops(folder, tokenizer)
+    added = [name(id) for id in stops if id not in theirs]
+    listed = ", ".join(map(name, stops))
+    if added:
+        added_text = f"; the model's own files do not have {', '.join(added)}"
+        found("generation stops at", NOTE, listed + added_text)
+    else:
+        found("generation stops at", OK, listed)
+    return Contract(end, end == written, trains_end, stops, report)
+
+
+def _report_template(tokenizer: "TokenizerWrapper", found: Found) -> None:
+    if not tokenizer.has_chat_template:
+        found("chat template", FAULT, f"{templates.NoTemplate()}")
+        return
+    found("chat template", OK, "the model's own")
+    opened = templates.open_thought(tokenizer)
+    probe = {
+        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Answer"}]
+    }
+    [text] = templates.render(probe, tokenizer)
+    if opened is not None:
+        found(
+            "asked as trained",
+            NOTE,
+            f"the prompt opens a thought ({opened.strip()}) that finished answers do not have: "
+            "it is closed in what is trained on, empty where a row has none of its own",
+        )
+    elif not text.asked:
+        found(
+            "asked as trained",
+            FAULT,
+            "the prompt is no beginning of what the template makes of the finished conversation: "
+            "what is learned is not what is asked; use another template",
+        )
+    elif templates.rewrites(tokenizer):
+        found(
+            "asked as trained",
+            NOTE,
+            "yes; earlier answers are written otherwise than the last, so that each answer of a "
+            "conversation is trained on as a text of its own",
+        )
+    else:
+        found("asked as trained", OK, "yes, every answer")
+    for what, does in templates.keeps(tokenizer).items():
+        about = f"{what} in the template"
+        if does == "kept":
+            found(about, OK, "kept")
+        else:
+            found(about, ASIDE, f"{does}: prepare finds the rows that need it")
+
+
+def _report_saying(
+    found: Found,
+    name: Callable[[int], str],
+    end: int,
+    written: int | None,
+    trains_end: bool,
+    untrained: dict[int, str] | None,
+) -> None:
+    if untrained is None:
+        found("the base can say it", NOTE, "not known: no weights were looked at")
+        return
+    if written is not None and written != end and written in untrained:
+        found(
+            "the base can say it",
+            NOTE,
+            f"not {name(written)} ({untrained[written]}), but {name(end)}; train.end_token=train "
+            "keeps the template's by training its rows too, and the model's instruct version may "
+            "say it already",
+        )
+    elif end not in untrained:
+        found("the base can say it", OK, f"yes: {name(end)} has a row like other tokens'")
+    elif trains_end:
+        found(
+            "the base can say it",
+            NOTE,
+            f"not yet ({untrained[end]}): the token's rows of embedding and head are trained too",
+        )
+    else:
+        found(
+            "the base can say it",
+            FAULT,
+            f"no ({untrained[end]}), and no adapter teaches it: choose train.end_token=base or "
+            "train (with train.method=lora), or the model's instruct version",
+        )
+
+
+def _names(tokenizer: "TokenizerWrapper") -> Callable[[int], str]:
+    return lambda id: f"{tokenizer.convert_ids_to_tokens(id)} ({id})"
+
+
+def _size(tokenizer: "TokenizerWrapper") -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _own_stops(folder: Path, tokenizer: "TokenizerWrapper") -> set[int]:
+    """The end tokens that the model's files name."""
+    from mlx_lm.utils import load_config
+
+    stated = load_config(folder).get("eos_token_id")
+    listed = stated if isinstance(stated, list) else [stated]
+    return {id for id in [*listed, tokenizer.eos_token_id] if id is not None}
+
+
+def show(title: str, report: list[Finding]) -> None:
+    """Prints a report."""
+    marks = {OK: "", ASIDE: "note", NOTE: "note", FAULT: "FAULT"}
+    console.side_by_side(
+        title, ["", "", "found"], [[f.about, marks[f.state], f.text] for f in report]
     )
 
 
-def _text(
-    messages: list[Message],
-    row: Message,
-    tokenizer: "TokenizerWrapper",
-    add_generation_prompt: bool = False,
-) -> str:
-    return str(
-        tokenizer.apply_chat_template(
-            messages,
-            tools=row.get("tools"),
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-        )
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m athanor.chat", description="How a model is asked, and whether it stops."
     )
+    parser.add_argument("model", nargs="?", help="a folder, or owner/name of a hub")
+    parser.add_argument("--revision", help="of a hub's repository")
+    parser.add_argument("--end-token", choices=[AUTO, TEMPLATE, BASE, TRAIN], default=AUTO)
+    args = parser.parse_args()
+    path, revision = args.model, args.revision
+    if path is None:
+        model = settings.load([], PARAMS).model
+        path, revision = model.path, model.revision
+    folder = sources.find(path, revision)
+    contract = settle(folder, models.load_tokenizer(folder), args.end_token)
+    show(f"chat: {path}", contract.report)
+    if faults := contract.of(FAULT):
+        raise UserError(f"{path}: to be mended: {', '.join(fault.about for fault in faults)}")
 
 
-def text_ids(text: str, tokenizer: "TokenizerWrapper") -> list[int]:
-    """The tokens of a text in which the template has written all special ones already."""
-    return list(tokenizer.encode(text, add_special_tokens=False))
+if __name__ == "__main__":
+    console.run(main)

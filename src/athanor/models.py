@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from athanor import chat, files
+from athanor import files, templates
 from athanor.console import UserError
 from athanor.schema import TrainConfig
 from athanor.sources import Source, weight_files
@@ -46,7 +46,7 @@ def load_tokenizer(folder: Path) -> "TokenizerWrapper":
 
     try:
         tokenizer = load_with_ends(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
-        end = chat.end_of_turn(tokenizer)
+        end = templates.end_of_turn(tokenizer)
     except Exception as error:  # tokenizers and templates raise what they like
         raise UserError(f"{folder}: the tokenizer can't be loaded: {error}") from error
     if end is not None:
@@ -83,12 +83,16 @@ def memory_limit() -> int:
     return int(recommended or mx.get_memory_limit())
 
 
-def make_trainable(model: "nn.Module", train: TrainConfig, seed: int) -> None:
+def make_trainable(
+    model: "nn.Module", train: TrainConfig, seed: int, end: int | None = None
+) -> None:
     """Freezes the model and makes the last `num_layers` layers trainable by the chosen method.
 
     lora (Hu et al. 2021) and dora (Liu et al. 2024) are mlx-lm's layers on every linear map;
     `full` trains the layers' own weights. The new weights come from `seed` alone. Whatever is
     trained is float32: half precision rounds small updates away, and Adam's second moment to 0.
+
+    With `end`, and by lora only, this token's rows of the embedding and the head are trained too.
     """
     import mlx.core as mx
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -102,7 +106,53 @@ def make_trainable(model: "nn.Module", train: TrainConfig, seed: int) -> None:
             layer.unfreeze()
     else:
         linear_to_lora_layers(model, count, lora_parameters(train), use_dora=train.method == "dora")
+        if end is not None:
+            _make_row_trainable(model, train, end)
     mx.eval(model.parameters())
+
+
+def _make_row_trainable(model: "nn.Module", train: TrainConfig, token: int) -> None:
+    """Puts LoRA on the embedding and the head that can change nothing but one token's rows.
+
+    Of its two factors the one that says which rows is fixed to this token's, and the other starts
+    at 0; so the adapters stay ones that mlx-lm loads.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_unflatten
+    from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
+
+    for name in _ends_of_model(model):
+        base = dict(model.named_modules())[name]
+        kind = LoRALinear if "head" in name else LoRAEmbedding
+        layer = kind.from_base(base, r=train.rank, scale=train.scale, dropout=0.0)
+        # Rows of an embedding are those of A; of a head, the columns of B.
+        which, learned = ("lora_b", "lora_a") if kind is LoRALinear else ("lora_a", "lora_b")
+        rows = mx.zeros_like(layer[which])
+        place = (0, token) if kind is LoRALinear else (token, 0)
+        rows[place] = 1.0
+        layer[which] = rows
+        layer[learned] = mx.zeros_like(layer[learned])
+        layer.freeze(recurse=False, keys=[which])
+        model.update_modules(tree_unflatten([(name, layer)]))
+
+
+def _ends_of_model(model: "nn.Module") -> list[str]:
+    """The names of the embedding of tokens and, where it is not the same, of the head."""
+    import mlx.nn as nn
+
+    inside = {id(module) for layer in model.layers for module in layer.modules()}
+    found = [
+        name
+        for name, module in model.named_modules()
+        if id(module) not in inside
+        and (
+            isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
+            or name.split(".")[-1] == "lm_head"
+        )
+    ]
+    if not found:
+        raise UserError("train.end_token=train: this model's embedding of tokens is not known")
+    return found
 
 
 def lora_parameters(train: TrainConfig) -> dict[str, Any]:
@@ -116,15 +166,18 @@ def save_adapters(
     train: TrainConfig,
     source: Source,
     *,
-    layers: int,
+    model: "nn.Module",
     iteration: int,
 ) -> None:
     """Writes trained weights as adapters.safetensors and adapter_config.json, as mlx-lm does.
 
-    `layers` is the model's number of layers; `iteration` the one that the weights are from.
+    `model` is the one that was trained; `iteration` the one that the weights are from.
     """
     import mlx.core as mx
 
+    fixed, beside = _around_the_layers(model)
+    weights = fixed | weights
+    parameters = lora_parameters(train) | ({"keys": beside} if beside else {})
     with files.whole_folder(folder) as temporary:
         # In one order, whatever they went through: the same weights are the same file.
         in_order = dict(sorted(weights.items()))
@@ -134,14 +187,35 @@ def save_adapters(
             temporary / "adapter_config.json",
             {
                 "fine_tune_type": train.method,
-                "num_layers": layers if train.num_layers == -1 else train.num_layers,
-                "lora_parameters": None if full else lora_parameters(train),
+                "num_layers": len(model.layers) if train.num_layers == -1 else train.num_layers,
+                "lora_parameters": None if full else parameters,
                 "model": source.path,
                 "revision": source.commit,
                 "model_digest": source.digest,
                 "iteration": iteration,
             },
         )
+
+
+def _around_the_layers(model: "nn.Module") -> "tuple[dict[str, mx.array], list[str]]":
+    """What _make_row_trainable fixed, and the keys of all that has adapters, as mlx-lm wants them.
+
+    Both are empty where the layers alone have adapters, which mlx-lm finds by itself.
+    """
+    modules = dict(model.named_modules())
+    layers = [dict(layer.named_modules()) for layer in model.layers]
+    inside = {name for layer in layers for name, module in layer.items() if "lora_a" in module}
+    known = {id(module) for layer in layers for module in layer.values()}
+    outside = [
+        name for name, module in modules.items() if "lora_a" in module and id(module) not in known
+    ]
+    fixed = {
+        f"{name}.{factor}": modules[name][factor]
+        for name in outside
+        for factor in ("lora_a", "lora_b")
+        if factor not in modules[name].trainable_parameters()
+    }
+    return fixed, sorted(inside) + outside if outside else []
 
 
 def load_adapters(model: "nn.Module", folder: Path) -> None:

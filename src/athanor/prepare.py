@@ -5,7 +5,8 @@
 Reads params.yaml and data/; writes to artifacts/prepare/: train.jsonl, valid.jsonl and test.jsonl,
 which mlx_lm.lora --data reads unchanged; rejected.jsonl (the rows that were left out, whole, with
 why); report.json, report.html, metrics.json and lengths.csv (what the data looks like); model.json
-(which model, at which commit, with which digest).
+(which model, at which commit, with which digest); chat.json (what ends an answer, and where
+generation stops).
 """
 
 import gc
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from athanor import console, files, models, settings, sources
+from athanor import chat, console, files, models, settings, sources
 from athanor.data import records
 from athanor.data.checks import Findings
 from athanor.data.first_pass import FirstPass
@@ -38,6 +39,7 @@ def prepare(
     config: DataConfig,
     max_seq_length: int,
     mask_prompt: bool,
+    end_token: str,
 ) -> dict[str, Any]:
     """Checks the rows of `data`, finds the model, writes both to `out` and returns the report.
 
@@ -48,6 +50,9 @@ def prepare(
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     source = sources.resolve(model_path, revision)
     tokenizer = models.load_tokenizer(source.folder())
+    contract = chat.settle(source.folder(), tokenizer, end_token)
+    for finding in contract.of(chat.NOTE, chat.FAULT):
+        console.warn(f"{finding.about}: {finding.text}")
 
     def count(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False))
@@ -91,6 +96,7 @@ def prepare(
             findings,
             max_seq_length=max_seq_length,
             mask_prompt=mask_prompt,
+            end=contract.end,
         )
         tally = first.run(folder)
         findings.stop(rejected)
@@ -102,7 +108,7 @@ def prepare(
             first.spelling,
             model=model_path,
             max_seq_length=max_seq_length,
-            samples=samples(folder, tally, tokenizer, mask_prompt),
+            samples=samples(folder, tally, tokenizer, mask_prompt, contract.end),
         )
         files.write_json(out / "report.json", found)
         files.write_text(out / "report.html", page(found))
@@ -110,6 +116,7 @@ def prepare(
             files.take(folder / f"{split}.jsonl", out / f"{split}.jsonl")
     files.write_json(out / "metrics.json", metrics(found))
     files.write_text(out / "lengths.csv", lengths_csv(found))
+    contract.write(out / "chat.json")
     source.write(out / "model.json")
     return found
 
@@ -136,6 +143,7 @@ def main() -> None:
         config=settings.plain(cfg.data),
         max_seq_length=cfg.train.max_seq_length,
         mask_prompt=cfg.train.mask_prompt,
+        end_token=cfg.train.end_token,
     )
     source = sources.Source.read(PREPARED / "model.json")
     misfits = list(sources.training_misfits(sources.read_config(source.folder()), cfg.train))

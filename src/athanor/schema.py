@@ -15,6 +15,7 @@ METHODS = ("lora", "dora", "full")
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "lion", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
 KEEP = ("best", "last")
+END_TOKENS = ("auto", "template", "base", "train")
 
 
 @dataclass
@@ -94,6 +95,7 @@ class TrainConfig:
     grad_checkpoint: bool = MISSING
     grad_accumulation_steps: int = MISSING
     mask_prompt: bool = MISSING
+    end_token: str = MISSING
     compile: bool | None = MISSING
 
 
@@ -176,9 +178,12 @@ def impossible(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
         ("train.optimizer", OPTIMIZERS),
         ("train.lr_schedule", SCHEDULES),
         ("train.keep", KEEP),
+        ("train.end_token", END_TOKENS),
     ):
         if broken(key, value.get(key) in options):
             yield key, "one of " + ", ".join(options)
+    if value.get("train.end_token") == "train" and value.get("train.method", "lora") != "lora":
+        yield "train.end_token", "auto, base or template: rows of a token are trained by lora only"
     iters, epochs = value.get("train.iters"), value.get("train.epochs")
     if {"train.iters", "train.epochs"} <= value.keys() and (iters is None) == (epochs is None):
         both = "null beside train.iters (or a number, and train.iters=null)"

@@ -70,14 +70,19 @@ def resolve(path: str, revision: str | None) -> Source:
     Raises:
         UserError: when it can't be found, reached, opened, or read without running its code.
     """
-    if _is_repo(path):
-        folder = _download(path, revision)
-        source = Source(path, revision, folder.name, digest(folder))
-    else:
-        folder = _local(path)
-        source = Source(path, revision, None, digest(folder))
+    folder = find(path, revision)
+    return Source(path, revision, folder.name if _is_repo(path) else None, digest(folder))
+
+
+def find(path: str, revision: str | None) -> Path:
+    """The folder of a model, which asks for no code of its own; downloaded where needed.
+
+    Raises:
+        UserError: as resolve does.
+    """
+    folder = _download(path, revision) if _is_repo(path) else _local(path)
     _refuse_code(folder)
-    return source
+    return folder
 
 
 def misfits(model: ModelConfig, train: TrainConfig) -> Iterator[tuple[str, str]]:

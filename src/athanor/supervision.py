@@ -2,15 +2,16 @@
 
 A token is supervised when it belongs to an assistant's turn, up to and including the token that
 ends it. What the template writes after that token (a line break, mostly) is read, never learned.
+An answer is learned whole, with its end, or not at all.
 """
 
 from bisect import bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from athanor.chat import Message, Rendered, answer_text, render, text_ids
+from athanor.templates import Message, Rendered, answer_text, render, text_ids
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -22,22 +23,39 @@ BATCH = 1000
 
 @dataclass(frozen=True)
 class Tokens:
-    """One row: `ids[i]` is a token, `supervised[i]` whether the loss asks for it. Equal lengths.
+    """One text: `ids[i]` is a token, `supervised[i]` whether the loss asks for it. Equal lengths.
 
-    `line` is the row's place in its file, from 1; `answers` is how many answers are supervised.
+    `answers` are the places of the answers, their ends included: (first, behind the last). At the
+    places that `said` has, the loss asks for its token and not for the one that is read. `line` is
+    the row's place in its file, from 1. `asked` is whether the tokens before every answer are those
+    that ask for it.
     """
 
     ids: list[int]
     supervised: list[bool]
     line: int = 0
-    answers: int = 0
+    answers: list[tuple[int, int]] = field(default_factory=list)
+    said: dict[int, int] = field(default_factory=dict)
+    asked: bool = True
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def cut(self, length: int) -> "Tokens":
-        """At most the first `length` tokens."""
-        return replace(self, ids=self.ids[:length], supervised=self.supervised[:length])
+        """At most the first `length` tokens; an answer that loses its end is not learned."""
+        if len(self) <= length:
+            return self
+        supervised = self.supervised[:length]
+        if not all(self.supervised):
+            for first, behind in self.answers:
+                if behind > length:
+                    supervised[first:] = [False] * len(supervised[first:])
+        said = {place: id for place, id in self.said.items() if place < length}
+        return replace(self, ids=self.ids[:length], supervised=supervised, said=said)
+
+    def learned(self) -> list[int]:
+        """What the loss asks for at each place, were it supervised."""
+        return [self.said.get(place, id) for place, id in enumerate(self.ids)]
 
 
 def encode(rows: list[Rendered], tokenizer: "TokenizerWrapper") -> list["Encoding"]:
@@ -48,7 +66,7 @@ def encode(rows: list[Rendered], tokenizer: "TokenizerWrapper") -> list["Encodin
     backend = tokenizer.backend_tokenizer
     found: dict[int, Encoding] = {}
     for plain in (True, False):
-        chosen = [i for i, row in enumerate(rows) if (row.prompt is None) == plain]
+        chosen = [i for i, row in enumerate(rows) if (row.starts is None) == plain]
         texts = [rows[i].text for i in chosen]
         # Of plain text nobody asks which character a token is from, which costs a tenth.
         batch = backend.encode_batch_fast if plain else backend.encode_batch
@@ -58,103 +76,160 @@ def encode(rows: list[Rendered], tokenizer: "TokenizerWrapper") -> list["Encodin
 
 
 def supervise(
-    row: Rendered, encoding: "Encoding", tokenizer: "TokenizerWrapper", mask_prompt: bool
+    row: Rendered,
+    encoding: "Encoding",
+    tokenizer: "TokenizerWrapper",
+    mask_prompt: bool,
+    end: int | None = None,
 ) -> Tokens:
-    """The tokens of a row, and which of them are to be learned.
+    """The tokens of a text, and which of them are to be learned.
 
-    With `mask_prompt` every assistant's turn is supervised and nothing else; without it, and for
-    plain text, every token is.
+    With `mask_prompt` the answers are supervised and nothing else; without it, and for plain text,
+    every token is. Answers end with `end`, or else with the token that the template writes there;
+    the model reads what the template writes in both cases, as it will when it is asked. Where that
+    is nothing, an end is put behind the last answer.
     """
     ids = encoding.ids
     ends = tokenizer.eos_token_ids
-    if row.prompt is None:
+    if row.starts is None:
         if not ids or ids[-1] not in ends:
             ids.append(tokenizer.eos_token_id)
         return Tokens(ids, [True] * len(ids))
-    if not mask_prompt:
-        return Tokens(ids, [True] * len(ids), answers=len(row.starts))
-    supervised = [False] * len(ids)
-    answers = 0
-    following: int | None = None
-    for start in reversed(row.starts):
-        if start < 0:
+    firsts = [_token_at(encoding, start) for start in row.starts]
+    asked = row.asked
+    if asked and not _asks(row, encoding, ids, firsts, tokenizer):
+        ids, firsts, asked = _in_pieces(row, ids, firsts, tokenizer)
+    answers: list[tuple[int, int]] = []
+    said = {}
+    for first, following in zip(firsts, [*firsts[1:], None], strict=True):
+        place = next((i for i in range(first, following or len(ids)) if ids[i] in ends), None)
+        if place is None and following is None:
+            place = len(ids)
+            ids = [*ids, tokenizer.eos_token_id if end is None else end]
+        if place is None:  # it must not go on into the next question
             continue
-        first = _token_at(encoding, start)
-        # A turn that its template ends with nothing must not go on into the next question.
-        turn = range(first, len(ids) if following is None else following)
-        end = next((i + 1 for i in turn if ids[i] in ends), None)
-        if end is None and start == row.starts[-1]:
-            end = len(ids)
-        if end is not None:
-            supervised[first:end] = [True] * (end - first)
-            answers += 1
-        following = first
-    return Tokens(ids, supervised, answers=answers)
+        answers.append((first, place + 1))
+        if end is not None and ids[place] != end:
+            said[place] = end
+    supervised = [not mask_prompt] * len(ids)
+    for first, behind in answers:
+        supervised[first:behind] = [True] * (behind - first)
+    return Tokens(ids, supervised, answers=answers, said=said, asked=asked)
 
 
 def closes_texts(tokenizer: "TokenizerWrapper") -> bool:
     """Whether the tokenizer itself puts an end token behind a plain text."""
-    [encoding] = encode([Rendered("x", None, [])], tokenizer)
+    [encoding] = encode([Rendered("x", None)], tokenizer)
     return bool(encoding.ids) and encoding.ids[-1] in tokenizer.eos_token_ids
 
 
-def tokenize(row: Message, tokenizer: "TokenizerWrapper", mask_prompt: bool) -> Tokens:
-    """The tokens of one row in the one form of data/formats.py."""
-    rendered = render(row, tokenizer)
-    return supervise(rendered, encode([rendered], tokenizer)[0], tokenizer, mask_prompt)
+def tokenize(
+    row: Message, tokenizer: "TokenizerWrapper", mask_prompt: bool, end: int | None = None
+) -> list[Tokens]:
+    """The tokens of one row in the one form of data/formats.py, a text after the other."""
+    texts = to_learn(render(row, tokenizer), mask_prompt)
+    encoded = encode(texts, tokenizer)
+    return [
+        supervise(text, encoding, tokenizer, mask_prompt, end)
+        for text, encoding in zip(texts, encoded, strict=True)
+    ]
 
 
 def tokenize_all(
-    rows: list[Message], tokenizer: "TokenizerWrapper", mask_prompt: bool, max_seq_length: int
+    rows: list[Message],
+    tokenizer: "TokenizerWrapper",
+    mask_prompt: bool,
+    max_seq_length: int,
+    end: int | None = None,
 ) -> list[Tokens]:
-    """Rows as tokens, cut to a length; rows with no supervised token left are left out.
+    """Rows as tokens, cut to a length; what has no supervised token left is left out.
 
-    The first token of a row is never predicted, so it does not count.
+    The first token of a text is never predicted, so it does not count.
     """
     found = []
     for start in range(0, len(rows), BATCH):
-        rendered = [render(row, tokenizer) for row in rows[start : start + BATCH]]
-        encoded = encode(rendered, tokenizer)
-        for line, (row, encoding) in enumerate(zip(rendered, encoded, strict=True), start + 1):
-            tokens = supervise(row, encoding, tokenizer, mask_prompt).cut(max_seq_length)
+        texts = [
+            (line, text)
+            for line, row in enumerate(rows[start : start + BATCH], start + 1)
+            for text in to_learn(render(row, tokenizer), mask_prompt)
+        ]
+        encoded = encode([text for _, text in texts], tokenizer)
+        for (line, text), encoding in zip(texts, encoded, strict=True):
+            tokens = supervise(text, encoding, tokenizer, mask_prompt, end).cut(max_seq_length)
             if any(tokens.supervised[1:]):
                 found.append(replace(tokens, line=line))
     return found
 
 
-def asks_as_trained(
-    row: Rendered, encoding: "Encoding", ids: list[int], tokenizer: "TokenizerWrapper"
-) -> bool:
-    """Whether what the model is asked with is, as tokens, a prefix of the `ids` it is trained on.
+def to_learn(texts: list[Rendered], mask_prompt: bool) -> list[Rendered]:
+    """The texts of a row that are trained on.
 
-    Special tokens part a text before anything else does, so the prompt is read as the text is up
-    to its last special token; only what comes after that is encoded again.
+    Those that share a beginning all are only where just the answers are learned: else every prompt
+    would count again.
     """
-    prompt = row.prompt
-    if prompt is None:
-        return True
-    if not row.text.startswith(prompt):
-        return False
-    end = _token_at(encoding, len(prompt))
-    special = _special_ids(tokenizer)
-    known = next((i for i in reversed(range(end)) if ids[i] in special), None)
-    if known is not None and (place := encoding.token_to_chars(known)) is not None:
-        rest = _ids_of_short(prompt[place[1] :], tokenizer)
-        if ids[known + 1 : end] == rest:
-            return True
-    return text_ids(prompt, tokenizer) == ids[:end]
+    return texts if mask_prompt else texts[-1:]
 
 
 def marked(
-    row: Message, tokenizer: "TokenizerWrapper", mask_prompt: bool
+    row: Message, tokenizer: "TokenizerWrapper", mask_prompt: bool, end: int | None = None
 ) -> list[tuple[str, bool]]:
     """A row as the model reads it, in pieces: each a text, and whether it is supervised."""
-    tokens = tokenize(row, tokenizer, mask_prompt)
-    pairs = zip(tokens.ids, tokens.supervised, strict=True)
+    pairs = [
+        pair
+        for tokens in tokenize(row, tokenizer, mask_prompt, end)
+        for pair in zip(tokens.learned(), tokens.supervised, strict=True)
+    ]
     return [
         (answer_text([id for id, _ in run], tokenizer), learned)
         for learned, run in groupby(pairs, key=lambda pair: pair[1])
     ]
+
+
+def _asks(
+    row: Rendered,
+    encoding: "Encoding",
+    ids: list[int],
+    firsts: list[int],
+    tokenizer: "TokenizerWrapper",
+) -> bool:
+    """Whether what asks for each answer is, as tokens, what the model is trained on before it.
+
+    Special tokens part a text before anything else does, so a prompt is read as the text is up to
+    its last special token; only what comes after that is encoded again.
+    """
+    special = _special_ids(tokenizer)
+    for start, first in zip(row.starts or (), firsts, strict=True):
+        known = next((i for i in reversed(range(first)) if ids[i] in special), None)
+        if known is not None and (place := encoding.token_to_chars(known)) is not None:
+            rest = _ids_of_short(row.text[place[1] : start], tokenizer)
+            if ids[known + 1 : first] == rest:
+                continue
+        if text_ids(row.text[:start], tokenizer) != ids[:first]:
+            return False
+    return True
+
+
+def _in_pieces(
+    row: Rendered, whole: list[int], firsts: list[int], tokenizer: "TokenizerWrapper"
+) -> tuple[list[int], list[int], bool]:
+    """A text encoded piece by piece, parted where answers start, and where they start in it.
+
+    That makes a prompt a prefix whose last characters would share a token with the answer's first.
+    The whole stays as it is, and False is said, where its pieces do not read alike.
+    """
+    starts = row.starts or []
+    ids: list[int] = []
+    places = []
+    for start, following in zip([0, *starts], [*starts, len(row.text)], strict=True):
+        places.append(len(ids))
+        ids += text_ids(row.text[start:following], tokenizer)
+    asks = all(
+        text_ids(row.text[:start], tokenizer) == ids[:place]
+        for start, place in zip(starts, places[1:], strict=True)
+    )
+    if asks and answer_text(ids, tokenizer) == answer_text(whole, tokenizer):
+        return ids, places[1:], True
+    return whole, firsts, False
 
 
 def _token_at(encoding: "Encoding", place: int) -> int:

@@ -20,7 +20,17 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.markup import escape
 
-from athanor import chat, console, files, models, settings, sources, supervision, tracking
+from athanor import (
+    chat,
+    console,
+    files,
+    models,
+    settings,
+    sources,
+    supervision,
+    templates,
+    tracking,
+)
 from athanor.evaluation import Answer, answers, mean_loss
 from athanor.paths import PREPARED, SPLITS, TESTED, TRAINED
 from athanor.supervision import Tokens
@@ -67,7 +77,7 @@ def examine(
             given = answers(
                 model,
                 tokenizer,
-                [chat.prompt_ids(row, tokenizer) for row in split.questions],
+                [templates.prompt_ids(row, tokenizer) for row in split.questions],
                 max_tokens=max_tokens,
                 batch_size=batch_size,
                 on_answer=lambda: bar.advance(task),
@@ -91,15 +101,16 @@ def predictions(
         for row, *pair in zip(
             split.questions, base[name].answers, tuned[name].answers, strict=True
         ):
+            texts = (templates.answer_text(answer.ids, tokenizer) for answer in pair)
             said = {
-                who: {"text": chat.answer_text(answer.ids, tokenizer), "stopped": answer.stopped}
-                for who, answer in zip(("base", "tuned"), pair, strict=True)
+                who: {"text": text, "stopped": answer.stopped}
+                for who, answer, text in zip(("base", "tuned"), pair, texts, strict=True)
             }
             lines.append(
                 {
                     "split": name,
                     "prompt": row["messages"][:-1],
-                    "reference": chat.expected_answer(row, tokenizer),
+                    "reference": templates.expected_answer(row, tokenizer),
                     **({"label": label_of(row)} if "label" in row else {}),
                     **said,
                 }
@@ -230,6 +241,7 @@ def main() -> None:
     trained = files.read_json(TRAINED / "run.json")
     with tracking.resume(trained["run"], trained["run_id"]) as run:
         source = sources.Source.read(PREPARED / "model.json")
+        end = chat.Contract.read(PREPARED / "chat.json").end
         model, tokenizer = models.load(source.folder())
         splits = {}
         found_labels: set[str] = set()
@@ -239,7 +251,7 @@ def main() -> None:
             found_labels.update(label_of(row) for row in rows if "label" in row)
             splits[name] = Split(
                 supervision.tokenize_all(
-                    rows, tokenizer, cfg.train.mask_prompt, cfg.train.max_seq_length
+                    rows, tokenizer, cfg.train.mask_prompt, cfg.train.max_seq_length, end
                 ),
                 questions[: None if cfg.test.max_rows == -1 else cfg.test.max_rows],
             )

@@ -21,6 +21,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from athanor import (
+    chat,
     checkpoints,
     console,
     files,
@@ -50,11 +51,13 @@ def main() -> None:
             f"prepare was run for {source.path} at {source.revision}, and now the model is "
             f"{cfg.model.path} at {cfg.model.revision}: `uv run dvc repro prepare`"
         )
+    contract = chat.Contract.read(PREPARED / "chat.json")
     prepared = {
         split: files.read_jsonl(PREPARED / f"{split}.jsonl") for split in ("train", "valid")
     }
     params = settings.flat(cfg) | {"train.optimizer_config": optimizer_options(cfg)}
-    kept = checkpoints.Checkpoints(root() / CHECKPOINTS, what_decides(params, source))
+    decides = what_decides(params, source) | {"end": [contract.end, contract.trains_end]}
+    kept = checkpoints.Checkpoints(root() / CHECKPOINTS, decides)
     with tracking.start(
         run_name(cfg),
         params,
@@ -75,13 +78,20 @@ def main() -> None:
         model, tokenizer = models.load(source.folder())
         tokens = {
             split: supervision.tokenize_all(
-                rows, tokenizer, cfg.train.mask_prompt, cfg.train.max_seq_length
+                rows, tokenizer, cfg.train.mask_prompt, cfg.train.max_seq_length, contract.end
             )
             for split, rows in prepared.items()
         }
         for split, rows in tokens.items():
             _name_what_is_left_out(split, len(prepared[split]), {row.line for row in rows})
-        models.make_trainable(model, cfg.train, cfg.seed)
+        trained_end = contract.end if contract.trains_end else None
+        if trained_end is not None and cfg.train.method != "lora":
+            raise console.UserError(
+                f"the base can't say what its answers end with ({trained_end}), and the rows of a "
+                "token are trained by train.method=lora only; `uv run python -m athanor.chat` says "
+                "more"
+            )
+        models.make_trainable(model, cfg.train, cfg.seed, trained_end)
         with console.progress() as bar:
             task = bar.add_task("train")
 
@@ -283,7 +293,7 @@ def _write(cfg: Config, trainer: Trainer, source: sources.Source) -> dict[str, f
             TRAINED / name,
             cfg.train,
             source,
-            layers=len(trainer.model.layers),
+            model=trainer.model,
             iteration=iterations[which],
         )
     first = next(p.metrics["val_loss"] for p in state.points if "val_loss" in p.metrics)

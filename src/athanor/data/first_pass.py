@@ -9,16 +9,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
-from athanor import chat, console, supervision
-from athanor.chat import Rendered
+from athanor import console, supervision, templates
 from athanor.console import UserError
 from athanor.data import characters, cleaning, formats, leaks
 from athanor.data.checks import IGNORE, Fault, Findings
@@ -27,6 +27,7 @@ from athanor.data.records import Origin, Record
 from athanor.data.tally import CHUNK, COLUMNS, Tally, chunks
 from athanor.paths import SPLITS
 from athanor.schema import DataConfig
+from athanor.templates import Rendered
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -43,7 +44,6 @@ CLASSES = "classification"
 BETWEEN = "\x1f"
 # Rows are the same where these bits of their hash are; only a split needs one that stays the same.
 BITS = 2**64 - 1
-UNWRITTEN = Rendered("", None, [])
 
 
 @dataclass(slots=True)
@@ -63,7 +63,7 @@ class Candidate:
     folded: str
     folded_digest: int
     question: str
-    rendered: Rendered = UNWRITTEN
+    rendered: list[Rendered] = field(default_factory=list)
 
 
 class FirstPass:
@@ -78,6 +78,7 @@ class FirstPass:
         *,
         max_seq_length: int,
         mask_prompt: bool,
+        end: int,
     ) -> None:
         self.origins = origins
         self.config = config
@@ -85,6 +86,7 @@ class FirstPass:
         self.findings = findings
         self.max_seq_length = max_seq_length
         self.mask_prompt = mask_prompt
+        self.end = end
         self.formats = Formats(config, label_set(origins, config, findings.fixes))
         self.spelling = characters.Spelling(tokenizer)
         self._said = [self.formats.of(origin.name) for origin in origins]
@@ -130,7 +132,7 @@ class FirstPass:
                 candidates = self._rendered(
                     [made for item in records for made in self._candidates(*item)]
                 )
-                texts = [candidate.rendered for candidate in candidates]
+                texts = [text for candidate in candidates for text in candidate.rendered]
                 waiting.append((candidates, pool.submit(supervision.encode, texts, self.tokenizer)))
                 if len(waiting) > CHUNKS_AHEAD:
                     found.append(self._finished(*waiting.popleft(), files))
@@ -173,15 +175,18 @@ class FirstPass:
 
     def _rendered(self, candidates: list[Candidate]) -> list[Candidate]:
         """The candidates as the model's template writes them, without those that it refuses."""
-        written = chat.render_all([made.row.value for made in candidates], self.tokenizer)
+        written = templates.render_all([made.row.value for made in candidates], self.tokenizer)
         taken = []
         for candidate, rendered in zip(candidates, written, strict=True):
-            if isinstance(rendered, Rendered):
-                candidate.rendered = rendered
-                taken.append(candidate)
-            else:
+            if isinstance(rendered, Exception):
                 fault = Fault("template_refuses", f"the chat template refuses it: {rendered}")
                 self._passes(candidate, [*candidate.faults, fault])
+                continue
+            if (lost := templates.dropped(candidate.row.value, rendered)) is not None:
+                text = f"the chat template leaves out {lost}"
+                candidate.faults.append(Fault("left_out_by_template", text))
+            candidate.rendered = supervision.to_learn(rendered, self.mask_prompt)
+            taken.append(candidate)
         return taken
 
     def _passes(self, candidate: Candidate, faults: list[Fault]) -> bool:
@@ -331,8 +336,9 @@ class FirstPass:
     ) -> np.ndarray:
         rows = []
         lines: list[list[str]] = [[] for _ in files]
-        for candidate, encoding in zip(candidates, encoded.result(), strict=True):
-            numbers = self._tokens(candidate, encoding)
+        encodings = iter(encoded.result())
+        for candidate in candidates:
+            numbers = self._tokens(candidate, list(islice(encodings, len(candidate.rendered))))
             if not self._passes(candidate, candidate.faults):
                 continue
             folded = candidate.folded if self._compares else ""
@@ -358,31 +364,41 @@ class FirstPass:
             file.write("".join(found))
         return np.array(rows, COLUMNS)
 
-    def _tokens(self, candidate: Candidate, encoding: "Encoding") -> tuple[int, int, int, bool]:
-        """Tokens, supervised ones, tokens cut, whether the end is; adds what is wrong in them."""
-        rendered, faults, limit = candidate.rendered, candidate.faults, self.max_seq_length
-        if rendered.prompt is None:  # as supervision.supervise has it, without a list for each text
-            closed = self._closes or rendered.text.endswith(self._ends)
-            length = len(encoding) + (not closed)
-            kept, end_cut = max(min(length, limit) - 1, 0), length > limit
+    def _tokens(
+        self, candidate: Candidate, encodings: list["Encoding"]
+    ) -> tuple[int, int, int, bool]:
+        """Tokens of the longest text, supervised ones, tokens cut, whether an answer's end is.
+
+        Adds what is wrong in them.
+        """
+        faults, limit = candidate.faults, self.max_seq_length
+        whole = candidate.rendered[-1]
+        if whole.starts is None:  # as supervision.supervise has it, without a list for each text
+            closed = self._closes or whole.text.endswith(self._ends)
+            length = len(encodings[-1]) + (not closed)
+            kept, end_cut = max(min(length, limit) - 1, 0), False
         else:
-            tokens = supervision.supervise(rendered, encoding, self.tokenizer, self.mask_prompt)
-            length, kept = len(tokens), sum(tokens.supervised[1:limit])
-            end_cut = length > limit and any(tokens.supervised[limit:])
-            self._check_turns(rendered, encoding, tokens, faults)
+            texts = [
+                supervision.supervise(text, encoding, self.tokenizer, self.mask_prompt, self.end)
+                for text, encoding in zip(candidate.rendered, encodings, strict=True)
+            ]
+            length = max(map(len, texts))
+            kept = sum(sum(text.cut(limit).supervised[1:]) for text in texts)
+            end_cut = any(behind > limit for text in texts for _, behind in text.answers)
+            self._check_turns(candidate, texts)
         cut = max(length - limit, 0)
         if not kept:
             faults.append(
                 Fault(
                     "nothing_to_learn",
-                    f"none of its first {limit} tokens is to be learned; it has {length}"
+                    f"no answer is whole in its first {limit} tokens; it has {length}"
                     if cut
                     else "none of its tokens is to be learned",
                 )
             )
         elif end_cut:
             faults.append(
-                Fault("end_cut", f"{cut} of {length} tokens are cut, with the end of the answer")
+                Fault("end_cut", f"{cut} of {length} tokens are cut, with the end of an answer")
             )
         elif cut:
             faults.append(Fault("too_long", f"{cut} of {length} tokens are cut"))
@@ -396,19 +412,16 @@ class FirstPass:
                 faults.append(Fault("spelled_characters", text))
         return length, kept, cut, end_cut
 
-    def _check_turns(
-        self,
-        rendered: Rendered,
-        encoding: "Encoding",
-        tokens: supervision.Tokens,
-        faults: list[Fault],
-    ) -> None:
-        if self.mask_prompt and (missed := len(rendered.starts) - tokens.answers):
-            text = f"{missed} answers are not learned: the chat template writes them otherwise, or"
-            faults.append(Fault("answer_not_found", f"{text} ends none of them with its end token"))
-        if not supervision.asks_as_trained(rendered, encoding, tokens.ids, self.tokenizer):
-            text = "the template asks in another way than it writes the finished conversation"
-            faults.append(Fault("asked_otherwise", text))
+    def _check_turns(self, candidate: Candidate, texts: list[supervision.Tokens]) -> None:
+        if self.mask_prompt:
+            messages = candidate.row.value["messages"]
+            there = sum(message["role"] == "assistant" for message in messages)
+            if missed := there - sum(len(text.answers) for text in texts):
+                said = f"{missed} answers are not learned: the chat template writes them otherwise"
+                candidate.faults.append(Fault("answer_not_found", said))
+        if not all(text.asked for text in texts):
+            said = "the template asks in another way than it writes the finished conversation"
+            candidate.faults.append(Fault("asked_otherwise", said))
 
 
 def label_set(origins: list[Origin], config: DataConfig, fixes: frozenset[str]) -> list[str]:

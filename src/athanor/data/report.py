@@ -70,7 +70,7 @@ def report(
 
 
 def samples(
-    folder: Path, tally: Tally, tokenizer: "TokenizerWrapper", mask_prompt: bool
+    folder: Path, tally: Tally, tokenizer: "TokenizerWrapper", mask_prompt: bool, end: int
 ) -> dict[str, list[dict[str, Any]]]:
     """The first rows of each split as the model's template writes them, in pieces."""
     found = {}
@@ -80,7 +80,7 @@ def samples(
             found[split] = [
                 {
                     "where": tally.where(place),
-                    "pieces": supervision.marked(json.loads(line), tokenizer, mask_prompt),
+                    "pieces": supervision.marked(json.loads(line), tokenizer, mask_prompt, end),
                 }
                 for place, line in zip(places, islice(file, SAMPLES), strict=True)
             ]

@@ -1,0 +1,291 @@
+"""How a model's chat template writes rows: what the model is asked with, and what it answers.
+
+What is trained has to be what is asked: the text of every answer begins with the prompt that asks
+for it. Most templates write a conversation so that all its answers do. Where one writes an earlier
+turn in another way than when it was the last (Qwen3, R1), such a turn gets a text of its own; where
+one asks with an open thought that no finished answer has (R1), the thought is closed in the text.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+Message = dict[str, Any]
+
+# Words that no template has, to find what was said in what is written.
+ASKED, ANSWERED, TOLD, TOOL = "qAsked1", "qAnswered2", "qTold3", "q_tool_4"
+# What opens a thought, and what closes it: <think> and </think>, [THINK] and [/THINK].
+OPENER = re.compile(r"[<\[]\w*think\w*[>\]]", re.IGNORECASE)
+CLOSER = re.compile(r"[<\[]/\w*think\w*[>\]]", re.IGNORECASE)
+
+
+class NoTemplate(Exception):
+    """A conversation for a model without a chat template."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model has no chat template: choose its instruct model, put a chat_template.jinja "
+            "into its folder, or train on plain text"
+        )
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One text that a row is trained as.
+
+    `starts` are the places in `text`, in characters, where answers to be learned start, None for
+    plain text. `asked` is whether what comes before each is what asks for it.
+    """
+
+    text: str
+    starts: list[int] | None
+    asked: bool = True
+
+
+def render(row: Message, tokenizer: "TokenizerWrapper") -> list[Rendered]:
+    """Writes a row in the one form of data/formats.py as the model's template does.
+
+    One text as a rule, the last the whole conversation; before it one for each turn that the whole
+    conversation has otherwise than when it was the last.
+
+    Raises:
+        NoTemplate: where there is none.
+        Exception: whatever a chat template raises that refuses the row.
+    """
+    if "text" in row:
+        return [Rendered(row["text"], None)]
+    messages = row["messages"]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    whole = _finished(row, len(messages) - 1, tokenizer)
+    if len(turns) == 1:
+        return [whole]
+    earlier, apart = [], []
+    for turn in turns[:-1]:
+        if not rewrites(tokenizer):
+            prompt = _text(messages[:turn], row, tokenizer, add_generation_prompt=True)
+            if whole.text.startswith(prompt):
+                earlier.append(len(prompt))
+                continue
+        own = _finished(row, turn, tokenizer)
+        if own.asked and whole.text.startswith(own.text.rstrip()) and end_of_turn(tokenizer):
+            earlier += own.starts or []
+        elif own.starts:
+            apart.append(own)
+    return [*apart, Rendered(whole.text, earlier + (whole.starts or []), whole.asked)]
+
+
+def render_all(
+    rows: list[Message], tokenizer: "TokenizerWrapper"
+) -> list[list[Rendered] | Exception]:
+    """Writes rows as the model's template does; for those that it refuses, what it raised.
+
+    Questions with one answer, which most rows are, are given to the template together.
+    """
+    found: dict[int, list[Rendered] | Exception] = {}
+    single = [
+        i
+        for i, row in enumerate(rows)
+        if "messages" in row
+        and "tools" not in row
+        and all(message["role"] != "assistant" for message in row["messages"][:-1])
+    ]
+    try:
+        chats = [rows[i]["messages"] for i in single]
+        texts = _texts(chats, tokenizer, add_generation_prompt=False)
+        prompts = _texts([chat[:-1] for chat in chats], tokenizer, add_generation_prompt=True)
+        for i, chat, text, prompt in zip(single, chats, texts, prompts, strict=True):
+            found[i] = [_asked(text, prompt, chat[-1], tokenizer)]
+    except Exception:  # one of them is refused: which, is found below
+        found.clear()
+    for i, row in enumerate(rows):
+        if i not in found:
+            try:
+                found[i] = render(row, tokenizer)
+            except Exception as error:  # chat templates raise what they like
+                found[i] = error
+    return [found[i] for i in range(len(rows))]
+
+
+def dropped(row: Message, rendered: list[Rendered]) -> str | None:
+    """What a row says and its texts do not have, in words; None where nothing is left out.
+
+    Answers are not looked at here: each is looked for where it is to be learned.
+    """
+    text = rendered[-1].text
+    for number, message in enumerate(row.get("messages", ()), 1):
+        said = str(message.get("content") or "").strip()
+        if message["role"] in ("system", "user") and said not in text:
+            return f"message {number}, of the {message['role']}"
+    for tool in row.get("tools", ()):
+        name = tool.get("function", tool).get("name")
+        if name is not None and str(name) not in text:
+            return f"the tool {name}"
+    return None
+
+
+def prompt_ids(row: Message, tokenizer: "TokenizerWrapper") -> list[int]:
+    """The tokens that ask for a row's last answer."""
+    prompt = _text(row["messages"][:-1], row, tokenizer, add_generation_prompt=True)
+    return text_ids(prompt, tokenizer)
+
+
+def expected_answer(row: Message, tokenizer: "TokenizerWrapper") -> str:
+    """The text that a model was trained to say last, without its thought."""
+    whole = render(row, tokenizer)[-1]
+    if not whole.asked or not whole.starts:
+        return str(row["messages"][-1]["content"])
+    said = text_ids(whole.text[whole.starts[-1] :], tokenizer)
+    ends = [i for i, id in enumerate(said) if id in tokenizer.eos_token_ids]
+    return without_thought(answer_text(said[: ends[0]] if ends else said, tokenizer))
+
+
+def answer_text(ids: list[int], tokenizer: "TokenizerWrapper") -> str:
+    """The text of generated tokens, special tokens included, so that a stray one is seen."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def without_thought(text: str) -> str:
+    """What an answer says after its thought; all of it where it has none."""
+    closed = list(CLOSER.finditer(text))
+    return text[closed[-1].end() :].lstrip() if closed else text
+
+
+@lru_cache(maxsize=8)
+def end_of_turn(tokenizer: "TokenizerWrapper") -> int | None:
+    """The token that the chat template writes after an answer; None if it writes none.
+
+    It need not be the tokenizer's end token: Qwen2.5's base models end texts with `<|endoftext|>`
+    and turns with `<|im_end|>`, and a model that learned the second has to be stopped at it.
+    """
+    if not tokenizer.has_chat_template:
+        return None
+    text = _text(_question_and_answer(), {}, tokenizer)
+    after = text_ids(text[text.rindex(ANSWERED) + len(ANSWERED) :], tokenizer)
+    return next((id for id in after if id in tokenizer.added_tokens_decoder), None)
+
+
+@lru_cache(maxsize=8)
+def open_thought(tokenizer: "TokenizerWrapper") -> str | None:
+    """What the generation prompt ends with that no finished answer has, if it opens a thought."""
+    asked, answered = _question_and_answer()
+    prompt = _text([asked], {}, tokenizer, add_generation_prompt=True)
+    text = _text([asked, answered], {}, tokenizer)
+    opened = prompt[_where_they_part(prompt, text) :]
+    return opened if OPENER.fullmatch(opened.strip()) else None
+
+
+def text_ids(text: str, tokenizer: "TokenizerWrapper") -> list[int]:
+    """The tokens of a text in which the template has written all special ones already."""
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def keeps(tokenizer: "TokenizerWrapper") -> dict[str, str]:
+    """What the template does with a system message, earlier turns and tools.
+
+    Each is "kept", "dropped", or what the template says in refusing it.
+    """
+    asked, answered = _question_and_answer()
+    tool = {"type": "function", "function": {"name": TOOL, "description": "", "parameters": {}}}
+    last = {"role": "user", "content": "?"}
+    found = {}
+    for name, messages, row, marks in (
+        ("system", [{"role": "system", "content": TOLD}, last], {}, [TOLD]),
+        ("earlier turns", [asked, answered, last], {}, [ASKED, ANSWERED]),
+        ("tools", [last], {"tools": [tool]}, [TOOL]),
+    ):
+        try:
+            text = _text(messages, row, tokenizer, add_generation_prompt=True)
+            found[name] = "kept" if all(mark in text for mark in marks) else "dropped"
+        except Exception as error:  # chat templates raise what they like
+            found[name] = f"refused: {error}"
+    return found
+
+
+def _question_and_answer() -> tuple[Message, Message]:
+    return {"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}
+
+
+@lru_cache(maxsize=8)
+def rewrites(tokenizer: "TokenizerWrapper") -> bool:
+    """Whether the template writes an earlier answer otherwise than when it was the last."""
+    asked, _ = _question_and_answer()
+    for said in (ANSWERED, f"<think>\n{TOLD}\n</think>\n\n{ANSWERED}"):
+        first = [asked, {"role": "assistant", "content": said}]
+        alone = _text(first, {}, tokenizer).rstrip()
+        if not _text([*first, *first], {}, tokenizer).startswith(alone):
+            return True
+    return end_of_turn(tokenizer) is None
+
+
+def _finished(row: Message, turn: int, tokenizer: "TokenizerWrapper") -> Rendered:
+    """The conversation up to a turn of the assistant's, which is to be learned."""
+    messages = row["messages"]
+    text = _text(messages[: turn + 1], row, tokenizer)
+    prompt = _text(messages[:turn], row, tokenizer, add_generation_prompt=True)
+    return _asked(text, prompt, messages[turn], tokenizer)
+
+
+def _asked(text: str, prompt: str, message: Message, tokenizer: "TokenizerWrapper") -> Rendered:
+    """A finished conversation that begins with what asks for its last answer, if it can.
+
+    A thought that the prompt opens and the text does not have becomes the message's own, or an
+    empty one. It is closed right behind the line break that opened it: another line break would
+    become one token with that one, and the prompt no prefix.
+    """
+    if text.startswith(prompt):
+        return Rendered(text, [len(prompt)])
+    parts = _where_they_part(prompt, text)
+    said = str(message.get("content") or "")
+    answer = without_thought(said).strip()
+    start = text.find(answer, parts) if answer else -1
+    if start < 0:
+        return Rendered(text, [])
+    if (opened := open_thought(tokenizer)) is None or prompt[parts:] != opened:
+        return Rendered(text, [start], asked=False)
+    opener = opened.strip()
+    closer = f"{opener[0]}/{opener[1:]}"
+    own = said.rpartition(closer)[0].strip().removeprefix(opener).strip()
+    thought = str(message.get("reasoning_content") or own).strip()
+    closed = prompt + (f"{thought}\n" if thought else "") + f"{closer}\n\n"
+    return Rendered(closed + text[start:], [len(prompt)])
+
+
+def _where_they_part(one: str, other: str) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _texts(
+    chats: list[list[Message]], tokenizer: "TokenizerWrapper", add_generation_prompt: bool
+) -> list[str]:
+    if not chats:
+        return []
+    if not tokenizer.has_chat_template:
+        raise NoTemplate
+    return list(
+        tokenizer.apply_chat_template(
+            chats, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    )
+
+
+def _text(
+    messages: list[Message] | tuple[Message, ...],
+    row: Message,
+    tokenizer: "TokenizerWrapper",
+    add_generation_prompt: bool = False,
+) -> str:
+    if not tokenizer.has_chat_template:
+        raise NoTemplate
+    return str(
+        tokenizer.apply_chat_template(
+            list(messages),
+            tools=row.get("tools"),
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
+    )

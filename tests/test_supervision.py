@@ -1,0 +1,260 @@
+"""Which tokens are learned, for templates of the kinds that models come with."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from athanor import models, supervision, templates
+from athanor.batches import padded
+
+QUESTIONS = {
+    "messages": [
+        {"role": "user", "content": "一"},
+        {"role": "assistant", "content": "第一答"},
+        {"role": "user", "content": "二"},
+        {"role": "assistant", "content": "第二答"},
+    ]
+}
+
+# Like Qwen3's: an empty thought before the last answer, and only there.
+QWEN3 = """{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' -}}
+{%- if m.role == 'assistant' and loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif -%}
+{{- m.content + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+
+# Like R1's: asks with an open thought that no finished conversation has.
+R1 = """{%- for m in messages -%}
+{%- set said = m.content.split('</think>')[-1] -%}
+{{- '<|im_start|>' + m.role + '\\n' + said + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n<think>\\n' }}{%- endif -%}"""
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def make(tiny: Path, tmp_path: Path) -> Make:
+    """The tiny model's tokenizer with another template or another end token."""
+
+    def build(template: str | None = None, **settings: Any) -> Any:
+        folder = Path(shutil.copytree(tiny, tmp_path / "model", dirs_exist_ok=True))
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        for name, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id")):
+            path = folder / name
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if key in settings:
+                path.write_text(json.dumps(content | {key: settings[key]}), encoding="utf-8")
+        if "eos_token_id" in settings:
+            (folder / "generation_config.json").unlink()
+        return models.load_tokenizer(folder)
+
+    return build
+
+
+def learned(row: dict[str, Any], tokenizer: Any) -> str:
+    """What is supervised of each text of a row, the texts parted by a bar."""
+    return " | ".join(
+        tokenizer.decode([i for i, s in zip(one.learned(), one.supervised, strict=True) if s])
+        for one in supervision.tokenize(row, tokenizer, mask_prompt=True)
+    )
+
+
+def asked_as_trained(row: dict[str, Any], tokenizer: Any) -> bool:
+    """Whether the tokens before each answer are those that ask for it, whatever the code says."""
+    messages = row["messages"]
+    asked = [
+        templates.prompt_ids({**row, "messages": messages[: i + 1]}, tokenizer)
+        for i, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    trained = [
+        one.ids[:first]
+        for one in supervision.tokenize(row, tokenizer, mask_prompt=True)
+        for first, _ in one.answers
+    ]
+    return sorted(asked) == sorted(trained)
+
+
+def test_answers_and_their_end_are_supervised_and_nothing_else(tiny: Path) -> None:
+    tokenizer = models.load_tokenizer(tiny)
+    row = {
+        "messages": [
+            {"role": "system", "content": "你是助手"},
+            {"role": "user", "content": "一"},
+            {"role": "assistant", "content": "第一答"},
+            {"role": "user", "content": "二"},
+            {"role": "assistant", "content": "第二答"},
+        ]
+    }
+    [found] = supervision.tokenize(row, tokenizer, mask_prompt=True)
+    assert learned(row, tokenizer) == "第一答<|im_end|>第二答<|im_end|>"
+    [everything] = supervision.tokenize(row, tokenizer, mask_prompt=False)
+    assert everything.ids == found.ids
+    assert all(everything.supervised)
+    assert asked_as_trained(row, tokenizer)
+
+
+def test_plain_text_ends_with_an_end_token(tiny: Path) -> None:
+    tokenizer = models.load_tokenizer(tiny)
+    [found] = supervision.tokenize({"text": "一段文字"}, tokenizer, mask_prompt=True)
+    assert found.ids[-1] == tokenizer.eos_token_id
+    assert all(found.supervised)
+
+
+def test_a_turn_that_is_written_otherwise_later_is_a_text_of_its_own(make: Make) -> None:
+    tokenizer = make(QWEN3)
+    thought = "<think>\n\n</think>\n\n"
+    assert learned(QUESTIONS, tokenizer) == f"{thought}第一答<|im_end|> | {thought}第二答<|im_end|>"
+    assert asked_as_trained(QUESTIONS, tokenizer)
+    assert templates.expected_answer(QUESTIONS, tokenizer) == "第二答"
+    [everything] = supervision.tokenize(QUESTIONS, tokenizer, mask_prompt=False)
+    assert all(everything.supervised)
+
+
+def test_an_open_thought_is_closed_in_what_is_trained_on(make: Make) -> None:
+    """With an empty one, or with the row's own; R1's template leaves it out."""
+    tokenizer = make(R1)
+    assert learned(QUESTIONS, tokenizer) == (
+        "</think>\n\n第一答<|im_end|> | </think>\n\n第二答<|im_end|>"
+    )
+    assert asked_as_trained(QUESTIONS, tokenizer)
+    assert templates.expected_answer(QUESTIONS, tokenizer) == "第二答"
+    question = {"role": "user", "content": "一"}
+    for own in (
+        {"content": "<think>\n想一想\n</think>\n\n答"},
+        {"content": "想一想</think>答"},
+        {"content": "答", "reasoning_content": "想一想"},
+    ):
+        row = {"messages": [question, {"role": "assistant", **own}]}
+        assert learned(row, tokenizer) == "想一想\n</think>\n\n答<|im_end|>"
+        assert asked_as_trained(row, tokenizer)
+        assert templates.expected_answer(row, tokenizer) == "答"
+
+
+def test_a_prompt_that_no_training_text_has_is_noticed(make: Make) -> None:
+    tokenizer = make(R1.replace("<think>", "<mood>"))
+    texts = supervision.tokenize(QUESTIONS, tokenizer, mask_prompt=True)
+    assert not any(text.asked for text in texts)
+    assert not asked_as_trained(QUESTIONS, tokenizer)
+
+
+def test_an_answer_that_shares_a_token_with_its_prompt_is_parted_from_it(make: Make) -> None:
+    """A prompt that ends with a space, which is a token's first character where a word follows."""
+    tokenizer = make(
+        "{%- for m in messages -%}{{- m.role + ': ' + m.content + '<|im_end|>\\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- 'assistant: ' -}}{%- endif -%}"
+    )
+    together = tokenizer.encode(": the", add_special_tokens=False)
+    apart = [tokenizer.encode(text, add_special_tokens=False) for text in (": ", "the")]
+    assert together != apart[0] + apart[1]
+    question = QUESTIONS["messages"][0]
+    row = {"messages": [question, {"role": "assistant", "content": "the end"}]}
+    assert learned(row, tokenizer) == "the end<|im_end|>"
+    assert asked_as_trained(row, tokenizer)
+
+
+def test_the_templates_own_end_is_learned_and_stopped_at(make: Make, tiny: Path) -> None:
+    """Qwen2.5's base models end texts with another token than their template ends turns."""
+    usual = models.load_tokenizer(tiny)
+    texts_end = usual.convert_tokens_to_ids("<|endoftext|>")
+    tokenizer = make(eos_token="<|endoftext|>", eos_token_id=texts_end)
+    assert tokenizer.eos_token_id == texts_end
+    assert usual.convert_tokens_to_ids("<|im_end|>") in tokenizer.eos_token_ids
+    assert learned(QUESTIONS, tokenizer) == "第一答<|im_end|>第二答<|im_end|>"
+
+
+def test_a_turn_that_its_template_ends_with_nothing_gets_an_end(make: Make) -> None:
+    """And does not reach into the next question."""
+    template = (
+        "{%- for m in messages -%}{{- m.role + ': ' + m.content + '\\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- 'assistant: ' -}}"
+    )
+    last = "{%- elif messages[-1].role == 'assistant' -%}{{- '<|im_end|>' -}}"
+    for written in (template, template + last):
+        tokenizer = make(written + "{%- endif -%}")
+        assert learned(QUESTIONS, tokenizer) == "第一答\n<|im_end|> | 第二答\n<|im_end|>"
+        assert asked_as_trained(QUESTIONS, tokenizer)
+
+
+def test_an_answer_is_learned_with_its_end_or_not_at_all(make: Make) -> None:
+    tokenizer = make()
+    [tokens] = supervision.tokenize(QUESTIONS, tokenizer, mask_prompt=True)
+    (first, behind), (second, _) = tokens.answers
+    whole = [True] * (behind - first)
+    for length in (behind, second, second + 1, len(tokens) - 2):
+        kept = tokens.cut(length)
+        assert len(kept) == length
+        assert [s for s in kept.supervised if s] == whole
+    assert not any(tokens.cut(behind - 1).supervised)
+    assert tokens.cut(len(tokens)) == tokens
+    [everything] = supervision.tokenize(QUESTIONS, tokenizer, mask_prompt=False)
+    assert all(everything.cut(behind - 1).supervised)
+
+
+def test_another_end_is_learned_and_the_templates_is_read(make: Make) -> None:
+    tokenizer = make()
+    other = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    [usual] = supervision.tokenize(QUESTIONS, tokenizer, mask_prompt=True)
+    [tokens] = supervision.tokenize(QUESTIONS, tokenizer, mask_prompt=True, end=other)
+    assert (tokens.ids, tokens.supervised) == (usual.ids, usual.supervised)
+    inputs, targets, mask = (np.array(array[0]) for array in padded([tokens]))
+    assert inputs.tolist() == tokens.ids[:-1]
+    said = targets[mask == 1].tolist()
+    assert tokenizer.decode(said) == "第一答<|endoftext|>第二答<|endoftext|>"
+    cut = tokens.cut(tokens.answers[0][1])
+    assert list(cut.said.values()) == [other]
+
+
+def test_an_answer_that_repeats_its_question_is_learned_once(make: Make) -> None:
+    row = {
+        "messages": [
+            {"role": "user", "content": "重复"},
+            {"role": "assistant", "content": "重复"},
+            {"role": "user", "content": "重复"},
+            {"role": "assistant", "content": "重复"},
+        ]
+    }
+    assert learned(row, make()) == "重复<|im_end|>重复<|im_end|>"
+
+
+def test_rows_together_are_read_as_one_by_one(make: Make) -> None:
+    """Among them one that the template refuses, plain text, several turns, a call of a tool."""
+    single = {"messages": QUESTIONS["messages"][:2]}
+    system = {"messages": [{"role": "system", "content": "短"}, *QUESTIONS["messages"][:2]]}
+    rows: list[dict[str, Any]] = [
+        single,
+        QUESTIONS,
+        {"text": "一段文字"},
+        system,
+        single | {"tools": [{"name": "f"}]},
+    ]
+    no_system = "{%- if m.role == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}"
+    strict = make(QWEN3.replace("{{- '<|im_start|>'", no_system + "{{- '<|im_start|>'", 1))
+    refused = templates.render_all(rows, strict)
+    assert [isinstance(one, Exception) for one in refused] == [False, False, False, True, False]
+    assert str(refused[3]) == "no system"
+    tokenizer = make(QWEN3)
+    rendered = templates.render_all(rows, tokenizer)
+    assert rendered == [templates.render(row, tokenizer) for row in rows]
+    together = supervision.tokenize_all(rows, tokenizer, True, 2048)
+    alone = [
+        (line, one)
+        for line, row in enumerate(rows, 1)
+        for one in supervision.tokenize(row, tokenizer, mask_prompt=True)
+    ]
+    assert together == [replace(one, line=line) for line, one in alone]
+
+
+def test_a_row_is_shown_as_it_is_learned(make: Make) -> None:
+    pieces = supervision.marked({"messages": QUESTIONS["messages"][:2]}, make(), mask_prompt=True)
+    assert [text for text, learned in pieces if learned] == ["第一答<|im_end|>"]
+    assert "".join(text for text, _ in pieces).endswith("第一答<|im_end|>\n")
