@@ -1,0 +1,226 @@
+"""The contract, on tiny models that each have a fault: under mlx_lm, and under ours.
+
+Each fault is shown first: mlx_lm.lora trains on the tutorial's rows, and mlx_lm.generate does not
+stop, or does not answer what was taught. Then the same model and rows go through our stages.
+"""
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm import lora as peer_lora
+
+from athanor import chat, files, models
+from conftest import Stages
+
+MOST = 24  # tokens; the longest of the answers has 13
+END, TEXT_END = "<|im_end|>", "<|endoftext|>"
+SETTINGS = ("train.iters=60", f"test.max_tokens={MOST}", "data.checks.near_leak=ignore")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    """A store of this test's own."""
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.fixture
+def base(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model in float32, which mlx_lm computes quickly on a CPU."""
+    folder = Path(shutil.copytree(tiny, tmp_path / "base"))
+    rows(folder, lambda embedding: embedding)
+    return folder
+
+
+def rows(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Changes the embedding, which is the head too."""
+    path = folder / "model.safetensors"
+    weights = {name: value.astype(mx.float32) for name, value in tensors(path).items()}
+    name = "model.embed_tokens.weight"
+    weights[name] = mx.array(change(np.array(weights[name])))
+    mx.save_safetensors(str(path), weights)
+    edit(folder / "config.json", vocab_size=weights[name].shape[0], torch_dtype="float32")
+
+
+def tensors(path: Path) -> dict[str, mx.array]:
+    return cast("dict[str, mx.array]", mx.load(str(path)))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    files.write_json(path, files.read_json(path) | changes)
+
+
+def template(folder: Path, change: Callable[[str], str]) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def taught(folder: Path, data: Path, **settings: Any) -> Path:
+    """What mlx_lm.lora makes of the rows: its adapters."""
+    adapters = folder.parent / "theirs"
+    config = {
+        "model": str(folder),
+        "data": str(data),
+        "train": True,
+        "mask_prompt": True,
+        "adapter_path": str(adapters),
+        "num_layers": -1,
+        "val_batches": 1,
+        "batch_size": 3,
+        "iters": 60,
+        "learning_rate": 2e-4,
+        "steps_per_eval": 1000,
+    }
+    files.write_json(folder.parent / "lora.json", config | settings)
+    mx.disable_compile()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mlx_lm.lora", "--config", str(folder.parent / "lora.json")])
+        peer_lora.main()
+    return adapters
+
+
+def theirs(
+    folder: Path, adapters: Path, question: str, capsys: pytest.CaptureFixture[str]
+) -> tuple[str, int]:
+    """What mlx_lm.generate prints to a question: the text, and the number of tokens."""
+    asked = ["--model", str(folder), "--adapter-path", str(adapters), "--prompt", question]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys, "argv", ["mlx_lm.generate", *asked, "--temp", "0", "--max-tokens", str(MOST)]
+        )
+        capsys.readouterr()
+        import_module("mlx_lm.generate").main()
+    printed = capsys.readouterr().out
+    _, said, figures = printed.split("==========\n")
+    [count] = [line for line in figures.splitlines() if line.startswith("Generation:")]
+    return said.strip("\n"), int(count.split()[1])
+
+
+def ours(folder: Path, stages: Stages, *settings: str) -> list[dict[str, Any]]:
+    """The lines of the training questions in predictions.jsonl."""
+    stages("config", overrides=(f"model.path={folder}", *SETTINGS, *settings))
+    stages("prepare", "train", "test")
+    lines = files.read_jsonl(Path("artifacts/test/predictions.jsonl"))
+    return [line for line in lines if line["split"] == "train"]
+
+
+def answered(lines: list[dict[str, Any]]) -> list[bool]:
+    """Whether each training question was answered as taught, and the answer ended by itself."""
+    return [
+        line["tuned"]["stopped"] and line["tuned"]["text"].endswith(line["reference"])
+        for line in lines
+    ]
+
+
+def reserve(folder: Path) -> int:
+    """Gives the model 64 reserved tokens that were never trained on, and ends turns with the last.
+
+    All have one row, as what was never trained has in the bases of Llama 3.
+    """
+    tokenizer = files.read_json(folder / "tokenizer.json")
+    first = 1 + max(token["id"] for token in tokenizer["added_tokens"])
+    names = [f"<|reserved_{i}|>" for i in range(63)] + ["<|turn_end|>"]
+    special = {key: tokenizer["added_tokens"][0][key] for key in tokenizer["added_tokens"][0]}
+    tokenizer["added_tokens"] += [
+        special | {"id": first + i, "content": name} for i, name in enumerate(names)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    rows(folder, lambda w: np.concatenate([w, np.full((64, w.shape[1]), 0.001, np.float32)]))
+    template(folder, lambda text: text.replace(END, "<|turn_end|>"))
+    end = first + 63
+    for name in ("config.json", "generation_config.json"):
+        edit(folder / name, eos_token_id=[end, first - 3])
+    edit(folder / "tokenizer_config.json", eos_token="<|turn_end|>")
+    return int(end)
+
+
+def test_a_base_that_was_never_trained_to_end_an_answer(
+    base: Path, data: Path, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end = reserve(base)
+    said, count = theirs(base, taught(base, data), "月亮哪天最圆", capsys)
+    assert count == MOST
+    assert said.startswith("星期八")  # and then, as the tutorial had it: \n!\n!…
+
+    assert answered(ours(base, stages)) == [True] * 6
+    contract = chat.Contract.read(Path("artifacts/prepare/chat.json"))
+    tokenizer = models.load_tokenizer(base)
+    assert tokenizer.convert_ids_to_tokens(contract.end) == TEXT_END
+    assert not contract.trains_end
+
+    # Kept, it is learned if its own row is: by adapters that mlx_lm loads, and fused.
+    assert answered(ours(base, stages, "train.end_token=train")) == [True] * 6
+    contract = chat.Contract.read(Path("artifacts/prepare/chat.json"))
+    assert (contract.end, contract.trains_end) == (end, True)
+    assert theirs(base, Path("artifacts/train/adapters"), "月亮哪天最圆", capsys)[0] == "星期八"
+    stages("fuse")
+    before, after = (
+        np.array(tensors(folder / "model.safetensors")["model.embed_tokens.weight"])
+        for folder in (base, Path("artifacts/fuse/model"))
+    )
+    assert np.flatnonzero((before != after).any(axis=1)).tolist() == [end]
+
+    # As the template has it, it is no more learned than by mlx_lm, and that was said before.
+    capsys.readouterr()
+    lines = ours(base, stages, "train.end_token=template")
+    assert "no (its row of the head has" in " ".join(capsys.readouterr().err.split())
+    assert not any(line["tuned"]["stopped"] for line in lines)
+
+
+def test_a_template_that_ends_with_another_token_than_the_tokenizer(
+    base: Path, data: Path, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text_end = models.load_tokenizer(base).convert_tokens_to_ids(TEXT_END)
+    (base / "generation_config.json").unlink()
+    edit(base / "config.json", eos_token_id=text_end)
+    edit(base / "tokenizer_config.json", eos_token=TEXT_END)
+    said, count = theirs(base, taught(base, data), "月亮哪天最圆", capsys)
+    assert count == MOST
+    assert said.startswith(f"星期八{END}")
+    assert answered(ours(base, stages)) == [True] * 6
+
+
+def test_a_reasoning_model_whose_prompt_opens_a_thought(
+    base: Path, data: Path, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template(
+        base,
+        lambda text: text.replace("assistant\\n'", "assistant\\n<think>\\n'").replace(
+            "message['content']", "message['content'].split('</think>')[-1]"
+        ),
+    )
+    adapters = taught(base, data)
+    pairs = files.read_jsonl(data / "train.jsonl")
+    questions, answers = ([row[key] for row in pairs] for key in ("prompt", "completion"))
+    for question, answer in list(zip(questions, answers, strict=True))[3:]:
+        assert theirs(base, adapters, question, capsys)[0] != answer
+
+    lines = ours(base, stages)
+    assert answered(lines) == [True] * 6
+    assert [line["reference"] for line in lines] == answers
+    assert all(line["tuned"]["text"].startswith("</think>\n\n") for line in lines)
+
+
+def test_a_prompt_that_is_longer_than_max_seq_length(
+    base: Path, stages: Stages, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {"prompt": "这个问题很长很长" * 20, "completion": "是的"}
+    path = Path("data/train.jsonl")  # the fixture's own copy
+    files.write_jsonl(path, [long, *files.read_jsonl(path)])
+    adapters = taught(base, path.parent, batch_size=1, max_seq_length=64)
+    weights = tensors(adapters / "adapters.safetensors")
+    assert all(math.isnan(float(weight.sum())) for weight in weights.values())
+    assert theirs(base, adapters, "月亮哪天最圆", capsys)[0] != "星期八"
+
+    assert answered(ours(base, stages, "train.max_seq_length=64")) == [True] * 6
+    [left] = files.read_jsonl(Path("artifacts/prepare/rejected.jsonl"))
+    assert left["where"] == "data/train.jsonl:1"
+    assert left["reasons"][0]["check"] == "nothing_to_learn"
