@@ -6,7 +6,9 @@ stop, or does not answer what was taught. Then the same model and rows go throug
 
 import json
 import math
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -18,9 +20,11 @@ import numpy as np
 import pytest
 from mlx_lm import lora as peer_lora
 
-from athanor import chat, files, models
+import kinds
+from athanor import chat, files, models, supervision, vocabulary
 from conftest import Stages
 
+HERE = Path(__file__).parent
 MOST = 24  # tokens; the longest of the answers has 13
 END, TEXT_END = "<|im_end|>", "<|endoftext|>"
 SETTINGS = ("train.iters=60", f"test.max_tokens={MOST}", "data.checks.near_leak=ignore")
@@ -224,3 +228,127 @@ def test_a_prompt_that_is_longer_than_max_seq_length(
     [left] = files.read_jsonl(Path("artifacts/prepare/rejected.jsonl"))
     assert left["where"] == "data/train.jsonl:1"
     assert left["reasons"][0]["check"] == "nothing_to_learn"
+
+
+def documented() -> list[dict[str, str]]:
+    """The table of kinds in docs/chat.md, a dict a row; ends without their quotes."""
+    text = (HERE.parent / "docs" / "chat.md").read_text(encoding="utf-8")
+    lines = [line for line in text[text.index("| kind |") :].splitlines() if line.startswith("|")]
+    cells = [
+        [cell.strip().replace("\\|", "|").replace("`", "") for cell in re.split(r"(?<!\\)\|", line)]
+        for line in lines
+    ]
+    return [dict(zip(cells[0][1:-1], row[1:-1], strict=True)) for row in cells[2:]]
+
+
+def test_every_kind_is_documented() -> None:
+    assert [row["kind"] for row in documented()] == list(kinds.KINDS)
+
+
+@pytest.mark.parametrize("row", documented(), ids=lambda row: row["kind"])
+def test_report_of_a_kind_is_as_documented(row: dict[str, str], tiny: Path, tmp_path: Path) -> None:
+    folder = kinds.build(row["kind"], tiny, tmp_path / "model")
+    tokenizer = models.load_tokenizer(folder)
+    report = {f.about: f for f in chat.settle(folder, tokenizer, "auto").report}
+
+    stops, _, missing = report["generation stops at"].text.partition("; ")
+    named = re.compile(r"(\S+) \(\d+\)")
+    assert named.findall(stops) == row["generation stops at"].split()
+    assert named.findall(missing) == row["which the model's own files do not have"].split()
+    assert {tokenizer.convert_ids_to_tokens(id) for id in tokenizer.eos_token_ids} == set(
+        row["generation stops at"].split()
+    )
+    if row["asked as trained"] == "no template":
+        assert report["chat template"].state == chat.FAULT
+        return
+    assert named.findall(report["answers end with"].text) == [row["answers end with"]]
+    said = {
+        "yes": (chat.OK, "yes, every answer"),
+        "a text for each answer": (chat.ASIDE, "a text of its own"),
+        "a thought is closed": (chat.NOTE, "opens a thought (<think>)"),
+    }[row["asked as trained"]]
+    assert report["asked as trained"].state == said[0]
+    assert said[1] in report["asked as trained"].text
+    for what in ("system", "earlier turns", "tools"):
+        assert report[f"{what} in the template"].text.startswith(row[what])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in kinds.KINDS if kind != "llama3-base"])
+def test_what_is_asked_begins_what_is_trained_for_every_kind(
+    kind: str, tiny: Path, tmp_path: Path
+) -> None:
+    """The tokens that ask for each answer, made by the template alone, begin what teaches it."""
+    tokenizer = models.load_tokenizer(kinds.build(kind, tiny, tmp_path / "model"))
+    end = chat.settle(tmp_path / "model", tokenizer, "auto").end
+    told = [] if kind == "gemma" else [{"role": "system", "content": "你是助手"}]
+    turns = [
+        ("几点了？", " 十二点。"),
+        ("why?", "<think>\nbecause\n</think>\n\nBecause."),
+        ("啊", "好"),
+    ]
+    messages = [
+        *told,
+        *(
+            {"role": role, "content": text}
+            for turn in turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ),
+    ]
+    texts = supervision.tokenize({"messages": messages}, tokenizer, mask_prompt=True, end=end)
+    found = [(text, span) for text in texts for span in text.answers]
+    assert len(found) == len(turns)
+    for number, (text, (first, behind)) in enumerate(found):
+        asked = tokenizer.apply_chat_template(
+            messages[: len(told) + 2 * number + 1], add_generation_prompt=True
+        )
+        assert text.ids[:first] == asked
+        learned = tokenizer.decode(text.learned()[first:behind])
+        assert turns[number][1].split("</think>")[-1].strip() in learned
+        assert learned.endswith(tokenizer.decode([end]))
+
+
+def test_untrained_tokens_are_told_from_others(base: Path) -> None:
+    """By a short row, one that is the mean, a twin's, or one among those of no token."""
+    end, size = 6143, 6144
+    draw = np.random.default_rng(0)
+    middle = draw.normal(0, 0.1, 192).astype(np.float32)
+
+    def noise(*shape: int) -> np.ndarray:
+        return draw.normal(0, 0.02, (*shape, 192)).astype(np.float32)
+
+    trained = np.array(tensors(base / "model.safetensors")["model.embed_tokens.weight"])
+    for row, beyond, said in (
+        (trained[end], None, None),
+        (np.zeros(192), None, "of the usual length"),
+        (noise(), None, "of the usual length"),
+        (trained[:6000].mean(axis=0), None, "the mean of all"),
+        (trained[17], None, "that of token 17"),
+        (middle + noise(), middle + noise(64), "belong to no token"),
+        (trained[end], middle + noise(64), None),
+    ):
+        changed = trained.copy()
+        changed[end] = row
+        made = changed if beyond is None else np.concatenate([changed, beyond])
+        rows(base, lambda _, made=made: made.astype(np.float32))  # type: ignore[misc]
+        found = vocabulary.untrained(base, size, [end, 0, 5000])
+        assert found is not None
+        assert list(found) == ([end] if said else [])
+        assert said is None or said in found[end]
+
+
+def test_doctor_is_a_command(base: Path, tiny: Path, tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "athanor.chat", *arguments], capture_output=True, text=True
+        )
+
+    healthy = run(str(base))
+    assert (healthy.returncode, healthy.stderr) == (0, "")
+    assert "yes: <|im_end|> (6143)" in healthy.stdout
+    ill = run(str(kinds.build("llama3-base", tiny, tmp_path / "kind")))
+    assert ill.returncode == 1
+    assert "to be mended: chat template" in ill.stderr
+    reserve(base)
+    assert "train.end_token=base" in " ".join(
+        run(str(base), "--end-token", "template").stdout.split()
+    )

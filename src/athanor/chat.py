@@ -156,7 +156,7 @@ def _report_template(tokenizer: "TokenizerWrapper", found: Found) -> None:
     elif templates.rewrites(tokenizer):
         found(
             "asked as trained",
-            NOTE,
+            ASIDE,
             "yes; earlier answers are written otherwise than the last, so that each answer of a "
             "conversation is trained on as a text of its own",
         )
@@ -167,7 +167,7 @@ def _report_template(tokenizer: "TokenizerWrapper", found: Found) -> None:
         if does == "kept":
             found(about, OK, "kept")
         else:
-            found(about, ASIDE, f"{does}: prepare finds the rows that need it")
+            found(about, ASIDE, f"{does}; prepare finds the rows that need it")
 
 
 def _report_saying(
@@ -179,7 +179,7 @@ def _report_saying(
     untrained: dict[int, str] | None,
 ) -> None:
     if untrained is None:
-        found("the base can say it", NOTE, "not known: no weights were looked at")
+        found("the base can say it", ASIDE, "not known: no weights were looked at")
         return
     if written is not None and written != end and written in untrained:
         found(
