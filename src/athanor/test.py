@@ -236,7 +236,7 @@ def as_csv(head: list[str], rows: Iterable[list[str]]) -> str:
     return text.getvalue()
 
 
-def side_by_side(lines: list[Line]) -> dict[str, list[Any]]:
+def as_columns(lines: list[Line]) -> dict[str, list[Any]]:
     """The lines as columns, for MLflow's table: each question in one text, its answers in a row."""
     return {
         "split": [line["split"] for line in lines],
@@ -291,7 +291,7 @@ def main() -> None:
         run.metrics(trained["iteration"], metrics)
         run.artifact(TESTED / "predictions.jsonl", "test")
         if lines:
-            run.table(side_by_side(lines), "test/answers.json")
+            run.table(as_columns(lines), "test/answers.json")
         if with_labels(lines):
             _, head, counts = confusion_table(lines, labels, "tuned")
             run.artifact(TESTED / "labels.csv", "test")
