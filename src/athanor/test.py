@@ -82,7 +82,7 @@ def examine(
     ]
     with console.progress() as bar:
         batches = sum(-(-len(split.tokens) // batch_size) for split in splits.values())
-        reading = bar.add_task(f"read to the {who}", total=batches)
+        reading = bar.add_task(f"loss of the {who}", total=batches)
         asking = bar.add_task(f"ask the {who}", total=len(prompts))
         losses = [
             mean_loss(model, split.tokens, batch_size, lambda: bar.advance(reading))[0]
