@@ -9,7 +9,7 @@ from mlx_lm.tuner import trainer as peer
 from mlx_lm.tuner.datasets import CacheDataset
 
 from athanor.batches import Batches, padded, plan
-from athanor.chat import Tokens
+from athanor.supervision import Tokens
 
 
 def row(length: int, line: int = 0) -> Tokens:

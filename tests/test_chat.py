@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from athanor import chat, models
+from athanor import chat, models, supervision
 
 QUESTIONS = {
     "messages": [
@@ -58,15 +58,15 @@ def make(tiny: Path, tmp_path: Path) -> Make:
 
 
 def learned(row: dict[str, Any], tokenizer: Any) -> str:
-    found = chat.tokenize(row, tokenizer, mask_prompt=True)
+    found = supervision.tokenize(row, tokenizer, mask_prompt=True)
     ids = [i for i, s in zip(found.ids, found.supervised, strict=True) if s]
     return str(tokenizer.decode(ids))
 
 
 def asked_as_trained(row: dict[str, Any], tokenizer: Any) -> bool:
     rendered = chat.render(row, tokenizer)
-    encoding = chat.encode([rendered], tokenizer)[0]
-    return chat.asks_as_trained(rendered, encoding, encoding.ids, tokenizer)
+    encoding = supervision.encode([rendered], tokenizer)[0]
+    return supervision.asks_as_trained(rendered, encoding, encoding.ids, tokenizer)
 
 
 def test_answers_and_their_end_are_supervised_and_nothing_else(tiny: Path) -> None:
@@ -80,10 +80,10 @@ def test_answers_and_their_end_are_supervised_and_nothing_else(tiny: Path) -> No
             {"role": "assistant", "content": "第二答"},
         ]
     }
-    found = chat.tokenize(row, tokenizer, mask_prompt=True)
+    found = supervision.tokenize(row, tokenizer, mask_prompt=True)
     learned = [i for i, s in zip(found.ids, found.supervised, strict=True) if s]
     assert tokenizer.decode(learned) == "第一答<|im_end|>第二答<|im_end|>"
-    everything = chat.tokenize(row, tokenizer, mask_prompt=False)
+    everything = supervision.tokenize(row, tokenizer, mask_prompt=False)
     assert everything.ids == found.ids
     assert all(everything.supervised)
     assert asked_as_trained(row, tokenizer)
@@ -91,7 +91,7 @@ def test_answers_and_their_end_are_supervised_and_nothing_else(tiny: Path) -> No
 
 def test_plain_text_ends_with_an_end_token(tiny: Path) -> None:
     tokenizer = models.load_tokenizer(tiny)
-    found = chat.tokenize({"text": "一段文字"}, tokenizer, mask_prompt=True)
+    found = supervision.tokenize({"text": "一段文字"}, tokenizer, mask_prompt=True)
     assert found.ids[-1] == tokenizer.eos_token_id
     assert all(found.supervised)
 
@@ -101,7 +101,7 @@ def test_every_turn_is_learned_where_earlier_ones_are_written_otherwise(make: Ma
     assert learned(QUESTIONS, tokenizer) == (
         "第一答<|im_end|><think>\n\n</think>\n\n第二答<|im_end|>"
     )
-    assert chat.tokenize(QUESTIONS, tokenizer, mask_prompt=True).answers == 2
+    assert supervision.tokenize(QUESTIONS, tokenizer, mask_prompt=True).answers == 2
     assert asked_as_trained(QUESTIONS, tokenizer)
     assert chat.expected_answer(QUESTIONS, tokenizer) == "<think>\n\n</think>\n\n第二答"
 
@@ -132,7 +132,7 @@ def test_a_turn_without_an_end_does_not_reach_into_the_next(make: Make) -> None:
     )
     tokenizer = make(template)
     assert learned(QUESTIONS, tokenizer) == "第二答\n<|im_end|>"
-    assert chat.tokenize(QUESTIONS, tokenizer, mask_prompt=True).answers == 1
+    assert supervision.tokenize(QUESTIONS, tokenizer, mask_prompt=True).answers == 1
 
 
 def test_an_answer_that_repeats_its_question_is_learned_once(make: Make) -> None:
@@ -166,14 +166,16 @@ def test_rows_together_are_read_as_one_by_one(make: Make) -> None:
     tokenizer = make(QWEN3)
     rendered = chat.render_all(rows, tokenizer)
     assert rendered == [chat.render(row, tokenizer) for row in rows]
-    together = chat.encode([one for one in rendered if isinstance(one, chat.Rendered)], tokenizer)
+    together = supervision.encode(
+        [one for one in rendered if isinstance(one, chat.Rendered)], tokenizer
+    )
     for row, one, encoding in zip(rows, rendered, together, strict=True):
         assert isinstance(one, chat.Rendered)
-        alone = chat.tokenize(row, tokenizer, mask_prompt=True)
-        assert chat.supervise(one, encoding, tokenizer, mask_prompt=True) == alone
+        alone = supervision.tokenize(row, tokenizer, mask_prompt=True)
+        assert supervision.supervise(one, encoding, tokenizer, mask_prompt=True) == alone
 
 
 def test_a_row_is_shown_as_it_is_learned(make: Make) -> None:
-    pieces = chat.marked({"messages": QUESTIONS["messages"][:2]}, make(), mask_prompt=True)
+    pieces = supervision.marked({"messages": QUESTIONS["messages"][:2]}, make(), mask_prompt=True)
     assert [text for text, learned in pieces if learned] == ["第一答<|im_end|>"]
     assert "".join(text for text, _ in pieces).endswith("第一答<|im_end|>\n")

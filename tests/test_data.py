@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from athanor import chat, models, prepare, settings, synthesize
+from athanor import models, prepare, settings, supervision, synthesize
 from athanor.console import UserError
 from athanor.data import leaks, records
 from athanor.data.checks import Findings
@@ -628,12 +628,12 @@ def test_plain_texts_have_as_many_tokens_as_training_gives_them(
     rows = [{"text": text} for text in texts]
     found = prepared(train__jsonl=rows, valid__jsonl=[{"text": "其他"}])["splits"]["train"]
     tokenizer = models.load_tokenizer(tiny)
-    learned = [chat.tokenize(row, tokenizer, mask_prompt=True) for row in rows]
+    learned = [supervision.tokenize(row, tokenizer, mask_prompt=True) for row in rows]
     assert found["tokens"] == sum(map(len, learned))
     assert found["supervised_tokens"] == sum(sum(row.supervised[1:]) for row in learned)
-    assert not chat.closes_texts(tokenizer)
+    assert not supervision.closes_texts(tokenizer)
     end = "<|im_end|>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"$A {end}", special_tokens=[(end, tokenizer.convert_tokens_to_ids(end))]
     )
-    assert chat.closes_texts(tokenizer)
+    assert supervision.closes_texts(tokenizer)

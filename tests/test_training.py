@@ -17,13 +17,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner import trainer as peer
 from mlx_lm.tuner.datasets import CacheDataset, create_dataset
 
-from athanor import chat, files, models, optimizers, schema, settings
+from athanor import chat, files, models, optimizers, schema, settings, supervision
 from athanor.batches import Batch, Batches, padded
-from athanor.chat import Tokens
 from athanor.checkpoints import Checkpoints
 from athanor.console import UserError
 from athanor.evaluation import mean_loss, summed_loss
 from athanor.schema import Config
+from athanor.supervision import Tokens
 from athanor.training import Point, Trainer
 
 Rows = list[dict[str, Any]]
@@ -50,7 +50,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def tokens(tiny: Path) -> list[Tokens]:
-    return chat.tokenize_all(ROWS, models.load_tokenizer(tiny), True, 2048)
+    return supervision.tokenize_all(ROWS, models.load_tokenizer(tiny), True, 2048)
 
 
 @pytest.fixture(scope="module")
@@ -508,7 +508,7 @@ def test_mlx_lm_learns_a_stray_token_after_the_end_and_ours_does_not(
     models.load_adapters(theirs, tmp_path / "theirs")
 
     chats = [completion(row["prompt"], row["completion"]) for row in rows]
-    tokenized = chat.tokenize_all(chats, tokenizer, True, 2048)
+    tokenized = supervision.tokenize_all(chats, tokenizer, True, 2048)
     one = trainer(rows=tokenized, batch_size=3, iters=60, steps_per_eval=100, dropout=0.0)
     one.run()
     one.model.eval()

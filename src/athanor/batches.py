@@ -12,7 +12,7 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
-from athanor.chat import Tokens
+from athanor.supervision import Tokens
 
 # At most so many batches a window: in fewer, the rows of a batch are less alike in length; in more,
 # a batch meets the same rows again every epoch.

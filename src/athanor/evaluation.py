@@ -13,7 +13,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from athanor.batches import padded
-from athanor.chat import Tokens
+from athanor.supervision import Tokens
 
 
 @dataclass(frozen=True)

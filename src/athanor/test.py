@@ -22,10 +22,10 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.markup import escape
 
-from athanor import chat, console, files, models, scores, settings, sources, tracking
-from athanor.chat import Tokens
+from athanor import chat, console, files, models, scores, settings, sources, supervision, tracking
 from athanor.evaluation import Answer, answers, mean_loss
 from athanor.paths import PREPARED, SPLITS, TESTED, TRAINED
+from athanor.supervision import Tokens
 
 Line = dict[str, Any]
 
@@ -269,7 +269,9 @@ def main() -> None:
             questions = [row for row in rows if "text" not in row]
             found_labels.update(label_of(row) for row in rows if "label" in row)
             splits[name] = Split(
-                chat.tokenize_all(rows, tokenizer, cfg.train.mask_prompt, cfg.train.max_seq_length),
+                supervision.tokenize_all(
+                    rows, tokenizer, cfg.train.mask_prompt, cfg.train.max_seq_length
+                ),
                 questions[: None if cfg.test.max_rows == -1 else cfg.test.max_rows],
             )
         how: dict[str, Any] = {

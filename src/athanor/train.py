@@ -21,7 +21,6 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from athanor import (
-    chat,
     checkpoints,
     console,
     files,
@@ -29,12 +28,13 @@ from athanor import (
     optimizers,
     settings,
     sources,
+    supervision,
     tracking,
 )
 from athanor.batches import Batches
-from athanor.chat import Tokens
 from athanor.paths import CHECKPOINTS, PARAMS, PREPARED, SPLITS, TRAINED, root
 from athanor.schema import Config
+from athanor.supervision import Tokens
 from athanor.training import LESS_MEMORY, Point, Stopped, Trainer
 
 # What depends on the machine's mood and so is in metrics.json and MLflow, not in history.csv.
@@ -74,7 +74,7 @@ def main() -> None:
         _record_data(run)
         model, tokenizer = models.load(source.folder())
         tokens = {
-            split: chat.tokenize_all(
+            split: supervision.tokenize_all(
                 rows, tokenizer, cfg.train.mask_prompt, cfg.train.max_seq_length
             )
             for split, rows in prepared.items()

@@ -24,10 +24,10 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from athanor import console
 from athanor.batches import Batch, padded
-from athanor.chat import Tokens
 from athanor.checkpoints import Checkpoint, Checkpoints
 from athanor.console import UserError
 from athanor.evaluation import mean_loss, summed_loss
+from athanor.supervision import Tokens
 
 Arrays = dict[str, mx.array]
 

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from athanor import chat, console
+from athanor import chat, console, supervision
 from athanor.chat import Rendered
 from athanor.console import UserError
 from athanor.data import characters, cleaning, formats, leaks
@@ -93,7 +93,7 @@ class FirstPass:
         self._ends = tuple(tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids)))
         self._shares = shares(origins, config)
         self._compares = findings.actions["near_leak"] != IGNORE
-        self._closes = chat.closes_texts(tokenizer)
+        self._closes = supervision.closes_texts(tokenizer)
         self._say = (
             cleaning.other_words(config.synonyms, config.augment_share) if config.synonyms else None
         )
@@ -131,7 +131,7 @@ class FirstPass:
                     [made for item in records for made in self._candidates(*item)]
                 )
                 texts = [candidate.rendered for candidate in candidates]
-                waiting.append((candidates, pool.submit(chat.encode, texts, self.tokenizer)))
+                waiting.append((candidates, pool.submit(supervision.encode, texts, self.tokenizer)))
                 if len(waiting) > CHUNKS_AHEAD:
                     found.append(self._finished(*waiting.popleft(), files))
             while waiting:
@@ -361,12 +361,12 @@ class FirstPass:
     def _tokens(self, candidate: Candidate, encoding: "Encoding") -> tuple[int, int, int, bool]:
         """Tokens, supervised ones, tokens cut, whether the end is; adds what is wrong in them."""
         rendered, faults, limit = candidate.rendered, candidate.faults, self.max_seq_length
-        if rendered.prompt is None:  # as chat.supervise has it, without a list for each text
+        if rendered.prompt is None:  # as supervision.supervise has it, without a list for each text
             closed = self._closes or rendered.text.endswith(self._ends)
             length = len(encoding) + (not closed)
             kept, end_cut = max(min(length, limit) - 1, 0), length > limit
         else:
-            tokens = chat.supervise(rendered, encoding, self.tokenizer, self.mask_prompt)
+            tokens = supervision.supervise(rendered, encoding, self.tokenizer, self.mask_prompt)
             length, kept = len(tokens), sum(tokens.supervised[1:limit])
             end_cut = length > limit and any(tokens.supervised[limit:])
             self._check_turns(rendered, encoding, tokens, faults)
@@ -397,12 +397,16 @@ class FirstPass:
         return length, kept, cut, end_cut
 
     def _check_turns(
-        self, rendered: Rendered, encoding: "Encoding", tokens: chat.Tokens, faults: list[Fault]
+        self,
+        rendered: Rendered,
+        encoding: "Encoding",
+        tokens: supervision.Tokens,
+        faults: list[Fault],
     ) -> None:
         if self.mask_prompt and (missed := len(rendered.starts) - tokens.answers):
             text = f"{missed} answers are not learned: the chat template writes them otherwise, or"
             faults.append(Fault("answer_not_found", f"{text} ends none of them with its end token"))
-        if not chat.asks_as_trained(rendered, encoding, tokens.ids, self.tokenizer):
+        if not supervision.asks_as_trained(rendered, encoding, tokens.ids, self.tokenizer):
             text = "the template asks in another way than it writes the finished conversation"
             faults.append(Fault("asked_otherwise", text))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from athanor import chat
+from athanor import supervision
 from athanor.data import characters
 from athanor.data.checks import CHECKS, Findings
 from athanor.data.tally import Tally
@@ -80,7 +80,7 @@ def samples(
             found[split] = [
                 {
                     "where": tally.where(place),
-                    "pieces": chat.marked(json.loads(line), tokenizer, mask_prompt),
+                    "pieces": supervision.marked(json.loads(line), tokenizer, mask_prompt),
                 }
                 for place, line in zip(places, islice(file, SAMPLES), strict=True)
             ]
