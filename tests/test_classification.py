@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from athanor import files, synthesize, test
+from athanor import files, scores, synthesize, test
 from athanor.paths import TESTED
 from conftest import Stages
 
@@ -77,6 +77,9 @@ def test_a_classification_gets_its_figures(
         for who, infix in (("base", "base_"), ("tuned", "")):
             named = {figure: metrics[f"{prefix}{infix}{figure}"] for figure in FIGURES}
             assert named == pytest.approx(counted(part, who)), (split, who)
+    # A label is right or wrong: how near an answer comes to it is not asked.
+    assert not [key for key in metrics if key.endswith(("cer", "chrf"))]
+    assert {"test_exact_match", "test_mean_length", "test_repetition_rate"} <= set(metrics)
     assert metrics["test_train_base_accuracy"] == 0
     assert metrics["test_train_accuracy"] > 0.5
 
@@ -124,7 +127,7 @@ def test_other_rows_have_nothing_of_it(
     assert text == "split,expected,base,tuned\n"
     run = files.read_json(Path("artifacts/train/run.json"))["run_id"]
     kept = MlflowClient(store).list_artifacts(run, "test")
-    assert [file.path for file in kept] == ["test/predictions.jsonl"]
+    assert {file.path for file in kept} == {"test/predictions.jsonl", "test/answers.json"}
     assert "macro F1" not in capfd.readouterr().out
 
 
@@ -137,14 +140,16 @@ def test_what_is_no_label_is_other_and_wrong() -> None:
         answered("negative", "negative", stopped=False),
         answered("negative", "<think>\npositive?\n</think>\n\nnegative"),
     ]
-    assert test.numbered(lines, LABELS, "base") == ([2, 2, 0, 0, 0, 0], [2, 0, 3, 3, 3, 0])
-    assert test.confusion(lines, LABELS, "base") == [[1, 0, 0, 3], [0, 0, 0, 0], [1, 0, 1, 0]]
-    found = test.label_figures(lines, LABELS, "base")
+    given, expected = test.numbered(lines, LABELS, "base")
+    assert (given, expected) == ([2, 0, 3, 3, 3, 0], [2, 2, 0, 0, 0, 0])
+    assert scores.confusion(given, expected, 3) == [[1, 0, 0, 3], [0, 0, 0, 0], [1, 0, 1, 0]]
+    found = scores.label_figures(given, expected)
     # negative: 1 of 2 said, 1 of 4 there; positive: 1 of 1 said, 1 of 2 there.
     assert found == pytest.approx({"accuracy": 2 / 6, "macro_f1": (2 / 6 + 2 / 3) / 2})
     assert found == pytest.approx(counted([*lines[:5], answered("negative", "negative")], "base"))
     # The tuned model is right; that no row is neutral takes nothing from it.
-    assert test.label_figures(lines, LABELS, "tuned") == {"accuracy": 1, "macro_f1": 1}
+    right = scores.label_figures(*test.numbered(lines, LABELS, "tuned"))
+    assert right == {"accuracy": 1, "macro_f1": 1}
     assert test.labels_csv(lines, LABELS).splitlines()[1:4] == [
         "test,positive,positive,positive",
         "test,positive,negative,positive",
@@ -190,3 +195,5 @@ def test_table_of_many_labels_is_not_printed(
 def test_label_is_what_is_learned_after_cleaning() -> None:
     row = {"messages": [{"role": "assistant", "content": "A 1"}], "label": "Ａ 1"}
     assert test.label_of(row) == "A 1"
+    row["messages"] = [{"role": "assistant", "content": "<think>\nA or B\n</think>\n\nA"}]
+    assert test.label_of(row) == "A"

@@ -122,6 +122,8 @@ def test_all_problems_are_reported_together_with_their_places(conf: Path) -> Non
         ("train.patience=0", "train.patience"),
         ("train.save_every=0", "train.save_every"),
         ("test.max_tokens=0", "test.max_tokens"),
+        ("test.temp=-0.1", "test.temp"),
+        ("test.temp=inf", "test.temp"),
         ("test.batch_size=null", "test.batch_size"),
         ("model.path=''", "model.path"),
         ("model.path=models/none/here", "there is no folder models/none/here"),

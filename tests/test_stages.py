@@ -121,6 +121,103 @@ def test_chats_and_plain_texts_go_all_the_way(stages: Stages) -> None:
     assert "test_loss" not in metrics
 
 
+def test_every_figure_is_of_base_and_tuned_and_recorded(
+    stages: Stages, store: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Figures by hand from predictions.jsonl; MLflow has them, and the answers as a table."""
+    from mlflow import MlflowClient
+
+    stages("config", overrides=("train.iters=20",))
+    stages("prepare", "train", "test")
+    metrics = files.read_json(Path("artifacts/test/metrics.json"))
+    of_answers = ("exact_match", "stop_rate", "cer", "chrf", "mean_length", "repetition_rate")
+    assert set(metrics) == {
+        f"test_{split}{who}{figure}"
+        for split in ("", "valid_", "train_")
+        for who in ("", "base_")
+        for figure in ("loss", "perplexity", *of_answers)
+    }
+    assert (metrics["test_train_cer"], metrics["test_train_chrf"]) == (0, 100)
+    assert metrics["test_train_base_cer"] > 0.5
+    assert metrics["test_train_base_chrf"] < 50
+    _, tokenizer = models.load(Path("models/tiny"))
+    lines = files.read_jsonl(Path("artifacts/test/predictions.jsonl"))
+    lengths = [
+        len(tokenizer.encode(line["reference"], add_special_tokens=False))
+        for line in lines
+        if line["split"] == "train"
+    ]
+    assert metrics["test_train_mean_length"] == pytest.approx(sum(lengths) / len(lengths))
+    printed = capfd.readouterr().out
+    assert "train, tuned   0.0" in printed
+    assert max(map(len, printed.splitlines())) <= 100
+
+    run = last_run(store)
+    assert {key: run.data.metrics[key] for key in metrics} == pytest.approx(metrics)
+    # Asked a second time, the stage says what its answers are now, and does not add to the table.
+    stages("test", overrides=("test.max_tokens=2",))
+    again = files.read_jsonl(Path("artifacts/test/predictions.jsonl"))
+    assert again != lines
+    table = MlflowClient(store).load_table(
+        run.info.experiment_id, "test/answers.json", run_ids=[run.info.run_id]
+    )
+    assert table.to_dict("records") == [
+        {
+            "split": line["split"],
+            "prompt": line["prompt"][0]["content"],
+            "reference": line["reference"],
+            "base": line["base"]["text"],
+            "tuned": line["tuned"]["text"],
+            "base_stopped": line["base"]["stopped"],
+            "tuned_stopped": line["tuned"]["stopped"],
+        }
+        for line in again
+    ]
+
+
+def test_sampled_answers_are_the_seeds(stages: Stages) -> None:
+    stages("config", overrides=("train.iters=1",))
+    stages("prepare", "train")
+
+    def answers(*overrides: str) -> list[Any]:
+        stages("test", overrides=("test.max_tokens=8", *overrides))
+        return files.read_jsonl(Path("artifacts/test/predictions.jsonl"))
+
+    sampled = ("test.temp=1.0",)
+    first = answers(*sampled)
+    assert answers(*sampled) == first
+    assert answers(*sampled, "seed=1") != first
+    greedy = answers()
+    assert greedy != first
+    assert answers("seed=1") == greedy
+
+
+def test_progress_is_told_while_answers_are_long(tiny: Path) -> None:
+    model, tokenizer = models.load(tiny)
+    prompts = [tokenizer.encode(text) for text in ("月亮", "太阳和月亮", "一")]
+    told: list[float] = []
+    evaluation.answers(model, tokenizer, prompts, max_tokens=4, batch_size=2, on_step=told.append)
+    assert told == sorted(told)
+    assert told[0] == 2 * 1 / 4
+    assert told[-1] == 3
+
+
+def test_a_model_without_a_chat_template_has_losses(
+    stages: Stages, tiny: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "texts"))
+    (folder / "chat_template.jinja").unlink()
+    for split in ("train", "valid", "test"):
+        files.write_jsonl(Path(f"data/{split}.jsonl"), [{"text": f"春眠不觉晓{split}"}])
+    stages("config", overrides=(f"model.path={folder}", "train.iters=1"))
+    stages("prepare", "train", "test")
+    metrics = files.read_json(Path("artifacts/test/metrics.json"))
+    assert {key.rpartition("_")[2] for key in metrics} == {"loss", "perplexity"}
+    assert len(metrics) == 12
+    with pytest.raises(UserError, match=r"texts can't be asked that: .*chat.template"):
+        stages("generate", overrides=("春眠不觉晓",))
+
+
 def test_stage_refuses_what_was_prepared_for_another_model(
     stages: Stages, tiny: Path, tmp_path: Path
 ) -> None:

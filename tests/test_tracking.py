@@ -1,6 +1,7 @@
 """What was said to MLflow arrives there once, however often it took to get it there."""
 
 import json
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,41 @@ def test_a_file_that_the_store_refuses_holds_up_nothing_else(
     assert Path(kept).read_text(encoding="utf-8") == "seed: 0"
     assert client.get_run(str(run.id)).info.status == "FINISHED"
     assert waiting() == []
+
+
+def test_a_table_that_is_sent_twice_is_there_once(away: Path) -> None:
+    """It is the table that MLflow's own log_table writes, which would add the rows again."""
+    away.unlink()
+    columns: dict[str, list[Any]] = {
+        "prompt": ["月亮哪天最圆", "<b>"],
+        "tuned": ["星期八", ""],
+        "stopped": [True, False],
+    }
+    with start("mine") as run:
+        run.table({"prompt": ["before"]}, "test/answers.json")
+        run.table(columns, "test/answers.json")
+        run.table({"other": [1]}, "other.json")
+    client, [found] = recorded()
+    again = store.Sender(OUTBOX / "mine", goes_on=False)
+    opening = {"do": "resume", "run": "mine", "run_id": run.id, "experiment": "athanor"}
+    again.send(deque([opening, {"do": "table", "columns": columns, "name": "test/answers.json"}]))
+
+    by_mlflow = client.create_run(found.info.experiment_id).info.run_id
+    client.log_table(by_mlflow, columns, "test/answers.json")
+    client.log_table(by_mlflow, {"other": [1]}, "other.json")
+    tables = [
+        client.load_table(found.info.experiment_id, "test/answers.json", [run_id])
+        for run_id in (str(run.id), by_mlflow)
+    ]
+    assert [table.to_dict("list") for table in tables] == [columns, columns]
+    tags = [client.get_run(run_id).data.tags for run_id in (str(run.id), by_mlflow)]
+    ours, theirs = (json.loads(tag["mlflow.loggedArtifacts"]) for tag in tags)
+    assert ours == theirs
+    contents = [
+        json.loads(Path(client.download_artifacts(run_id, "test/answers.json")).read_text("utf-8"))
+        for run_id in (str(run.id), by_mlflow)
+    ]
+    assert contents[0] == contents[1]
 
 
 def test_a_line_cut_inside_a_character_spoils_no_other(away: Path) -> None:

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import BatchGenerator
+from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from athanor.batches import padded
@@ -87,12 +88,22 @@ def answers(
     *,
     max_tokens: int,
     batch_size: int,
-    on_answer: Callable[[], None] = lambda: None,
+    temp: float = 0.0,
+    seed: int = 0,
+    on_step: Callable[[float], None] = lambda answered: None,
 ) -> list[Answer]:
-    """Greedy answers to tokenized prompts, in their order."""
+    """Answers to tokenized prompts, in their order: the likeliest tokens, or sampled at `temp`.
+
+    Sampled ones are the same whenever all arguments are: tokens are drawn for a batch at a time.
+    `on_step` is told after each token how many prompts are answered, with those under way as the
+    share of `max_tokens` that they have.
+    """
+    if temp > 0:
+        mx.random.seed(seed)
     generator = BatchGenerator(
         model,
         stop_tokens=[[token] for token in sorted(tokenizer.eos_token_ids)],
+        sampler=make_sampler(temp),
         prefill_batch_size=batch_size,
         completion_batch_size=batch_size,
     )
@@ -100,11 +111,14 @@ def answers(
     ids: dict[int, list[int]] = {number: [] for number in numbers}
     stopped: dict[int, bool] = {}
     while responses := generator.next_generated():
+        under_way = 0
         for response in responses:
             if response.finish_reason != "stop":
                 ids[response.uid].append(response.token)
-            if response.finish_reason is not None:
+            if response.finish_reason is None:
+                under_way += len(ids[response.uid])
+            else:
                 stopped[response.uid] = response.finish_reason == "stop"
-                on_answer()
+        on_step(len(stopped) + under_way / max_tokens)
     generator.close()
     return [Answer(ids[number], stopped[number]) for number in numbers]

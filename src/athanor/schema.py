@@ -101,12 +101,13 @@ class TrainConfig:
 
 @dataclass
 class TestConfig:
-    """How the tuned model is examined beside its base."""
+    """How the tuned model is examined beside its base; `temp` is mlx-lm's temperature."""
 
     __test__ = False  # the name is the stage's: pytest, look elsewhere
 
     batch_size: int = MISSING
     max_tokens: int = MISSING
+    temp: float = MISSING
     max_rows: int = MISSING
 
 
@@ -218,7 +219,8 @@ def impossible(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
         number = value.get(key)
         if broken(key, number is None or 0 < number < float("inf")):
             yield key, "a finite number above 0"
-    if broken("train.lr_end", 0 <= value.get("train.lr_end", 0) < float("inf")):
-        yield "train.lr_end", "a finite number, 0 or more"
+    for key in ("train.lr_end", "test.temp"):
+        if broken(key, 0 <= value.get(key, 0) < float("inf")):
+            yield key, "a finite number, 0 or more"
     if broken("train.dropout", 0 <= value.get("train.dropout", 0) < 1):
         yield "train.dropout", "at least 0 and below 1"

@@ -4,16 +4,18 @@
 
 Reads params.yaml, artifacts/prepare/ and artifacts/train/; writes artifacts/test/metrics.json,
 predictions.jsonl and labels.csv (a line a row of a classification), and adds them to the training's
-MLflow run. The training questions are asked too: whether they were learned by heart is what the
-figures `test_train_*` say.
+MLflow run, the answers also as a table. What the figures mean is in scores.py. The training
+questions are asked too: whether they were learned by heart is what `test_train_*` say.
 """
 
 import csv
 import io
+import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import mlx.nn as nn
@@ -25,6 +27,7 @@ from athanor import (
     console,
     files,
     models,
+    scores,
     settings,
     sources,
     supervision,
@@ -41,6 +44,20 @@ Line = dict[str, Any]
 OTHER = "(other)"
 # More of them make a table that no terminal is wide enough for.
 LABELS_SHOWN = 20
+
+# Figures in the closing tables: their heads, and how a value is written. `count` is a share's.
+OF_ANSWERS = {
+    "loss": ("loss", "{value:.4f}"),
+    "perplexity": ("perplexity", "{value:.4g}"),
+    "exact_match": ("exact", "{count:.0f}/{asked}"),
+    "stop_rate": ("stopped", "{count:.0f}/{asked}"),
+    "cer": ("CER", "{value:.3f}"),
+    "chrf": ("chrF", "{value:.1f}"),
+    "mean_length": ("tokens", "{value:.1f}"),
+    "repetition_rate": ("repeats", "{value:.3f}"),
+}
+OF_LABELS = {"accuracy": ("accuracy", "{value:.4f}"), "macro_f1": ("macro F1", "{value:.4f}")}
+NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -66,24 +83,38 @@ def examine(
     *,
     batch_size: int,
     max_tokens: int,
-    title: str,
+    temp: float,
+    seed: int,
+    who: str,
 ) -> dict[str, Outcome]:
-    """Measures the loss over every row once, and asks every question greedily."""
-    outcomes = {}
+    """Measures the loss over every row once, and asks every question once."""
+    prompts = [
+        templates.prompt_ids(row, tokenizer) for split in splits.values() for row in split.questions
+    ]
     with console.progress() as bar:
-        task = bar.add_task(title, total=sum(len(split.questions) for split in splits.values()))
-        for name, split in splits.items():
-            loss, _ = mean_loss(model, split.tokens, batch_size)
-            given = answers(
+        batches = sum(-(-len(split.tokens) // batch_size) for split in splits.values())
+        reading = bar.add_task(f"loss of the {who}", total=batches)
+        asking = bar.add_task(f"ask the {who}", total=len(prompts))
+        losses = [
+            mean_loss(model, split.tokens, batch_size, lambda: bar.advance(reading))[0]
+            for split in splits.values()
+        ]
+        given = iter(
+            answers(
                 model,
                 tokenizer,
-                [templates.prompt_ids(row, tokenizer) for row in split.questions],
+                prompts,
                 max_tokens=max_tokens,
                 batch_size=batch_size,
-                on_answer=lambda: bar.advance(task),
+                temp=temp,
+                seed=seed,
+                on_step=lambda answered: bar.update(asking, completed=answered),
             )
-            outcomes[name] = Outcome(loss, given)
-    return outcomes
+        )
+    return {
+        name: Outcome(loss, list(islice(given, len(split.questions))))
+        for (name, split), loss in zip(splits.items(), losses, strict=True)
+    }
 
 
 def predictions(
@@ -123,24 +154,29 @@ def figures(
 ) -> dict[str, float]:
     """The metrics of one model: test_* for the test rows, test_valid_* and test_train_* beside.
 
-    `exact_match` and `stop_rate` are shares of the questions asked; an answer that was cut off is
-    no exact match. Where some of them are a classification's, `label_figures` says how well those
-    were answered.
+    A classification's rows have accuracy and macro F1 where others have character error rate and
+    chrF. What can't be said of a split, because it has no such rows, is left out.
     """
     found: dict[str, float] = {}
     for name, outcome in outcomes.items():
-        prefix = metric_prefix(name, who)
-        if not math.isnan(outcome.loss):
-            found[f"{prefix}loss"] = outcome.loss
-            found[f"{prefix}perplexity"] = math.exp(min(outcome.loss, 700))
         asked = [line for line in lines if line["split"] == name]
-        if asked:
-            exact = [is_exact(line, who) for line in asked]
-            found[f"{prefix}exact_match"] = sum(exact) / len(asked)
-            found[f"{prefix}stop_rate"] = sum(line[who]["stopped"] for line in asked) / len(asked)
-        if classified := with_labels(asked):
-            for figure, value in label_figures(classified, labels, who).items():
-                found[f"{prefix}{figure}"] = value
+        ids = [answer.ids for answer in outcome.answers]
+        free = [line for line in asked if "label" not in line]
+        values = {
+            "loss": outcome.loss,
+            "perplexity": math.exp(min(outcome.loss, 700)),
+            "exact_match": scores.exact_match(
+                texts(asked, who), references(asked), [line[who]["stopped"] for line in asked]
+            ),
+            "stop_rate": scores.stop_rate([line[who]["stopped"] for line in asked]),
+            "cer": scores.character_error_rate(texts(free, who), references(free)),
+            "chrf": scores.chrf(texts(free, who), references(free)),
+            "mean_length": scores.mean_length(ids),
+            "repetition_rate": scores.repetition_rate(ids),
+            **scores.label_figures(*numbered(with_labels(asked), labels, who)),
+        }
+        prefix = metric_prefix(name, who)
+        found |= {prefix + key: value for key, value in values.items() if not math.isnan(value)}
     return found
 
 
@@ -149,14 +185,19 @@ def metric_prefix(split: str, who: str) -> str:
     return ("test_" if split == "test" else f"test_{split}_") + ("base_" if who == "base" else "")
 
 
-def is_exact(line: Line, who: str) -> bool:
-    """Whether an answer is the reference, to the character, and ended by itself."""
-    return bool(line[who]["stopped"] and line[who]["text"] == line["reference"])
+def texts(lines: list[Line], who: str) -> list[str]:
+    """What a model said, as it is compared."""
+    return [scores.compared(line[who]["text"]) for line in lines]
+
+
+def references(lines: list[Line]) -> list[str]:
+    """What was expected, as it is compared."""
+    return [scores.compared(line["reference"]) for line in lines]
 
 
 def label_of(row: dict[str, Any]) -> str:
     """The label of a classification's row, which is the answer that the model learned."""
-    return str(row["messages"][-1]["content"]).strip()
+    return scores.compared(str(row["messages"][-1]["content"])).strip()
 
 
 def with_labels(lines: Iterable[Line], split: str | None = None) -> list[Line]:
@@ -165,46 +206,17 @@ def with_labels(lines: Iterable[Line], split: str | None = None) -> list[Line]:
 
 
 def numbered(lines: list[Line], labels: Sequence[str], who: str) -> tuple[list[int], list[int]]:
-    """The expected and the given labels as places in `labels`; len(labels) for no label at all.
-
-    An answer is a label if it ended by itself and is that label to the character, white space
-    around it and a reasoning model's thought before it aside. One that never ended is none: what
-    uses the model would have read more than the label.
-    """
-    places = {label: place for place, label in enumerate(labels)}
-    given = []
-    for line in lines:
-        text = line[who]["text"].rpartition("</think>")[2].strip()
-        given.append(places.get(text, len(labels)) if line[who]["stopped"] else len(labels))
-    return [places[line["label"]] for line in lines], given
-
-
-def label_figures(lines: list[Line], labels: Sequence[str], who: str) -> dict[str, float]:
-    """`accuracy` and `macro_f1` of one model on a classification's rows, both from 0 to 1.
-
-    The F1 is the mean over the labels that these rows have: one that few rows have may be missing
-    in a split, and would count as 0 however good the answers are.
-    """
-    from sklearn.metrics import accuracy_score, f1_score  # costs a second, which few data need
-
-    expected, given = numbered(lines, labels, who)
-    f1 = f1_score(expected, given, labels=sorted(set(expected)), average="macro", zero_division=0)
-    return {"accuracy": float(accuracy_score(expected, given)), "macro_f1": float(f1)}
-
-
-def confusion(lines: list[Line], labels: Sequence[str], who: str) -> list[list[int]]:
-    """How often each label, a row, was answered with each, a column; the last column is OTHER."""
-    from sklearn.metrics import confusion_matrix
-
-    counts = confusion_matrix(*numbered(lines, labels, who), labels=range(len(labels) + 1))
-    return [[int(count) for count in row] for row in counts[:-1]]
+    """The given and the expected labels as places in `labels`; len(labels) for no label at all."""
+    stopped = [line[who]["stopped"] for line in lines]
+    given = scores.label_places(texts(lines, who), stopped, labels)
+    return given, [labels.index(line["label"]) for line in lines]
 
 
 def labels_csv(lines: list[Line], labels: Sequence[str]) -> str:
     """CSV of a classification's rows: their split, their label, what base and tuned said it is."""
     classified = with_labels(lines)
     names = [*labels, OTHER]
-    base, tuned = (numbered(classified, labels, who)[1] for who in ("base", "tuned"))
+    base, tuned = (numbered(classified, labels, who)[0] for who in ("base", "tuned"))
     return as_csv(
         ["split", "expected", "base", "tuned"],
         (
@@ -217,12 +229,12 @@ def labels_csv(lines: list[Line], labels: Sequence[str]) -> str:
 def confusion_table(
     lines: list[Line], labels: Sequence[str], who: str
 ) -> tuple[str, list[str], list[list[str]]]:
-    """`confusion` of the test rows (else of the valid, else of the train rows) as a table.
+    """How often each label was answered with each, of the test rows (else valid, else train rows).
 
     Returns the split, the head and the rows. There has to be a row of a classification.
     """
     split = next(name for name in reversed(SPLITS) if with_labels(lines, name))
-    counts = confusion(with_labels(lines, split), labels, who)
+    counts = scores.confusion(*numbered(with_labels(lines, split), labels, who), len(labels))
     rows = [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]
     return split, ["expected", *labels, OTHER], rows
 
@@ -234,6 +246,26 @@ def as_csv(head: list[str], rows: Iterable[list[str]]) -> str:
     writer.writerow(head)
     writer.writerows(rows)
     return text.getvalue()
+
+
+def as_columns(lines: list[Line]) -> dict[str, list[Any]]:
+    """The lines as columns, for MLflow's table: each question in one text, its answers in a row."""
+    return {
+        "split": [line["split"] for line in lines],
+        "prompt": [_in_one(line["prompt"]) for line in lines],
+        "reference": [line["reference"] for line in lines],
+        **{who: [line[who]["text"] for line in lines] for who in ("base", "tuned")},
+        **{f"{who}_stopped": [line[who]["stopped"] for line in lines] for who in ("base", "tuned")},
+    }
+
+
+def _in_one(messages: list[dict[str, Any]]) -> str:
+    """A single message as its text, a conversation with the roles' names."""
+    said = [
+        (message["role"], message.get("content") or json.dumps(message, ensure_ascii=False))
+        for message in messages
+    ]
+    return said[0][1] if len(said) == 1 else "\n".join(f"{role}: {text}" for role, text in said)
 
 
 def main() -> None:
@@ -255,10 +287,15 @@ def main() -> None:
                 ),
                 questions[: None if cfg.test.max_rows == -1 else cfg.test.max_rows],
             )
-        limits = {"batch_size": cfg.test.batch_size, "max_tokens": cfg.test.max_tokens}
-        base = examine(model, tokenizer, splits, title="ask the base", **limits)
+        how: dict[str, Any] = {
+            "batch_size": cfg.test.batch_size,
+            "max_tokens": cfg.test.max_tokens,
+            "temp": cfg.test.temp,
+            "seed": cfg.seed,
+        }
+        base = examine(model, tokenizer, splits, who="base", **how)
         models.load_adapters(model, TRAINED / "adapters")
-        tuned = examine(model, tokenizer, splits, title="ask the tuned", **limits)
+        tuned = examine(model, tokenizer, splits, who="tuned", **how)
 
         labels = sorted(found_labels)
         lines = predictions(splits, base, tuned, tokenizer)
@@ -268,48 +305,25 @@ def main() -> None:
         files.write_text(TESTED / "labels.csv", labels_csv(lines, labels))
         run.metrics(trained["iteration"], metrics)
         run.artifact(TESTED / "predictions.jsonl", "test")
+        if lines:
+            run.table(as_columns(lines), "test/answers.json")
         if with_labels(lines):
             _, head, counts = confusion_table(lines, labels, "tuned")
             run.artifact(TESTED / "labels.csv", "test")
             run.text(as_csv(head, counts), "test/confusion.csv")
-    _show(splits, metrics, lines, labels)
+    _show(metrics, lines, labels)
 
 
-def _show(
-    splits: dict[str, Split], metrics: dict[str, float], lines: list[Line], labels: list[str]
-) -> None:
-    rows = []
-    for name, split in splits.items():
-        for who in ("base", "tuned"):
-            prefix = metric_prefix(name, who)
-            if f"{prefix}loss" not in metrics:
-                continue
-            asked = len(split.questions)
-            exact = sum(is_exact(line, who) for line in lines if line["split"] == name)
-            stopped = sum(line[who]["stopped"] for line in lines if line["split"] == name)
-            rows.append(
-                [
-                    f"{name}, {who}",
-                    f"{metrics[f'{prefix}loss']:.4f}",
-                    f"{metrics[f'{prefix}perplexity']:.4g}",
-                    f"{exact} of {asked}" if asked else "–",
-                    f"{stopped} of {asked}" if asked else "–",
-                ]
-            )
-    console.side_by_side(
-        "test", ["rows, model", "loss", "perplexity", "answered exactly", "stopped"], rows
-    )
+def _show(metrics: dict[str, float], lines: list[Line], labels: list[str]) -> None:
+    console.side_by_side("test", *_table("rows, model", OF_ANSWERS, metrics, lines))
     console.side_by_side(
         "",
         ["asked", "expected", "base", "tuned"],
         [
             [
                 _clip(line["prompt"][-1]["content"] or ""),
-                _clip(line["reference"] or ""),
-                *(
-                    _clip(line[who]["text"] + ("" if line[who]["stopped"] else " …"))
-                    for who in ("base", "tuned")
-                ),
+                _clip(line["reference"]),
+                *(_clip(_shown(line[who])) for who in ("base", "tuned")),
             ]
             for line in lines[:12]
         ],
@@ -320,18 +334,38 @@ def _show(
 
 
 def _show_labels(metrics: dict[str, float], lines: list[Line], labels: list[str]) -> None:
-    rows = []
-    for name in SPLITS:
-        for who in ("base", "tuned"):
-            prefix = metric_prefix(name, who)
-            if f"{prefix}accuracy" in metrics:
-                values = (metrics[f"{prefix}{figure}"] for figure in ("accuracy", "macro_f1"))
-                rows.append([f"{name}, {who}", *(f"{value:.4f}" for value in values)])
-    console.side_by_side("", ["labels of, model", "accuracy", "macro F1"], rows)
+    console.side_by_side("", *_table("labels of, model", OF_LABELS, metrics, lines))
     if len(labels) <= LABELS_SHOWN:
         split, head, counts = confusion_table(lines, labels, "tuned")
         title = f"what the tuned model said to the {split} rows"
         console.side_by_side(title, [escape(name) for name in head], counts)
+
+
+def _table(
+    first: str, columns: dict[str, tuple[str, str]], metrics: dict[str, float], lines: list[Line]
+) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of figures, a row a split and model; what no row has is left out."""
+    rows = []
+    for name in SPLITS:
+        asked = sum(line["split"] == name for line in lines)
+        for who in ("base", "tuned"):
+            prefix = metric_prefix(name, who)
+            cells = [
+                form.format(value=value, count=value * asked, asked=asked)
+                if (value := metrics.get(prefix + figure)) is not None
+                else NONE
+                for figure, (_, form) in columns.items()
+            ]
+            if any(cell != NONE for cell in cells):
+                rows.append([f"{name}, {who}", *cells])
+    table = [[first, *(head for head, _ in columns.values())], *rows]
+    kept = [column for column in zip(*table, strict=True) if set(column[1:]) != {NONE}]
+    head, *rows = map(list, zip(*kept, strict=True))
+    return head, rows
+
+
+def _shown(said: dict[str, Any]) -> str:
+    return (scores.compared(said["text"]) or said["text"]) + ("" if said["stopped"] else " …")
 
 
 def _clip(text: str, width: int = 24) -> str:

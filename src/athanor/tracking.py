@@ -123,6 +123,13 @@ class Run:
         """Keeps a text as an artifact."""
         self._say({"do": "text", "text": text, "name": name})
 
+    def table(self, columns: dict[str, list[Any]], name: str) -> None:
+        """Keeps columns of equal lengths as a table, which MLflow's UI and load_table read.
+
+        `name` ends in .json. A table of that name is replaced.
+        """
+        self._say({"do": "table", "columns": columns, "name": name})
+
     def _say(self, said: Said) -> None:
         self._journal.append(said)
         self._said.put(said)
