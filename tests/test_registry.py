@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from athanor import files, tracking
+from athanor import files, registry, tracking
+from athanor.chat import Tokens
 from athanor.paths import OUTBOX
 from conftest import Stages
 
@@ -42,7 +43,8 @@ def client(apart: str, tmp_path: Path) -> MlflowClient:
 
 def train(name: str) -> str:
     """A training's run, with a loss at iteration 5; returns MLflow's id."""
-    with tracking.start(name, {"seed": 0}, {}, [], name) as run:
+    rows = [tracking.Dataset("valid.jsonl", "validation", "0" * 64, 3)]
+    with tracking.start(name, {"seed": 0}, {}, rows, name) as run:
         run.metrics(5, {"val_loss": 1.5})
         run.metrics(6, {"val_loss": 1.75})
     return str(run.id)
@@ -123,7 +125,8 @@ def test_a_model_is_logged_and_registered_once(client: MlflowClient, tiny: Path)
     assert model.status == "READY"
     assert model.source_run_id == run
     assert model.params == found.data.params
-    assert [(metric.key, metric.value) for metric in model.metrics] == [("val_loss", 1.5)]
+    [metric] = model.metrics
+    assert (metric.key, metric.value, metric.dataset_name) == ("val_loss", 1.5, "valid.jsonl")
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": NAME, "version": "1"}]
     points = client.get_metric_history(run, "val_loss")
     assert [point.value for point in points] == [1.5, 1.75]
@@ -172,7 +175,17 @@ def test_a_store_that_is_away_or_full_gets_the_model_later(
     train("c")
     [model] = client.search_logged_models([experiment])
     assert model.status == "READY"
+    assert len(client.get_run(model.source_run_id).outputs.model_outputs) == 1
+    assert len(model.metrics) == 1
     assert best_version(client) == 1
     assert list(OUTBOX.glob("*")) == []
     copies = {path.stat().st_ino for path in tmp_path.rglob("model.safetensors")}
     assert len(copies) == 2
+
+
+def test_losses_compare_where_the_same_tokens_were_counted() -> None:
+    row = Tokens([1, 2, 3], [False, True, True])
+    others = [row.cut(2), Tokens([1, 2, 4], row.supervised), Tokens(row.ids, [True] * 3)]
+    digests = {registry.measured_on([one]) for one in [row, *others]}
+    assert len(digests) == 4
+    assert registry.measured_on([Tokens([1, 2, 3], [False, True, True])]) in digests

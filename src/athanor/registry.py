@@ -6,6 +6,7 @@ and `register` makes that a version in the model registry. Both are called by st
 journal says, and leave one model and one version however often they are called.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -14,15 +15,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import distributions, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from athanor import console
 from athanor.journal import link
+
+if TYPE_CHECKING:
+    from athanor.chat import Tokens
 
 ALIAS = "best"
 # What a request may leave out; `mlflow.pyfunc.load_model(…, model_config=…)` gives others.
 DEFAULTS = {"max_tokens": 512, "temperature": 0.0}
 SECONDS_FOR_AN_UPLOAD = 600
+# What MLflow's own log_model would say of a model: who made it, with what.
+OF_RUN = ("mlflow.user", "mlflow.source.name", "mlflow.source.type", "mlflow.source.git.commit")
+
+
+def measured_on(rows: "list[Tokens]") -> str:
+    """Says what a validation loss was measured on: sha256 over its tokens, and which of them count.
+
+    Two losses can be compared where this is the same: not only the rows, but tokenizer, template,
+    and where rows are cut decide what a loss per token is.
+    """
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(json.dumps([row.ids, row.supervised]).encode())
+    return total.hexdigest()
 
 
 def requirements() -> list[str]:
@@ -99,9 +117,10 @@ def log(
     """Makes a fused model the model of a run; returns MLflow's LoggedModel.
 
     It has the run's parameters, and the run's metrics at `step`. A run has one model of a `digest`:
-    one that is there already is finished, not made again. `out` is where its folder is made up.
+    one that is there already is finished, not made again. `out` is where its folder is made up,
+    `name` what it calls itself in its answers.
     """
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
     found = client.get_run(run)
     experiment = found.info.experiment_id
@@ -112,7 +131,11 @@ def log(
         experiment,
         "fused",
         source_run_id=run,
-        tags={**tags, "fused.digest": digest},
+        tags={
+            **{key: found.data.tags[key] for key in OF_RUN if key in found.data.tags},
+            **tags,
+            "fused.digest": digest,
+        },
         params=found.data.params,
     )
     if model.status == LoggedModelStatus.READY:
@@ -120,21 +143,33 @@ def log(
     outputs = found.outputs.model_outputs if found.outputs else []
     if all(output.model_id != model.model_id for output in outputs):
         client.log_outputs(run, [LoggedModelOutput(model.model_id, step)])
-    client.log_batch(
-        run,
-        [
-            Metric(one.key, one.value, one.timestamp, step, model_id=model.model_id, run_id=run)
-            for key in found.data.metrics
-            for one in client.get_metric_history(run, key)
-            if one.step == step
-        ],
-    )
+    client.log_batch(run, _metrics(client, found, model.model_id, step))
     ids = {"model_id": model.model_id, "model_uuid": model.model_id, "run_id": run}
     ids["artifact_path"] = model.artifact_location
     save(fused, out, name=name, question=question, pip=pip, ids=ids)
     with _patience():
         client.log_model_artifacts(model.model_id, str(out))
     return client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+
+def _metrics(client: Any, run: Any, model_id: str, step: int) -> list[Any]:
+    """A run's metrics at a step as those of its model, the losses with the rows they are of."""
+    from mlflow.entities import Metric
+
+    read = {tag.value: one.dataset for one in run.inputs.dataset_inputs for tag in one.tags}
+    of = {"train_loss": read.get("training"), "val_loss": read.get("validation")}
+    return [
+        Metric(
+            *(key, one.value, one.timestamp, step),
+            model_id=model_id,
+            run_id=run.info.run_id,
+            dataset_name=getattr(of.get(key), "name", None),
+            dataset_digest=getattr(of.get(key), "digest", None),
+        )
+        for key in run.data.metrics
+        for one in client.get_metric_history(run.info.run_id, key)
+        if one.step == step
+    ]
 
 
 def register(client: Any, name: str, model: Any, tags: dict[str, str]) -> str:
@@ -204,7 +239,7 @@ def _how_to_move(name: str, new: str) -> str:
 
 @contextmanager
 def _patience() -> Iterator[None]:
-    """Lets a server take its time: it may have gigabytes to put away before it answers."""
+    """Gives a server more time than store.client() does: it may have gigabytes to put away."""
     key = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ[key]
     os.environ[key] = str(max(int(before), SECONDS_FOR_AN_UPLOAD))
