@@ -386,7 +386,7 @@ def test_values_typed_into_params_are_kept(clone: Workspace) -> None:
 
 # Modules that decide no output: a change of what is typed, shown or recorded re-runs no training.
 NO_OUTPUT = {"__init__", "console", "paths", "schema", "settings"}
-NO_OUTPUT |= {"tracking", "journal", "store"}
+NO_OUTPUT |= {"tracking", "journal", "store", "registry"}
 
 
 def test_stages_name_the_code_they_run(repo: Path) -> None:

@@ -55,9 +55,9 @@ class Journal:
         kept = self.folder / "files" / uuid.uuid4().hex[:8] / path.name
         kept.parent.mkdir(parents=True)
         if path.is_dir():
-            shutil.copytree(path, kept, copy_function=_link)
+            shutil.copytree(path, kept, copy_function=link)
         else:
-            _link(str(path), str(kept))
+            link(str(path), str(kept))
         return str(kept.relative_to(self.folder))
 
     def lines(self) -> Iterator[Said]:
@@ -94,7 +94,8 @@ def beside(name: str) -> str:
     return f"{name.partition('.')[0]}.{uuid.uuid4().hex[:8]}"
 
 
-def _link(source: str, target: str) -> None:
+def link(source: str, target: str) -> None:
+    """Makes a file a second name of another where the disk can do that, or else its copy."""
     try:
         os.link(source, target)
     except OSError:  # another disk, or one without hard links

@@ -1,6 +1,6 @@
 """MLflow's side: the client of the store, and what is sent to it, once.
 
-The one module that imports MLflow, and only where it is used: that takes seconds.
+MLflow is imported only where it is used: that takes seconds.
 """
 
 import fcntl
@@ -11,7 +11,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from athanor import console
+from athanor import console, registry
 from athanor.journal import Said
 from athanor.paths import root
 
@@ -44,6 +44,7 @@ class Sender:
     def __init__(self, folder: Path, goes_on: bool) -> None:
         self.run: str | None = None
         self.refused: list[str] = []
+        self.registered: str | None = None
         self.client: Any = None
         self._folder, self._goes_on = folder, goes_on
         self._there: set[tuple[str, int]] = set()
@@ -59,7 +60,7 @@ class Sender:
                 self._send(together)
             except Exception as error:
                 # A place for files can be away, or closed to us, where the store is not.
-                if together[0]["do"] not in ("artifact", "text", "table"):
+                if together[0]["do"] not in ("artifact", "text", "table", "model"):
                     raise
                 name = together[0].get("name") or Path(together[0]["path"]).name
                 self.refused.append(f"{name} ({short(error)})")
@@ -85,6 +86,8 @@ class Sender:
             path = self._folder / first["path"]
             add = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
             add(self.run, str(path), first["folder"])
+        elif first["do"] == "model":
+            self._model(first)
         elif first["do"] == "end":
             self.client.set_terminated(self.run, first["status"], first["time"])
 
@@ -197,6 +200,23 @@ class Sender:
         if (entry := {"path": said["name"], "type": "table"}) not in logged:
             tag = json.dumps([*logged, entry])
             self.client.set_tag(self.run, "mlflow.loggedArtifacts", tag)
+
+    def _model(self, said: Said) -> None:
+        name = said["registered_name"]
+        model = registry.log(
+            self.client,
+            str(self.run),
+            self._folder / said["path"],
+            self._folder / "model",
+            name=name or "fused",
+            digest=said["digest"],
+            question=said["question"],
+            pip=said["pip"],
+            step=said["step"],
+            tags=said["tags"],
+        )
+        if name is not None:
+            self.registered = registry.register(self.client, name, model, said["tags"])
 
 
 def client() -> Any:

@@ -25,7 +25,7 @@ from typing import Any, Self
 
 import yaml
 
-from athanor import __version__, console, store
+from athanor import __version__, console, registry, store
 from athanor.journal import Journal, Said, beside
 from athanor.paths import OUTBOX, root
 from athanor.store import Sender
@@ -55,6 +55,7 @@ class Run:
         self.id: str | None = None
         self.name = str(opening["run"])
         self.failure: Exception | None = None
+        self._registered: str | None = None
         self._journal = journal
         self._refused: list[str] = []
         self._ends = opening["do"] == "start"
@@ -112,12 +113,43 @@ class Run:
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Keeps a file, or all files of a folder."""
-        try:
-            kept = self._journal.keep(path)
-        except OSError as error:
-            console.warn(f"{path} can't be kept for MLflow ({error})")
-            kept = str(path.resolve())
-        self._say({"do": "artifact", "path": kept, "folder": folder})
+        self._say({"do": "artifact", "path": self._kept(path), "folder": folder})
+
+    def model(
+        self,
+        fused: Path,
+        digest: str,
+        *,
+        question: str,
+        step: int,
+        val_loss: float,
+        valid_digest: str,
+        tags: dict[str, Any],
+        registered_name: str | None = None,
+    ) -> None:
+        """Keeps a fused model as the run's model, and as a version of the model `registered_name`.
+
+        `digest` is the model's own: a run has it once. `question` makes its input example. `step`
+        is the iteration that its weights are from, `val_loss` their validation loss in nats, and
+        `valid_digest` says what that was measured on. The file is named once, not copied.
+        """
+        measured = {"val_loss": val_loss, "valid.digest": valid_digest}
+        self._say(
+            {
+                "do": "model",
+                "path": self._kept(fused),
+                "digest": digest,
+                "question": question,
+                "step": step,
+                "tags": {key: str(value) for key, value in {**tags, **measured}.items()},
+                "pip": registry.requirements(),
+                "registered_name": registered_name,
+            }
+        )
+
+    def registered(self) -> str:
+        """The version that the model became, in words; to be asked when the block was left."""
+        return self._registered or "not yet"
 
     def text(self, text: str, name: str) -> None:
         """Keeps a text as an artifact."""
@@ -129,6 +161,13 @@ class Run:
         `name` ends in .json. A table of that name is replaced.
         """
         self._say({"do": "table", "columns": columns, "name": name})
+
+    def _kept(self, path: Path) -> str:
+        try:
+            return self._journal.keep(path)
+        except OSError as error:
+            console.warn(f"{path} can't be kept for MLflow ({error})")
+            return str(path.resolve())
 
     def _say(self, said: Said) -> None:
         self._journal.append(said)
@@ -157,7 +196,7 @@ class Run:
                 self.failure = error
                 not_before = time.monotonic() + SECONDS_BETWEEN_TRIES
             finally:
-                self.id = sender.run
+                self.id, self._registered = sender.run, sender.registered
                 self._opened.set()
 
 

@@ -1,0 +1,100 @@
+"""The code of a fused model in MLflow: a chat comes in, mlx-lm answers, a chat completion goes out.
+
+MLflow keeps a copy of this file beside the model and runs it wherever that is loaded, also where
+Athanor is not installed: it imports mlx-lm and MLflow only. What comes in is a row a conversation:
+`messages`, and where wanted `max_tokens` and `temperature`; what goes out has the shape of OpenAI's
+chat completions. The defaults are the model's config in the file MLmodel.
+"""
+
+import ctypes
+import os
+import sys
+import threading
+import time
+import uuid
+from contextlib import suppress
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+
+class FusedModel(PythonModel):
+    """A model and its tokenizer, and a lock: one conversation is answered at a time."""
+
+    def load_context(self, context: Any) -> None:
+        """Loads the folder `model`, to compute as it did where it was tested."""
+        if sys.platform == "linux" and os.environ.get("ATHANOR_BLAS") != "wheel":
+            with suppress(OSError):  # faster than the BLAS in mlx's wheel, if loaded before mlx
+                ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+        import mlx.core as mx
+        from mlx_lm import load
+
+        cpu = mx.default_device() == mx.Device(mx.cpu)
+        if cpu:  # there half precision is slow, and compiling asks for a C++ compiler
+            mx.disable_compile()
+        # Its end tokens are those of generation_config.json and the tokenizer's own.
+        self.model, self.tokenizer = load(context.artifacts["model"])
+        if cpu:
+            self.model.set_dtype(mx.float32)
+            mx.eval(self.model.parameters())
+        self.lock = threading.Lock()
+
+    def predict(
+        self, context: Any, model_input: pd.DataFrame
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """A completion for one conversation, a list of them for several."""
+        found = []
+        for row in model_input.to_dict(orient="records"):
+            messages = list(row.pop("messages"))
+            # Not given, or only to another row.
+            given = {key: value for key, value in row.items() if not pd.isna(value)}
+            found.append(self._complete(messages, **{**context.model_config, **given}))
+        return found[0] if len(found) == 1 else found
+
+    def _complete(
+        self, messages: list[dict[str, Any]], *, name: str, max_tokens: int, temperature: float
+    ) -> dict[str, Any]:
+        from mlx_lm import stream_generate
+        from mlx_lm.sample_utils import make_sampler
+
+        prompt = self._prompt(messages)
+        sampler = make_sampler(temp=float(temperature))  # 0 is greedy
+        ids, finish = [], "length"
+        with self.lock:
+            for step in stream_generate(
+                self.model, self.tokenizer, prompt, max_tokens=int(max_tokens), sampler=sampler
+            ):
+                ids.append(step.token)
+                finish = step.finish_reason or finish
+        used = {"prompt_tokens": len(prompt), "completion_tokens": len(ids)}
+        if finish == "stop":
+            ids.pop()  # the token that ended the answer
+        # Special tokens included, so that a stray one is seen.
+        content = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": name,
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": content},
+                    "finish_reason": finish,
+                }
+            ],
+            "usage": {**used, "total_tokens": sum(used.values())},
+        }
+
+    def _prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        if not self.tokenizer.has_chat_template:  # a model of plain texts goes on with the last
+            return list(self.tokenizer.encode(messages[-1]["content"]))
+        text = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+set_model(FusedModel())
