@@ -10,15 +10,17 @@ as such: transformers replaces parts of it for some classes, and it is what the 
 with. What llama.cpp can't do alike is refused. These remain:
 
 - llama.cpp does not compose characters (NFC): text with separate accents gives other tokens.
-- Its pattern of `tekken` knows no upper case beyond A to Z.
+- Its pattern of `tekken` has no case beyond A to Z and no marks on letters (Hindi, Thai).
 - Some tokenizers of the SentencePiece kind put a space before text only at its start, or only where
   there is none (Metaspace's `first` and `always`): llama.cpp is told what holds in the template.
 - It ends generation at some tokens by their text alone (`<|endoftext|>`, `</s>`, `<|fim_pad|>` …),
-  whether generation_config.json has them or not.
+  whether generation_config.json has them or not, and reads them in prompts as special tokens: in
+  Qwen's vocabulary `</s>` is none.
 """
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from importlib import import_module
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 Fields = dict[str, Any]
+
+# How a tokenizer of the SentencePiece kind writes a byte.
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 # llama.cpp's name for each architecture, by config.json's model_type.
 ARCHITECTURES = {
@@ -272,7 +277,7 @@ def _tokenizer(tokenizer: "TokenizerWrapper", config: dict[str, Any], ends: list
     return {
         "tokenizer.ggml.model": "llama" if spm else "gpt2",
         "tokenizer.ggml.tokens": texts,
-        "tokenizer.ggml.token_type": _types(known, rows, added, data["model"]),
+        "tokenizer.ggml.token_type": _types(known, rows, added, spm),
         **fields,
         **_stops(ends, tokenizer),
         **_special(tokenizer, config, ends[0]),
@@ -334,10 +339,10 @@ def _sentence_piece(
     """
     space = _space_prefix(data, tokenizer)
     vocab = data["model"]["vocab"]
-    bytes_missing = [f"<0x{byte:02X}>" for byte in range(256) if f"<0x{byte:02X}>" not in vocab]
-    # Gemma's tab is a token of its own instead.
-    if [name for name in bytes_missing if chr(int(name[3:5], 16)) not in vocab]:
-        raise UserError(f"llama.cpp needs a token for each byte, {bytes_missing[0]} is not there")
+    for byte in range(256):
+        # Gemma has a tab instead of its byte; llama.cpp takes either.
+        if f"<0x{byte:02X}>" not in vocab and (byte > 127 or chr(byte) not in vocab):
+            raise UserError(f"llama.cpp needs a token for each byte, <0x{byte:02X}> is not there")
     merges = [
         tuple(merge.split(" ") if isinstance(merge, str) else merge)
         for merge in data["model"]["merges"]
@@ -396,26 +401,19 @@ def _spaced_in_chat(tokenizer: "TokenizerWrapper") -> bool:
     return True
 
 
-def _types(
-    known: dict[int, str], rows: int, added: dict[str, Any], model: dict[str, Any]
-) -> list[int]:
-    """llama.cpp's type of each token: how it is read in a prompt, and written in an answer."""
+def _types(known: dict[int, str], rows: int, added: dict[str, Any], spm: bool) -> list[int]:
+    """llama.cpp's type of each token: how it is found in a prompt and written in an answer."""
     from gguf import TokenType
-
-    spm = bool(model.get("byte_fallback"))
 
     def kind(text: str | None) -> TokenType:
         if text is None:
             return TokenType.UNUSED
-        if spm and text == model.get("unk_token"):
-            return TokenType.UNKNOWN
         if text in added:
             if added[text]["special"]:
                 return TokenType.CONTROL
-            # Gemma's runs of spaces: merges make them, and a normal token's ▁ is written as a space.
+            # Gemma's runs of spaces: merges make them, and only a normal token's ▁ is a space.
             return TokenType.NORMAL if spm and "▁" in text else TokenType.USER_DEFINED
-        is_byte = spm and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
-        return TokenType.BYTE if is_byte else TokenType.NORMAL
+        return TokenType.BYTE if spm and BYTE.fullmatch(text) else TokenType.NORMAL
 
     return [int(kind(known.get(id))) for id in range(rows)]
 
