@@ -2,9 +2,11 @@
 
 import json
 import re
+import resource
 import shutil
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from athanor import evaluation, files, models
+from athanor import console, evaluation, files, models
 from athanor.console import UserError
 from athanor.export import gguf_file
 from prompts import PROMPTS
@@ -90,22 +92,30 @@ class Llama:
 # Tokenizers of the kinds that there are, made of the prompts themselves.
 
 
-def byte_level(
-    folder: Path, pattern: str, ignore_merges: bool, bos: str, special: list[str]
-) -> int:
-    """Byte-level BPE that cuts by a pattern and puts `bos` first; returns the number of tokens."""
+STEPS = {
+    "bytes": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+    "digits": pre_tokenizers.Digits(individual_digits=True),
+}
+
+
+def byte_level(folder: Path, name: str, special: list[str]) -> int:
+    """Byte-level BPE that cuts words as llama.cpp's `name` does; returns the number of tokens.
+
+    The first special token is put before a text, the last one ends an answer.
+    """
+    known = {name: way for way, name in gguf_file.PRE_TOKENIZERS.items()}
+    steps, ignore_merges = known[name]
     tokenizer = Tokenizer(BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+        [STEPS.get(step) or pre_tokenizers.Split(Regex(step), "isolated") for step in steps]
     )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(LEARNED, trainer)
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in special])
-    return save_tokenizer(tokenizer, folder, bos, special[-1], CHATML, "PreTrainedTokenizerFast")
+    kind = "PreTrainedTokenizerFast"
+    return save_tokenizer(tokenizer, folder, special[0], special[-1], CHATML, kind)
 
 
 def sentence_piece(folder: Path, kind: str, bos: str, end: str, template: str) -> int:
@@ -157,15 +167,13 @@ def tiny_tokenizer(folder: Path) -> int:
     return 6144
 
 
-def llama3(folder: Path) -> int:
-    pattern = gguf_file._LLAMA3
+def llama3(folder: Path, pre: str = "llama-bpe") -> int:
     special = ["<|begin_of_text|>", "<|im_start|>", "<|end_of_text|>", "<|im_end|>"]
-    return byte_level(folder, pattern, True, special[0], special)
+    return byte_level(folder, pre, special)
 
 
 def tekken(folder: Path) -> int:
-    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    return byte_level(folder, gguf_file._TEKKEN, True, "<s>", special)
+    return byte_level(folder, "tekken", ["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
 
 
 def llama2(folder: Path) -> int:
@@ -199,8 +207,9 @@ LLAMA3_ROPE = {
 }
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
-# name: model_type, tokenizer, what differs from SHAPE, rows beyond the tokenizer's
-CASES: dict[str, tuple[str, Callable[[Path], int], dict[str, Any], int]] = {
+# model_type, tokenizer, what differs from SHAPE, rows beyond the tokenizer's
+Case = tuple[str, Callable[[Path], int], dict[str, Any], int]
+CASES: dict[str, Case] = {
     "llama3": ("llama", llama3, {"rope_scaling": LLAMA3_ROPE, "tie_word_embeddings": True}, 0),
     "llama2": (
         "llama",
@@ -227,10 +236,10 @@ MARKS = re.compile("[\u0900-\u0903\u093a-\u094f\u0e31-\u0e4e]")
 CHAT_ONLY = {"metaspace"}
 
 
-def build(folder: Path, name: str) -> None:
+def build(folder: Path, case: Case) -> None:
     """A folder with a model of random weights, made by mlx-lm's own classes."""
     folder.mkdir()
-    model_type, tokenizer, differs, beyond = CASES[name]
+    model_type, tokenizer, differs, beyond = case
     rows = tokenizer(folder) + beyond
     config = {"model_type": model_type, "vocab_size": rows, **SHAPE, **differs}
     module = import_module("mlx_lm.models." + {"mistral": "llama"}.get(model_type, model_type))
@@ -272,7 +281,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         if name not in made:
             model = TINY if name == "tiny" else folder / name
             if name != "tiny":
-                build(model, name)
+                build(model, CASES[name])
             path = folder / f"{name}.gguf"
             gguf_file.write(model, path, "f32")
             made[name] = (model, Llama(path))
@@ -301,6 +310,19 @@ def test_tokens_are_the_tokenizers_own(name: str, exported: Any) -> None:
         if name not in CHAT_ONLY:
             assert llama.ids(text, False) == tokenizer.encode(text, add_special_tokens=False)
             assert llama.ids(text, True) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("pre", ["smaug-bpe", "gpt-2", "smollm"])
+def test_text_is_cut_into_words_alike(tmp_path: Path, pre: str) -> None:
+    """The ways to do it that none of the families above has."""
+    model = tmp_path / "model"
+    build(model, ("llama", partial(llama3, pre=pre), {}, 0))
+    path = tmp_path / "model.gguf"
+    gguf_file.write(model, path, "f16")
+    assert read(path)["tokenizer.ggml.pre"] == pre
+    tokenizer, llama = models.load_tokenizer(model), Llama(path)
+    for text in PROMPTS:
+        assert llama.ids(text, True) == tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("name", ["tiny", "llama2", "gemma"])
@@ -374,12 +396,13 @@ def test_it_stops_at_each_stop_token_and_at_no_other(exported: Any) -> None:
         assert forced == evaluation.Answer([start] * 3, False)
 
 
-def test_three_ordinary_tokens_can_be_stops(tmp_path: Path) -> None:
-    """Where the model comes upon one by itself, both stop there, and at another one elsewhere."""
+def test_three_ordinary_tokens_can_be_stops_beside_one_known_by_its_text(tmp_path: Path) -> None:
+    """Where the model comes upon one by itself both stop, at one here and at another there."""
     folder = tmp_path / "model"
     shutil.copytree(TINY, folder)
     tokenizer = models.load_tokenizer(TINY)
-    ends = [tokenizer.encode(text)[0] for text in ("，", "我", "？")]
+    first, *others = (tokenizer.encode(text)[0] for text in ("，", "我", "？"))
+    ends = [first, 6143, *others]
     for name in ("config.json", "generation_config.json"):
         files.write_json(folder / name, files.read_json(folder / name) | {"eos_token_id": ends})
     settings = files.read_json(folder / "tokenizer_config.json")
@@ -391,8 +414,10 @@ def test_three_ordinary_tokens_can_be_stops(tmp_path: Path) -> None:
     prompts = [tokenizer.encode(prompt(question, tokenizer)) for question in QUESTIONS]
     ours = evaluation.answers(model, tokenizer, prompts, max_tokens=24, batch_size=1)
     assert [llama.answer(ids, 24) for ids in prompts] == ours
-    before = {len(our.ids) for our in ours if our.stopped}
-    assert len(before) > 1
+    assert len({len(our.ids) for our in ours if our.stopped}) > 1
+    for end in ends:
+        forced = llama.answer(prompts[0], 3, logit_bias=[[end, 1000]])
+        assert forced == evaluation.Answer([], True)
 
 
 def test_more_stops_than_llama_cpp_has_keys_for_are_refused(tmp_path: Path) -> None:
@@ -418,9 +443,7 @@ def test_smaller_files_answer_too(tmp_path: Path, dtype: str, stored: int) -> No
 
 def test_rows_that_are_no_multiple_of_32_stay_f16_in_q8_0(tmp_path: Path) -> None:
     model = tmp_path / "model"
-    CASES["odd"] = ("llama", llama3, {"intermediate_size": 100, "tie_word_embeddings": True}, 0)
-    build(model, "odd")
-    del CASES["odd"]
+    build(model, ("llama", llama3, {"intermediate_size": 100}, 0))
     path = tmp_path / "model.gguf"
     gguf_file.write(model, path, "q8_0")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
@@ -558,7 +581,7 @@ def test_a_tokenizer_that_llama_cpp_has_not_is_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], Any], reason: str | None
 ) -> None:
     folder = tmp_path / "model"
-    build(folder, "llama3")
+    build(folder, CASES["llama3"])
     data = files.read_json(folder / "tokenizer.json")
     change(data)
     files.write_json(folder / "tokenizer.json", data)
@@ -611,3 +634,15 @@ def test_weights_that_f16_cant_hold_are_an_error(tmp_path: Path) -> None:
         gguf_file.write(folder, tmp_path / "model.gguf", "f16")
     gguf_file.write(folder, tmp_path / "model.gguf", "bf16")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "model.gguf"]
+
+
+def test_a_full_disk_is_said_as_one(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as raised:
+            gguf_file.write(TINY, tmp_path / "model.gguf", "f16")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.errno in console.FULL
+    assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ with. What llama.cpp can't do alike is refused. These remain:
   Qwen's vocabulary `</s>` is none.
 """
 
+import errno
 import json
 import os
 import re
@@ -78,7 +79,7 @@ PRE_TOKENIZERS = {
     (("digits", "gpt2"), False): "smollm",
 }
 
-# Tokens that every llama.cpp of the last years ends at, by their text.
+# Texts of tokens that llama.cpp ends at by itself; later versions know more of them.
 ENDS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>"}
 
 
@@ -108,6 +109,7 @@ def write(model: Path, out: Path, dtype: str) -> None:
     Raises:
         UserError: where llama.cpp can't run this architecture or tokenizer, or has no name for a
             tensor.
+        OSError: with errno.ENOSPC also where numpy could not write.
     """
     import mlx.core as mx
     import numpy as np
@@ -149,9 +151,12 @@ def write(model: Path, out: Path, dtype: str) -> None:
         writer.close()
         Path(temporary).chmod(0o644)
         files.take(Path(temporary), out)
-    except BaseException:
+    except BaseException as error:
         writer.close()
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is None:
+            # All that numpy says of a full disk is how much it could not write.
+            raise OSError(errno.ENOSPC, str(error), str(out)) from error
         raise
 
 
@@ -195,7 +200,7 @@ def _hyperparameters(config: dict[str, Any]) -> Fields:
     }
     fields |= _rope(args, arch, head_dim)
     if arch in ("gemma2", "gemma3"):
-        fields |= _gemma(args, config, arch, head_dim)
+        fields |= _later_gemma(args, config, arch, head_dim)
     return {f"{arch}.{key}": value for key, value in fields.items()}
 
 
@@ -233,7 +238,7 @@ def _rope(args: Any, arch: str, head_dim: int) -> Fields:
     return fields
 
 
-def _gemma(args: Any, config: dict[str, Any], arch: str, head_dim: int) -> Fields:
+def _later_gemma(args: Any, config: dict[str, Any], arch: str, head_dim: int) -> Fields:
     """What Gemma 2 and 3 have besides; llama.cpp fixes some of it by the number of layers."""
     largest = args.num_hidden_layers == {"gemma2": 46, "gemma3": 62}[arch]
     scalar = args.hidden_size // args.num_attention_heads if largest else head_dim
@@ -269,7 +274,7 @@ def _tokenizer(tokenizer: "TokenizerWrapper", config: dict[str, Any], ends: list
     stripping = [text for text, token in added.items() if token["lstrip"] or token["rstrip"]]
     if stripping:
         raise UserError(f"the token {stripping[0]!r} takes the spaces beside it, llama.cpp can't")
-    rows = int(config["vocab_size"])
+    rows = int(_arguments(config).vocab_size)
     known = {id: text for text, id in tokenizer.get_vocab().items() if id < rows}
     texts = [known.get(id, f"[PAD{id}]") for id in range(rows)]
     spm = bool(data["model"].get("byte_fallback"))
@@ -536,12 +541,14 @@ def _dequantized(model: Path, config: dict[str, Any]) -> "Iterator[tuple[str, mx
     weights: dict[str, mx.array] = {}
     for path in sources.weight_files(model):
         weights |= cast("dict[str, mx.array]", mx.load(str(path)))
-    usual = config.get("quantization") or {}
+    usual = config.get("quantization") or config.get("quantization_config") or {}
     for name, tensor in weights.items():
         layer, _, part = name.rpartition(".")
         quantized = f"{layer}.scales" in weights
         if quantized and part == "weight":
             settings = usual.get(layer) or usual
+            if "bits" not in settings:
+                raise UserError(f"{model}: {name} is quantized, config.json does not say how")
             yield (
                 name,
                 mx.dequantize(
@@ -592,10 +599,10 @@ def _stored(tensor: "mx.array", kind: "GGMLQuantizationType", name: str) -> "np.
     from gguf import GGMLQuantizationType, quantize
 
     if kind == GGMLQuantizationType.BF16:
-        return np.array(tensor.astype(mx.bfloat16).view(mx.uint16))
+        return np.asarray(tensor.astype(mx.bfloat16).view(mx.uint16))
     if kind == GGMLQuantizationType.F16:
-        half = np.array(tensor.astype(mx.float16))
+        half = np.asarray(tensor.astype(mx.float16))
         if not np.isfinite(half).all():
             raise UserError(f"{name} has weights beyond f16's 65,504: choose bf16 or f32")
         return half
-    return quantize(np.array(tensor.astype(mx.float32)), kind)
+    return quantize(np.asarray(tensor.astype(mx.float32)), kind)
