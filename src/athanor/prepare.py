@@ -146,9 +146,7 @@ def main() -> None:
         end_token=cfg.train.end_token,
     )
     source = sources.Source.read(PREPARED / "model.json")
-    misfits = list(sources.training_misfits(sources.read_config(source.folder()), cfg.train))
-    if misfits:
-        raise settings.ConfigError([f"{key}: {text}" for key, text in misfits])
+    settings.refuse_misfits(cfg, source.folder())
     _show(found)
     rows = found["rows"]
     console.done(

@@ -116,6 +116,7 @@ class FuseConfig:
     """How the fused model is written."""
 
     dequantize: bool = MISSING
+    gguf: str | None = MISSING
 
 
 @dataclass

@@ -81,6 +81,22 @@ def flat(config: Config) -> dict[str, Any]:
     return {key: tree[first][leaf] if leaf else tree[first] for key, first, _, leaf in sections}
 
 
+def refuse_misfits(config: Config, folder: Path) -> None:
+    """Stops before a training whose model can't be trained so, or not exported as is asked.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    from athanor.export import gguf_file
+
+    model = sources.read_config(folder)
+    problems = [f"{key}: {text}" for key, text in sources.training_misfits(model, config.train)]
+    if config.fuse.gguf is not None and (why := gguf_file.unsupported(model, folder)):
+        problems.append(f"fuse.gguf: {why}; fuse.gguf=null goes without")
+    if problems:
+        raise ConfigError(problems)
+
+
 def plain(section: Any) -> Any:
     """A section as its own dataclass: OmegaConf's look-ups cost too much once a row."""
     return OmegaConf.to_object(section)

@@ -51,6 +51,8 @@ def main() -> None:
             f"prepare was run for {source.path} at {source.revision}, and now the model is "
             f"{cfg.model.path} at {cfg.model.revision}: `uv run dvc repro prepare`"
         )
+    folder = source.folder()
+    settings.refuse_misfits(cfg, folder)
     contract = chat.Contract.read(PREPARED / "chat.json")
     prepared = {
         split: files.read_jsonl(PREPARED / f"{split}.jsonl") for split in ("train", "valid")
@@ -75,7 +77,7 @@ def main() -> None:
     ) as run:
         run.text(OmegaConf.to_yaml(cfg), PARAMS.name)  # with the overrides of this command
         _record_data(run)
-        model, tokenizer = models.load(source.folder())
+        model, tokenizer = models.load(folder)
         tokens = {
             split: supervision.tokenize_all(
                 rows, tokenizer, cfg.train.mask_prompt, cfg.train.max_seq_length, contract.end
