@@ -112,7 +112,8 @@ class TestConfig:
 class FuseConfig:
     """How the fused model is written."""
 
-    dequantize: bool = MISSING
+    dequantize: bool | None = MISSING
+    max_difference: float = MISSING
 
 
 @dataclass
@@ -167,6 +168,8 @@ def impossible(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "data.valid_size", value.get("data.valid_size", 0) + value.get("data.test_size", 0) < 1
     ):
         yield "data.valid_size", "that some of 1 is left beside data.test_size, to train on"
+    if broken("fuse.max_difference", 0 <= value.get("fuse.max_difference", 0) < 1):
+        yield "fuse.max_difference", "a share: at least 0, below 1"
     if broken("data.leak_similarity", 0.5 <= value.get("data.leak_similarity", 1) <= 1):
         yield "data.leak_similarity", "at least 0.5, below which it is not found, and at most 1"
     if broken("seed", value.get("seed", 0) >= 0):
