@@ -202,7 +202,7 @@ def test_hand_edited_params_are_never_overwritten(conf: Path) -> None:
     [
         ("revision: null", "revision: v1.0", 'model.revision="v1.0"'),
         ("grad_checkpoint: false", "grad_checkpoint: true", "train.grad_checkpoint=true"),
-        ("  dequantize: true", "  dequantize: true\n  dequantise: null", "fuse.dequantise=null"),
+        ("  dequantize: null", "  dequantize: null\n  dequantise: 1", "fuse.dequantise=1"),
         ("seed: 0", "seed: [0", "is not YAML"),
     ],
 )

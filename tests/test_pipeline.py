@@ -252,7 +252,7 @@ def test_second_repro_runs_nothing(finished: Workspace) -> None:
 
 
 def test_fuse_section_re_runs_fuse_alone(clone: Workspace) -> None:
-    clone.edit(Path("conf/fuse/default.yaml"), "dequantize: true", "dequantize: false")
+    clone.edit(Path("conf/fuse/default.yaml"), "dequantize: null", "dequantize: true")
     assert clone.dvc("repro") == ["config", "fuse"]
     assert clone.dvc("repro") == []
 

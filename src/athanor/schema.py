@@ -5,6 +5,7 @@ has one home and a key that conf/ forgets is an error. `register` puts the types
 ConfigStore; the plugin in hydra_plugins/ calls it, so that DVC's own composition knows them too.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -15,6 +16,9 @@ METHODS = ("lora", "dora", "full")
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "lion", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
 KEEP = ("best", "last")
+GGUF_DTYPES = ("f32", "f16", "bf16", "q8_0")
+# Of MLflow's registry: without what its paths and searches read otherwise.
+MODEL_NAME = re.compile(r"[\w.-]+")
 END_TOKENS = ("auto", "template", "base", "train")
 
 
@@ -113,10 +117,16 @@ class TestConfig:
 
 @dataclass
 class FuseConfig:
-    """How the fused model is written."""
+    """How the fused model is written, and in which other forms it leaves."""
 
-    dequantize: bool = MISSING
+    dequantize: bool | None = MISSING
+    max_difference: float = MISSING
     gguf: str | None = MISSING
+    modelfile: bool = MISSING
+    system: str | None = MISSING
+    peft: bool = MISSING
+    log_model: bool = MISSING
+    registered_model_name: str | None = MISSING
 
 
 @dataclass
@@ -171,6 +181,8 @@ def impossible(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "data.valid_size", value.get("data.valid_size", 0) + value.get("data.test_size", 0) < 1
     ):
         yield "data.valid_size", "that some of 1 is left beside data.test_size, to train on"
+    if broken("fuse.max_difference", 0 <= value.get("fuse.max_difference", 0) < 1):
+        yield "fuse.max_difference", "a share: at least 0, below 1"
     if broken("data.leak_similarity", 0.5 <= value.get("data.leak_similarity", 1) <= 1):
         yield "data.leak_similarity", "at least 0.5, below which it is not found, and at most 1"
     if broken("seed", value.get("seed", 0) >= 0):
@@ -184,6 +196,12 @@ def impossible(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
     ):
         if broken(key, value.get(key) in options):
             yield key, "one of " + ", ".join(options)
+    dtype = value.get("fuse.gguf")
+    if broken("fuse.gguf", dtype is None or dtype in GGUF_DTYPES):
+        yield "fuse.gguf", f"one of {', '.join(GGUF_DTYPES)}, or null"
+    name = value.get("fuse.registered_model_name")
+    if broken("fuse.registered_model_name", name is None or bool(MODEL_NAME.fullmatch(name))):
+        yield "fuse.registered_model_name", "letters, digits, - . _ alone, or null"
     if value.get("train.end_token") == "train" and value.get("train.method", "lora") != "lora":
         yield "train.end_token", "auto, base or template: rows of a token are trained by lora only"
     iters, epochs = value.get("train.iters"), value.get("train.epochs")
