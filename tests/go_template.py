@@ -108,7 +108,7 @@ def _value(words: list[str], dot: Any, scope: dict[str, Any]) -> Any:
 
 def _call(words: list[str], dot: Any, scope: dict[str, Any]) -> tuple[Any, list[str]]:
     """A function with its arguments, or one operand."""
-    functions = {
+    functions: dict[str, Any] = {
         "eq": lambda first, *others: first in others,
         "len": len,
         "not": lambda value: not value,
@@ -122,7 +122,7 @@ def _call(words: list[str], dot: Any, scope: dict[str, Any]) -> tuple[Any, list[
     while rest and rest[0] != ")":
         argument, rest = _operand(rest, dot, scope)
         arguments.append(argument)
-    return functions[words[0]](*arguments), rest  # type: ignore[no-untyped-call]
+    return functions[words[0]](*arguments), rest
 
 
 def _operand(words: list[str], dot: Any, scope: dict[str, Any]) -> tuple[Any, list[str]]:

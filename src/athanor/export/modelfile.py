@@ -4,11 +4,11 @@ Reads a fused folder's config.json, generation_config.json, tokenizer and chat t
 nothing. The Modelfile works with a GGUF beside it and with the folder itself, of which Ollama turns
 the architectures in SAFETENSORS into a GGUF.
 
-Ollama's TEMPLATE is in Go's text/template, a model's own template in Jinja. Here the second is asked
-about conversations of known texts, the fixed pieces between these texts become the first, and both
-have to write the same for other conversations, or there is no Modelfile. What Ollama passes to a
-TEMPLATE, and how a Modelfile is quoted, is from its template/template.go, thinking/template.go and
-parser/parser.go (0.33, commit fb30760).
+Ollama's TEMPLATE is in Go's text/template, a model's own template in Jinja. Here the second is
+asked about conversations of known texts, the fixed pieces between these texts become the first, and
+both have to write the same for other conversations, or there is no Modelfile. What Ollama passes to
+a TEMPLATE, and how a Modelfile is quoted, is from its template/template.go, thinking/template.go
+and parser/parser.go (0.33, commit fb30760).
 
 Ollama since 0.30 takes the Jinja template inside a GGUF instead where that one can do more, which
 mostly means tools. The TEMPLATE is for all other models, for folders and for earlier versions.
@@ -21,7 +21,7 @@ continued is ended; of contents that the Jinja template trims, ASCII's white spa
 import json
 import re
 from dataclasses import dataclass, field, replace
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 
-# What Ollama imports from a folder of safetensors among the models that mlx-lm trains: the switch in
+# What Ollama imports from a folder of safetensors among the models that mlx-lm trains, from its
 # convert/convert.go. Qwen3 and Mistral 7B are not in it: they need the GGUF.
 SAFETENSORS = {
     "LlamaForCausalLM",
@@ -123,7 +123,7 @@ def modelfile(
 
     Raises:
         UserError: when no TEMPLATE writes what the chat template writes; when a system message
-            is given to a template that has no place for one; when a text can't stand in a Modelfile.
+            is given to a template that has no place for one, or can't stand in a Modelfile.
     """
     tokenizer = models.load_tokenizer(model)
     generation: dict[str, Any] = files.read_json(model / "generation_config.json")
@@ -200,7 +200,7 @@ def rendered(messages: list[Message], tokenizer: "TokenizerWrapper", **said: Any
 
 
 def put_together(pieces: Pieces, messages: list[Message]) -> str:
-    """What go_template's template writes for messages that start with at most one system message."""
+    """What go_template's template writes; a system message is the first or there is none."""
     said = {"system": pieces.system, "user": pieces.user, "assistant": pieces.assistant}
     has_system = messages[0]["role"] == "system"
     text = pieces.start + ("" if has_system else pieces.no_system)
@@ -259,7 +259,7 @@ def go_template(pieces: Pieces) -> str:
 
 
 def conversations(pieces: Pieces) -> list[list[Message]]:
-    """Conversations that the template and its pieces have to write alike, each with a question last.
+    """Conversations that the template and its pieces have to write alike; a question is last.
 
     Ollama takes thoughts out of answers before a TEMPLATE sees them; here that is the chat
     template's work, on answers as a program other than Ollama keeps them.
@@ -304,10 +304,10 @@ def _pieces(tokenizer: "TokenizerWrapper", name: str) -> Pieces:
         )
     opening, answered, asked, *_, end = parts
     asked_alone = _tail(turns[:1], tokenizer)
-    after_user = commonprefix([asked_alone, answered, end])
-    after_assistant = commonprefix([_tail(turns[:2], tokenizer), asked])
+    after_user = _shared(asked_alone, answered, end)
+    after_assistant = _shared(_tail(turns[:2], tokenizer), asked)
     # Read backwards: what opens the first question too, where that comes after the first token.
-    before_user = commonprefix([asked[len(after_assistant) :][::-1], opening[::-1]])[::-1]
+    before_user = _shared(asked[len(after_assistant) :][::-1], opening[::-1])[::-1]
     after_assistant = asked.removesuffix(before_user)
     start = opening.removesuffix(before_user)
     bos = str(tokenizer.bos_token or "")
@@ -342,9 +342,7 @@ def _pieces(tokenizer: "TokenizerWrapper", name: str) -> Pieces:
     return pieces
 
 
-def _with_system(
-    pieces: Pieces, turns: list[Message], tokenizer: "TokenizerWrapper"
-) -> Pieces:
+def _with_system(pieces: Pieces, turns: list[Message], tokenizer: "TokenizerWrapper") -> Pieces:
     """The pieces with those of a system message, wherever the template puts it."""
     system = {"role": "system", "content": "sys1tem"}
     text = rendered([system, *turns], tokenizer)
@@ -372,6 +370,12 @@ def _parts(text: str | None, marks: list[str]) -> list[str] | None:
             return None
         parts.append(before)
     return [*parts, text]
+
+
+def _shared(*texts: str) -> str:
+    """The longest start that texts have in common."""
+    columns = zip(*texts, strict=False)
+    return "".join(column[0] for column in takewhile(lambda c: len(set(c)) == 1, columns))
 
 
 def _tail(messages: list[Message], tokenizer: "TokenizerWrapper") -> str:
@@ -402,7 +406,9 @@ def _notes(tokenizer: "TokenizerWrapper", pieces: Pieces) -> list[str]:
     if rendered(question, tokenizer, tools=[tool]) != usual:
         notes.append("The model's chat template knows tools; this TEMPLATE does not.")
     if pieces.system is None:
-        notes.append("The model's chat template has no place for a system message: none is written.")
+        notes.append(
+            "The model's chat template has no place for a system message: none is written."
+        )
     if rendered(question, tokenizer, strftime_now=lambda _: "another day") != usual:
         notes.append("The model's chat template writes the date; here it stays the day of export.")
     if _puts_bos(tokenizer):
