@@ -1,1 +1,1 @@
-"""What leaves the pipeline: a fused model in the formats of other programs."""
+"""What leaves the house: the fused model in other programs' formats."""
