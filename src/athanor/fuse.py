@@ -2,18 +2,17 @@
 
     uv run python -m athanor.fuse
 
-Reads params.yaml, artifacts/prepare/{model.json, train.jsonl} and artifacts/train/; writes
-artifacts/fuse/model/, a folder in Hugging Face's format that mlx_lm.generate --model and
-transformers read, and fused.json, which says how it was fused and what parity.py found; adds both
-to the training's MLflow run. A model that is not the trained one is not written. Weights keep the
-dtype that the base has on disk; tokenizer and template are the base's files, byte for byte.
+Reads params.yaml, artifacts/prepare/ and artifacts/train/; writes to artifacts/fuse/ model/, a
+folder in Hugging Face's format that mlx_lm.generate --model and transformers read, what is exported
+from it (a GGUF, Modelfiles, the adapters in PEFT's format), and fused.json, which says how it was
+fused and what parity.py found; adds the model to the training's MLflow run. A model that is not the
+trained one is not written. Weights keep the dtype that the base has on disk; tokenizer and template
+are the base's files, byte for byte, but for the name of the token that ends an answer.
 """
 
-import json
 import shutil
 import sys
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,22 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import dequantize_model, load_config, save_model
 
-from athanor import console, files, models, parity, settings, sources, tracking
+from athanor import (
+    chat,
+    console,
+    files,
+    models,
+    parity,
+    registry,
+    settings,
+    sources,
+    supervision,
+    tracking,
+)
 from athanor.console import UserError
+from athanor.export import gguf_file, modelfile, peft_adapters
 from athanor.paths import FUSED, PREPARED, TRAINED
+from athanor.schema import Config, FuseConfig
 from athanor.templates import Message
 
 # What a folder holds besides config.json, generation_config.json and the weights.
@@ -42,6 +54,7 @@ def fuse_and_compare(
     out: Path,
     rows: list[Message],
     *,
+    end: int,
     dequantize: bool | None,
     max_difference: float,
 ) -> tuple[parity.Report, bool]:
@@ -64,14 +77,14 @@ def fuse_and_compare(
     plain = quantized and (dequantize or not writable)
     trained = parity.trained(base, adapters, rows)
     with files.whole_folder(out) as folder:
-        fuse(base, adapters, folder, dequantize=plain)
+        fuse(base, adapters, folder, end=end, dequantize=plain)
         report = parity.compare(trained, folder, max_difference)
         if report.cause is not None and quantized and not plain and dequantize is None:
             console.warn(f"fused dequantized, because {report.cause} ({report.summary()})")
             for path in folder.iterdir():
                 path.unlink()
             plain = True
-            fuse(base, adapters, folder, dequantize=plain)
+            fuse(base, adapters, folder, end=end, dequantize=plain)
             report = parity.compare(trained, folder, max_difference)
         if report.cause is not None:
             raise UserError(
@@ -81,9 +94,10 @@ def fuse_and_compare(
     return report, plain
 
 
-def fuse(base: Path, adapters: Path, folder: Path, *, dequantize: bool) -> None:
+def fuse(base: Path, adapters: Path, folder: Path, *, end: int, dequantize: bool) -> None:
     """Writes the model with its adapters in the weights to `folder`, which is there and empty.
 
+    Its files name `end` as the token that ends an answer, before all others that do.
     With `dequantize` a quantized base becomes plain weights; without it, quantized weights with
     adapters are quantized again after the sum, in their own form.
     """
@@ -104,11 +118,12 @@ def fuse(base: Path, adapters: Path, folder: Path, *, dequantize: bool) -> None:
         settings.pop("quantization_config", None)
     _to_stored_dtypes(model, base)
 
-    settings["eos_token_id"] = _ends(base, tokenizer.eos_token_ids)
+    settings["eos_token_id"] = _ends(base, end, tokenizer.eos_token_ids)
     save_model(folder, model)
     for pattern in CARRIED:
         for path in base.glob(pattern):
             shutil.copyfile(path, folder / path.name)
+    _name_end(folder, tokenizer.convert_ids_to_tokens(end))
     files.write_json(folder / "generation_config.json", _generation(base, settings, tokenizer))
     files.write_json(folder / "config.json", settings)
 
@@ -136,12 +151,26 @@ def _to_stored_dtypes(model: nn.Module, base: Path) -> None:
     )
 
 
-def _ends(base: Path, used: set[int]) -> int | list[int]:
-    """The tokens that end an answer here: the base's in their order, then the others."""
+def _ends(base: Path, end: int, used: set[int]) -> int | list[int]:
+    """The tokens that end an answer: the one that was learned, the base's own, then the others."""
     stated = load_config(base).get("eos_token_id") or []
-    first = [stated] if isinstance(stated, int) else list(stated)
-    ends = first + sorted(used - set(first))
+    first = [end, *([stated] if isinstance(stated, int) else stated)]
+    ends = list(dict.fromkeys([*first, *sorted(used)]))
     return ends[0] if len(ends) == 1 else ends
+
+
+def _name_end(folder: Path, end: str) -> None:
+    """Names a token as the end in the tokenizer's files that name another."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        if not path.exists():
+            continue
+        named = files.read_json(path)
+        before = named.get("eos_token")
+        if (before["content"] if isinstance(before, dict) else before) != end:
+            # As a dict it may say how it is stripped, which holds for the other as well.
+            after = before | {"content": end} if isinstance(before, dict) else end
+            files.write_json(path, named | {"eos_token": after})
 
 
 def _generation(base: Path, settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
@@ -154,50 +183,132 @@ def _generation(base: Path, settings: dict[str, Any], tokenizer: Any) -> dict[st
     return generation
 
 
+def export(folder: Path, adapters: Path, base: Path, name: str, fuse: FuseConfig) -> dict[str, str]:
+    """Writes what is asked for beside `folder`/model, the fused model; says what it wrote.
+
+    `name` is the base's, after which the GGUF is called; `base` is its folder.
+    """
+    model = folder / "model"
+    wrote = {}
+    if fuse.gguf is not None:
+        gguf = folder / f"{Path(name).name}-{fuse.gguf}.gguf"
+        gguf_file.write(model, gguf, fuse.gguf)
+        wrote["gguf"] = f"{gguf.name}, {gguf.stat().st_size / 1e6:.1f} MB"
+    if fuse.modelfile:
+        try:
+            if fuse.gguf is not None:
+                text = modelfile.modelfile(model, f"./{gguf.name}", system=fuse.system)
+                files.write_text(folder / "Modelfile", text)
+            text = modelfile.modelfile(model, ".", system=fuse.system)
+            files.write_text(model / "Modelfile", text)
+            wrote["ollama"] = "Modelfile" if fuse.gguf is not None else "model/Modelfile"
+        except UserError as error:
+            console.warn(f"no Modelfile was written: {error}")
+    if fuse.peft:
+        try:
+            peft_adapters.write(adapters, folder / "peft", base=name, model=base)
+            wrote["peft"] = "peft/"
+        except UserError as error:
+            console.warn(f"no adapters in PEFT's format: {error}")
+    return wrote
+
+
 def main() -> None:
     cfg = settings.load(sys.argv[1:])
     trained = files.read_json(TRAINED / "run.json")
     with tracking.resume(trained["run"], trained["run_id"]) as run:
         source = sources.Source.read(PREPARED / "model.json")
-        out = FUSED / "model"
-        report, dequantized = fuse_and_compare(
-            source.folder(),
-            TRAINED / "adapters",
-            out,
-            _first_rows(PREPARED / "train.jsonl", QUESTIONS),
-            dequantize=cfg.fuse.dequantize,
-            max_difference=cfg.fuse.max_difference,
-        )
-        digest = sources.digest(out)
-        files.write_json(
-            FUSED / "fused.json",
-            {
-                "digest": digest,
-                "base": source.path,
-                "dequantized": dequantized,
-                "parity": asdict(report),
-            },
-        )
+        base, adapters = source.folder(), TRAINED / "adapters"
+        rows = files.read_jsonl(PREPARED / "train.jsonl")
+        config: FuseConfig = settings.plain(cfg.fuse)
+        if config.system is None:
+            config.system = _said_by_all(rows)
+        with files.whole_folder(FUSED) as folder:
+            report, dequantized = fuse_and_compare(
+                base,
+                adapters,
+                folder / "model",
+                rows[:QUESTIONS],
+                end=chat.Contract.read(PREPARED / "chat.json").end,
+                dequantize=config.dequantize,
+                max_difference=config.max_difference,
+            )
+            digest = sources.digest(folder / "model")
+            wrote = export(folder, adapters, base, source.path, config)
+            files.write_json(
+                folder / "fused.json",
+                {
+                    "digest": digest,
+                    "base": source.path,
+                    "dequantized": dequantized,
+                    "parity": asdict(report),
+                },
+            )
         run.tags({"fused.digest": digest, "fused.dequantized": str(dequantized).lower()})
         figures = {"fuse_max_logit_difference": report.difference}
         if report.share_lost is not None:
             figures["fuse_share_lost"] = report.share_lost
         run.metrics(trained["iteration"], figures)
-    size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
-    console.done(
-        "fuse",
-        {
-            "model": f"{out}, {size:.1f} MB" + (", dequantized" if dequantized else ""),
-            "parity": report.summary(),
-            "digest": digest[:12],
-            "ask it": f'uv run mlx_lm.generate --model {out} --prompt "…"',
-        },
+        for name in ("fused.json", "Modelfile"):
+            if (FUSED / name).exists():
+                run.artifact(FUSED / name, "fuse")
+        if cfg.fuse.log_model:
+            _log_model(run, cfg, source, digest, rows, trained["iteration"])
+    size = sum(path.stat().st_size for path in (FUSED / "model").iterdir()) / 1e6
+    facts = {
+        "model": f"{FUSED / 'model'}, {size:.1f} MB" + (", dequantized" if dequantized else ""),
+        "parity": report.summary(),
+        **{what: f"{FUSED}/{file}" for what, file in wrote.items()},
+        "digest": digest[:12],
+    }
+    if cfg.fuse.log_model and cfg.fuse.registered_model_name is not None:
+        facts["registered"] = run.registered()
+    facts["ask it"] = f'uv run mlx_lm.generate --model {FUSED / "model"} --prompt "…"'
+    console.done("fuse", facts)
+
+
+def _log_model(
+    run: tracking.Run,
+    cfg: Config,
+    source: sources.Source,
+    digest: str,
+    rows: list[Message],
+    iteration: int,
+) -> None:
+    """Makes the fused model the run's model, with the validation loss of its adapters."""
+    tokenizer = models.load_tokenizer(FUSED / "model")
+    valid = supervision.tokenize_all(
+        files.read_jsonl(PREPARED / "valid.jsonl"),
+        tokenizer,
+        cfg.train.mask_prompt,
+        cfg.train.max_seq_length,
+        chat.Contract.read(PREPARED / "chat.json").end,
+    )
+    if cfg.train.val_batches != -1:
+        valid = valid[: cfg.train.val_batches * cfg.train.batch_size]
+    measured = files.read_json(TRAINED / "metrics.json")
+    is_best = measured["kept_iteration"] == measured["best_iteration"]
+    asked = next((row["messages"][0]["content"] for row in rows if "messages" in row), "?")
+    run.model(
+        FUSED / "model",
+        digest,
+        question=asked,
+        step=iteration,
+        val_loss=measured["best_val_loss" if is_best else "val_loss"],
+        valid_digest=registry.measured_on(valid),
+        tags={"model.path": source.path, "model.digest": source.digest},
+        registered_name=cfg.fuse.registered_model_name,
     )
 
 
-def _first_rows(path: Path, count: int) -> list[Message]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in islice(file, count)]
+def _said_by_all(rows: list[Message]) -> str | None:
+    """The system message that all rows have, if they have one."""
+    told = {
+        next((m["content"] for m in row["messages"] if m["role"] == "system"), None)
+        for row in rows
+        if "messages" in row
+    }
+    return told.pop() if len(told) == 1 else None
 
 
 if __name__ == "__main__":
