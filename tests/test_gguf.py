@@ -1,10 +1,8 @@
 """GGUF files, read by the real llama.cpp: tokens, answers and ends are those that mlx-lm has."""
 
-import json
 import re
 import resource
 import shutil
-import urllib.request
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -14,7 +12,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-import xllamacpp
 from gguf import GGUFReader, TokenType
 from mlx.utils import tree_map_with_path
 from mlx_lm.utils import quantize_model, save_model
@@ -25,6 +22,7 @@ from tokenizers.trainers import BpeTrainer
 from athanor import console, evaluation, files, models
 from athanor.console import UserError
 from athanor.export import gguf_file
+from llama import Llama
 from prompts import PROMPTS
 
 TINY = Path("models/tiny")
@@ -41,52 +39,6 @@ TURNS = (
 # What tokenizers are made of: without special tokens, which llama.cpp knows by their texts.
 LEARNED = [text for text in PROMPTS if "<|" not in text and "<s>" not in text] * 2
 QUESTIONS = ["月亮哪天最圆", "谁是最帅的地球人？", "Hello, who are you?", "1 + 2 = ?", "def f(x):"]
-
-
-class Llama:
-    """llama.cpp's own server on a GGUF, in this process, asked over the loopback address."""
-
-    def __init__(self, path: Path) -> None:
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.offline = True
-        params.port = 0
-        params.n_ctx = 1024
-        params.n_parallel = 1
-        params.n_gpu_layers = 0
-        params.warmup = False
-        params.verbosity = 0
-        # The cache of keys and values would be float16, and the answers another's.
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        self.server = xllamacpp.Server(params)
-
-    def post(self, path: str, **body: Any) -> Any:
-        request = urllib.request.Request(
-            self.server.listening_address + path,
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request) as answer:
-            return json.loads(answer.read())
-
-    def ids(self, text: str, add_special: bool) -> list[int]:
-        body = {"content": text, "add_special": add_special, "parse_special": True}
-        return list(self.post("/tokenize", **body)["tokens"])
-
-    def answer(self, prompt: list[int], max_tokens: int, **body: Any) -> evaluation.Answer:
-        body |= {"prompt": prompt, "n_predict": max_tokens, "temperature": 0, "return_tokens": True}
-        found = self.post("/completion", **body)
-        stopped = found["stop_type"] == "eos"
-        return evaluation.Answer(found["tokens"][:-1] if stopped else found["tokens"], stopped)
-
-    def logprobs(self, prompt: list[int], count: int) -> dict[int, float]:
-        """The logarithm of each token's probability to come next, in nats."""
-        body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": count}
-        # There are none where the token is a part of a character.
-        found = self.post("/completion", **body).get("completion_probabilities", [])
-        return {top["id"]: top["logprob"] for first in found for top in first["top_logprobs"]}
 
 
 # Tokenizers of the kinds that there are, made of the prompts themselves.

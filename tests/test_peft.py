@@ -57,7 +57,7 @@ def save(base: Path, folder: Path, train: TrainConfig, keys: list[str] | None = 
         folder,
         train,
         sources.resolve(str(base), None),
-        layers=len(model.layers),
+        model=model,
         iteration=1,
     )
     if keys is not None:

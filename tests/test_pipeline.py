@@ -3,6 +3,8 @@
 import ast
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ import pytest
 import yaml
 
 from athanor.paths import SPLITS
+from prompts import PROMPTS
 
 LORA = Path("conf/train/lora.yaml")
 
@@ -152,6 +155,48 @@ def test_fused_model_answers_by_itself(finished: Workspace) -> None:
         line["reference"] for line in asked
     ]
     assert all(answer.stopped for answer in given)
+
+
+def test_the_tutorials_questions_are_answered_as_readme_says(
+    finished: Workspace, repo: Path
+) -> None:
+    """The command that README gives, and the last column of its table."""
+    readme = (repo / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"uv run (python -m athanor\.generate (?:\".*?\" ?)+)", readme)
+    assert command is not None
+    arguments = shlex.split(command[1])[1:]
+    printed = finished.run(sys.executable, *arguments).splitlines()
+    told = re.findall(r"^\| (.*?) \| `.*`.* \| `(.*)` \|$", readme, re.MULTILINE)
+    assert [question for question, _ in told] == arguments[2:]
+    for question, answer in told:
+        place = printed.index(question)
+        assert printed[place + 2] == f"  tuned: {answer}  (stopped)"
+
+
+def test_llama_cpp_answers_as_the_tested_model_does(finished: Workspace) -> None:
+    """The GGUF that the run left: the same tokens for fifty texts, and the same answers."""
+    from athanor import evaluation, models, templates
+    from llama import Llama
+
+    [gguf] = (finished.folder / "artifacts/fuse").glob("*.gguf")
+    llama = Llama(gguf)
+    model, tokenizer = models.load(finished.folder / "artifacts/fuse/model")
+    assert len(PROMPTS) >= 50
+    for text in PROMPTS:
+        row = {"messages": [{"role": "user", "content": text}, {}]}
+        asked = templates.prompt_ids(row, tokenizer)
+        assert llama.ids(text, False) == tokenizer.encode(text, add_special_tokens=False)
+        assert llama.ids(tokenizer.decode(asked), False) == asked
+    lines = finished.predictions()
+    rows = [{"messages": [*line["prompt"], {}]} for line in lines]
+    prompts = [templates.prompt_ids(row, tokenizer) for row in rows]
+    ours = evaluation.answers(model, tokenizer, prompts, max_tokens=64, batch_size=1)
+    theirs = [llama.answer(ids, 64) for ids in prompts]
+    assert theirs == ours
+    assert [
+        {"text": templates.answer_text(answer.ids, tokenizer), "stopped": answer.stopped}
+        for answer in theirs
+    ] == [line["tuned"] for line in lines]
 
 
 def test_mlx_lm_takes_our_adapters_data_and_fused_model(finished: Workspace) -> None:
