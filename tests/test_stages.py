@@ -301,7 +301,9 @@ def test_base_that_does_not_stop_at_its_templates_end_does_when_tuned(
     assert tuned == [{"text": text, "stopped": True} for text in references()]
     for name in ("config.json", "generation_config.json"):
         ends = files.read_json(Path("artifacts/fuse/model") / name)["eos_token_id"]
-        assert ends == [text_end, turn_end]
+        assert ends == [turn_end, text_end]
+    tokenizer = files.read_json(Path("artifacts/fuse/model/tokenizer_config.json"))
+    assert tokenizer["eos_token"] == "<|im_end|>"
     assert fused_answers() == references()
 
 

@@ -230,8 +230,8 @@ def main() -> None:
                 folder / "model",
                 rows[:QUESTIONS],
                 end=chat.Contract.read(PREPARED / "chat.json").end,
-                dequantize=config.dequantize,
-                max_difference=config.max_difference,
+                dequantize=cfg.fuse.dequantize,
+                max_difference=cfg.fuse.max_difference,
             )
             digest = sources.digest(folder / "model")
             wrote = export(folder, adapters, base, source.path, config)

@@ -164,7 +164,7 @@ def end_of_turn(tokenizer: "TokenizerWrapper") -> int | None:
     if not tokenizer.has_chat_template:
         return None
     text = _text(_question_and_answer(), {}, tokenizer)
-    after = text_ids(text[text.rindex(ANSWERED) + len(ANSWERED) :], tokenizer)
+    after = text_ids(text.rpartition(ANSWERED)[2], tokenizer)
     return next((id for id in after if id in tokenizer.added_tokens_decoder), None)
 
 

@@ -227,7 +227,7 @@ def what_decides(params: dict[str, Any], source: sources.Source) -> dict[str, An
 
 def _record_data(run: tracking.Run) -> None:
     """Keeps what prepare said of the rows; not a dep of this stage, because it decides nothing."""
-    for name in ("report.html", "report.json"):
+    for name in ("report.html", "report.json", "chat.json"):
         if (PREPARED / name).exists():
             run.artifact(PREPARED / name, "data")
     if (PREPARED / "metrics.json").exists():
