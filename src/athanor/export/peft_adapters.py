@@ -12,7 +12,8 @@ al. 2021). Of DoRA (Liu et al. 2024) both keep the magnitudes, one for each outp
 
 Names are the base's own, as its files have them. A base that embeds tokens and predicts them with
 the same weights is adapted on both sides by mlx-lm; in PEFT these are two modules, so both are
-written, with `ensure_weight_tying`, which PEFT knows since 0.19.
+written, with `ensure_weight_tying`. (In PEFT 0.21 such adapters can be used but not merged: its
+merge adds both to the one weight. The fused model is that merge.)
 """
 
 from collections import Counter
