@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from athanor import chat, fuse, models
+from athanor import fuse, models, templates
 from athanor.export import peft_adapters
 from test_peft import EMBEDDING, save, train_config, untied
 
@@ -56,7 +56,7 @@ def by_mlx(model: Any, tokenizer: Any, asked: list[Any]) -> list[tuple[list[int]
     """The tokens of each conversation, and their logits: (tokens, vocabulary)."""
     found = []
     for messages in asked:
-        ids = chat.prompt_ids({"messages": [*messages, {"role": "assistant"}]}, tokenizer)
+        ids = templates.prompt_ids({"messages": [*messages, {"role": "assistant"}]}, tokenizer)
         found.append((ids, np.array(model(mx.array([ids]))[0].astype(mx.float32))))
     return found
 
@@ -108,13 +108,14 @@ def test_torch_computes_what_mlx_computes(
     moved = difference(by_mlx(plain, tokenizer, asked), adapted)
     assert moved > 100 * LARGEST  # else equal logits would say nothing
 
-    fuse.fuse(base, tmp_path / "adapters", tmp_path / "fused", dequantize=False)
-    fused, tokenizer = models.load(tmp_path / "fused")
+    folder = tmp_path / "fused"
+    folder.mkdir()
+    end = tokenizer.eos_token_id
+    fuse.fuse(base, tmp_path / "adapters", folder, end=end, dequantize=False)
+    fused, tokenizer = models.load(folder)
     fused.set_dtype(mx.float32)
     found = {
-        "fused": difference(
-            by_mlx(fused, tokenizer, asked), by_torch(tmp_path, asked, tmp_path / "fused")
-        )
+        "fused": difference(by_mlx(fused, tokenizer, asked), by_torch(tmp_path, asked, folder))
     }
     if method != "full":
         peft_adapters.write(tmp_path / "adapters", tmp_path / "peft", base=str(base), model=base)
