@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from athanor import evaluation, files, models, templates
+from athanor import evaluation, files, models, sources, templates
 from athanor.console import UserError
 from conftest import Stages
 
@@ -22,13 +22,22 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def four_bits(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tiny base with four bits a weight, as mlx_lm.convert would write it."""
+    return quantized(tiny, tmp_path_factory.mktemp("models"), bits=4)
+
+
+@pytest.fixture(scope="module")
+def eight_bits(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantized(tiny, tmp_path_factory.mktemp("models"), bits=8)
+
+
+def quantized(tiny: Path, parent: Path, bits: int) -> Path:
+    """A copy of the tiny base with so many bits a weight, as mlx_lm.convert would write it."""
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-    folder = tmp_path_factory.mktemp("models") / "tiny-4bit"
+    folder = parent / f"tiny-{bits}bit"
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     model, settings = load_model(tiny)
-    model, settings = quantize_model(model, settings, group_size=64, bits=4)
+    model, settings = quantize_model(model, settings, group_size=64, bits=bits)
     save_model(folder, model)
     save_config(settings, folder / "config.json")
     return folder
@@ -70,20 +79,45 @@ def test_every_method_trains_tests_and_fuses(
     assert metrics["test_train_stop_rate"] == 1
     assert metrics["test_train_base_exact_match"] == 0
     assert fused_answers() == references()
-    if "4bit" in chosen:
-        assert "quantization" not in files.read_json(Path("artifacts/fuse/model/config.json"))
+    fused = files.read_json(Path("artifacts/fuse/fused.json"))
+    assert fused["dequantized"] == ("4bit" in chosen)
+    assert fused["parity"]["share_lost"] < 0.01
+    assert "quantization" not in files.read_json(Path("artifacts/fuse/model/config.json"))
 
 
-def test_quantized_base_can_be_fused_into_four_bits(stages: Stages, four_bits: Path) -> None:
-    stages(
-        "config", overrides=(f"model.path={four_bits}", "fuse.dequantize=false", "train.iters=2")
-    )
+def test_quantized_base_is_fused_into_its_bits_where_little_is_lost(
+    stages: Stages, eight_bits: Path, store: str
+) -> None:
+    stages("config", overrides=(f"model.path={eight_bits}", "train.iters=2"))
     stages("prepare", "train", "fuse")
     settings = files.read_json(Path("artifacts/fuse/model/config.json"))
-    assert settings["quantization"]["bits"] == 4
+    assert settings["quantization"]["bits"] == 8
     assert all(answer for answer in fused_answers())
-    base = (four_bits / "model.safetensors").stat().st_size
+    base = (eight_bits / "model.safetensors").stat().st_size
     assert Path("artifacts/fuse/model/model.safetensors").stat().st_size < 1.1 * base
+    parity = files.read_json(Path("artifacts/fuse/fused.json"))["parity"]
+    run = last_run(store)
+    assert run.data.tags["fused.dequantized"] == "false"
+    assert run.data.metrics["fuse_max_logit_difference"] == parity["difference"]
+    assert 0 < run.data.metrics["fuse_share_lost"] == parity["share_lost"] < 0.05
+
+
+def test_fused_model_that_lost_the_training_is_not_written(
+    stages: Stages, four_bits: Path, store: str
+) -> None:
+    stages("config", overrides=(f"model.path={four_bits}", "train.iters=2"))
+    stages("prepare", "train")
+    for earlier in (False, True):
+        with pytest.raises(UserError, match=r"quantizing .* lost \d+% of what the training"):
+            stages("fuse", overrides=("fuse.dequantize=false",))
+        assert Path("artifacts/fuse/model").exists() == earlier
+        if not earlier:
+            stages("fuse")
+    fused = files.read_json(Path("artifacts/fuse/fused.json"))
+    assert sources.digest(Path("artifacts/fuse/model")) == fused["digest"]
+    run = last_run(store)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["fused.digest"] == fused["digest"]
 
 
 def test_full_training_of_a_quantized_base_is_refused(stages: Stages, four_bits: Path) -> None:

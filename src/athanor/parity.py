@@ -25,6 +25,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
 from athanor import files, models, sources, templates
+from athanor.console import UserError
 from athanor.templates import Message
 
 # At most so many tokens of a question, of a plain text that is one, and of a greedy answer; and how
@@ -127,6 +128,9 @@ def trained(base: Path, adapters: Path, rows: list[Message]) -> Trained:
 
     Questions that its template refuses or that are longer than LONGEST tokens are not asked; of
     plain text, the first tokens are the question.
+
+    Raises:
+        UserError: where the adapters make no finite logits.
     """
     model, tokenizer = models.load(base)
     models.load_adapters(model, adapters)
@@ -145,7 +149,12 @@ def trained(base: Path, adapters: Path, rows: list[Message]) -> Trained:
     del model
     mx.clear_cache()
     model, _ = models.load(base)
-    change = max(_largest(one.logits - _logits(model, one.ids)) for one in said)
+    change = max((_largest(one.logits - _logits(model, one.ids)) for one in said), default=0.0)
+    if not math.isfinite(change):
+        raise UserError(
+            f"{adapters}: with them the model of {base} answers with nan or inf; a training with "
+            "a smaller train.learning_rate may not: `uv run dvc repro fuse` runs both"
+        )
     return Trained(base, adapters, rows, said, change)
 
 
@@ -159,7 +168,9 @@ def compare(trained: Trained, folder: Path, max_difference: float) -> Report:
     """
     model, tokenizer = models.load(folder)
     steps = STEPS_OF_WEIGHTS if models.on_cpu() else STEPS_OF_RESULTS
-    rounding = steps * _epsilon(folder) * max(_largest(one.logits) for one in trained.said)
+    rounding = (
+        steps * _epsilon(folder) * max((_largest(one.logits) for one in trained.said), default=0.0)
+    )
     tolerance = max_difference * trained.change + rounding
     difference, positions, answers = 0.0, 0, []
     for one in trained.said:
@@ -259,10 +270,11 @@ def _misread(trained: Trained, folder: Path, tokenizer: TokenizerWrapper) -> str
                 f"the {'tokenizer' if same else 'chat template'} is not the base's: the question "
                 f"{_question(row)!r} has {here!r} as its tokens from {at} on, expected {there!r}"
             )
-    ends = {"the tokenizer": tokenizer.eos_token_ids}
+    ends = {}
     for name in ("config.json", "generation_config.json"):
         stated = files.read_json(folder / name).get("eos_token_id")
         ends[name] = set(stated) if isinstance(stated, list) else {stated}
+    ends["the tokenizer"] = tokenizer.eos_token_ids
     for where, stops in ends.items():
         if stops != own.eos_token_ids:
             return f"the stops: {where} has {stops}, the training had {own.eos_token_ids}"
