@@ -155,6 +155,8 @@ def test_a_base_that_was_never_trained_to_end_an_answer(
     assert said.startswith("星期八")  # and then, as the tutorial had it: \n!\n!…
 
     assert answered(ours(base, stages)) == [True] * 6
+    said_before = " ".join(capsys.readouterr().err.split())
+    assert f"{TEXT_END} (6141) instead of the template's <|turn_end|> ({end})" in said_before
     contract = chat.Contract.read(Path("artifacts/prepare/chat.json"))
     tokenizer = models.load_tokenizer(base)
     assert tokenizer.convert_ids_to_tokens(contract.end) == TEXT_END

@@ -360,6 +360,20 @@ def test_stages_out_of_order_say_which_comes_first(stages: Stages) -> None:
             stages(stage)
 
 
+def test_what_cannot_become_a_gguf_is_named_before_training(
+    stages: Stages, tiny: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "other"))
+    config = files.read_json(folder / "config.json")
+    files.write_json(folder / "config.json", config | {"model_type": "olmo2"})
+    stages("config", overrides=(f"model.path={folder}",))
+    for stage in ("prepare", "train"):
+        with pytest.raises(UserError, match=r"fuse\.gguf: .*olmo2.*fuse\.gguf=null goes without"):
+            stages(stage)
+    stages("config", overrides=(f"model.path={folder}", "fuse.gguf=null"))
+    stages("prepare")
+
+
 def test_rows_with_nothing_to_learn_stop_before_training(stages: Stages) -> None:
     stages("config", overrides=("train.max_seq_length=5",))
     with pytest.raises(UserError, match=r"train: too_few_rows: .* 12 nothing_to_learn"):
