@@ -96,7 +96,7 @@ def train(
                 model=model,
                 iteration=iters,
             )
-            made[way] = parity.trained(bases(name), folder, ROWS)
+            made[way] = parity.ask(bases(name), folder, ROWS)
         return made[way]
 
     return trained
@@ -340,7 +340,7 @@ def test_adapters_without_numbers_are_named(
     weights = cast("dict[str, mx.array]", mx.load(path))
     mx.save_safetensors(path, {name: value * mx.nan for name, value in weights.items()})
     with pytest.raises(UserError, match=r"nan or inf; .* smaller train\.learning_rate"):
-        parity.trained(tiny, folder, ROWS)
+        parity.ask(tiny, folder, ROWS)
 
 
 def test_weights_that_mlx_only_reads_are_not_fused_into(tiny: Path, tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_plain_texts_and_long_questions_are_asked_for_what_they_are(
     tiny: Path, tmp_path: Path, train: Callable[..., Trained]
 ) -> None:
     long = {"messages": [{"role": "user", "content": "字" * 2000}, ROWS[0]["messages"][1]]}
-    trained = parity.trained(tiny, train().adapters, [{"text": "春眠不觉晓" * 100}, long])
+    trained = parity.ask(tiny, train().adapters, [{"text": "春眠不觉晓" * 100}, long])
     assert len(trained.rows) == len(parity.FIXED) + 2
     assert len(trained.said) == len(parity.FIXED) + 1
     assert trained.said[-1].asked == parity.TEXT

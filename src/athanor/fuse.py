@@ -42,8 +42,6 @@ from athanor.templates import Message
 # What a folder holds besides config.json, generation_config.json and the weights.
 CARRIED = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
 CARRIED += ["chat_template*", "*.tiktoken"]
-
-
 # Questions of the training rows that both models are asked, beside parity's own.
 QUESTIONS = 8
 
@@ -66,16 +64,17 @@ def fuse_and_compare(
     Raises:
         UserError: with the cause, where no model passes; what was in `out` is still there.
     """
-    quantized = is_quantized(sources.read_config(base))
+    stated = sources.read_config(base)
+    quantized = is_quantized(stated)
     # Forms that mlx-lm only reads (AWQ, GPTQ, …) can't be written again.
-    writable = not quantized or "quantization" in sources.read_config(base)
+    writable = not quantized or "quantization" in stated
     if dequantize is False and not writable:
         raise UserError(
             f"fuse.dequantize: weights that mlx did not quantize itself, as those of {base}, can't "
             "be fused into; expected null or true, found false"
         )
     plain = quantized and (dequantize or not writable)
-    trained = parity.trained(base, adapters, rows)
+    trained = parity.ask(base, adapters, rows)
     with files.whole_folder(out) as folder:
         fuse(base, adapters, folder, end=end, dequantize=plain)
         report = parity.compare(trained, folder, max_difference)

@@ -20,11 +20,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.generate import generate_step
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model
 
-from athanor import files, models, sources, templates
+from athanor import evaluation, files, models, sources, templates
 from athanor.console import UserError
 from athanor.templates import Message
 
@@ -33,10 +32,14 @@ from athanor.templates import Message
 LONGEST, TEXT, ANSWER, POSITIONS = 512, 64, 24, 32
 # Rounding may move a logit by so many of the stored dtype's steps, which are its epsilon times the
 # largest logit: where the weights alone are rounded, as on a CPU, which computes in float32, and
-# where every result is. Of the tiny model it was 0.5 and 5.3 of them at most.
+# where every result is. Measured: at most 0.7 of them (the tiny model and a random one of 0.5 B, in
+# float16 and bfloat16), and 5.3 (the tiny one, quantized, computed in half precision).
 STEPS_OF_WEIGHTS, STEPS_OF_RESULTS = 2.0, 8.0
 # The least epsilon: of float32, whose own is smaller than what the order of a sum does.
 FLOAT32 = 1e-5
+
+# Values of a weight that are computed with at a time.
+VALUES = 1 << 24
 
 FIXED = [
     [{"role": "user", "content": "你好，请用一句话介绍你自己。"}],
@@ -123,8 +126,8 @@ class Report:
         )
 
 
-def trained(base: Path, adapters: Path, rows: list[Message]) -> Trained:
-    """Asks the trained model, `base` with `adapters` on, the fixed questions and those of `rows`.
+def ask(base: Path, adapters: Path, rows: list[Message]) -> Trained:
+    """Asks the trained model, `base` with `adapters` on, the FIXED questions and those of `rows`.
 
     Questions that its template refuses or that are longer than LONGEST tokens are not asked; of
     plain text, the first tokens are the question.
@@ -141,11 +144,16 @@ def trained(base: Path, adapters: Path, rows: list[Message]) -> Trained:
         for turns in FIXED
     ]
     rows = [*fixed, *rows]
-    said = [
-        _say(model, _question(row), ids, tokenizer.eos_token_ids)
-        for row, ids in zip(rows, _read(rows, tokenizer), strict=True)
-        if 0 < len(ids) <= LONGEST
-    ]
+    read = zip(rows, _read(rows, tokenizer), strict=True)
+    asked = [(row, ids) for row, ids in read if 0 < len(ids) <= LONGEST]
+    prompts = [ids for _, ids in asked]
+    given = evaluation.answers(
+        model, tokenizer, prompts, max_tokens=ANSWER, batch_size=max(1, len(prompts))
+    )
+    said = []
+    for (row, ids), answer in zip(asked, given, strict=True):
+        logits = _logits(model, ids + answer.ids)
+        said.append(Said(_question(row), ids + answer.ids, len(ids), logits))
     del model
     mx.clear_cache()
     model, _ = models.load(base)
@@ -168,9 +176,8 @@ def compare(trained: Trained, folder: Path, max_difference: float) -> Report:
     """
     model, tokenizer = models.load(folder)
     steps = STEPS_OF_WEIGHTS if models.on_cpu() else STEPS_OF_RESULTS
-    rounding = (
-        steps * _epsilon(folder) * max((_largest(one.logits) for one in trained.said), default=0.0)
-    )
+    largest = max((_largest(one.logits) for one in trained.said), default=0.0)
+    rounding = steps * _epsilon(folder) * largest
     tolerance = max_difference * trained.change + rounding
     difference, positions, answers = 0.0, 0, []
     for one in trained.said:
@@ -194,15 +201,6 @@ def compare(trained: Trained, folder: Path, max_difference: float) -> Report:
     return Report(difference, trained.change, share, rounding, tolerance, positions, answers, cause)
 
 
-def _say(model: nn.Module, question: str, ids: list[int], ends: set[int]) -> Said:
-    answer: list[int] = []
-    for token, _ in generate_step(mx.array(ids), model, max_tokens=ANSWER):
-        if token in ends:
-            break
-        answer.append(int(token))
-    return Said(question, ids + answer, len(ids), _logits(model, ids + answer))
-
-
 def _logits(model: nn.Module, ids: list[int]) -> np.ndarray:
     """float32 [the last POSITIONS of ids at most, vocabulary], in one forward pass."""
     return np.array(model(mx.array(ids)[None])[0, -POSITIONS:].astype(mx.float32))
@@ -215,7 +213,7 @@ def _largest(values: np.ndarray) -> float:
 def _epsilon(folder: Path) -> float:
     """The coarsest epsilon of the dtypes that a model's weights are stored in."""
     dtypes = models.stored_dtypes(folder).values()
-    return max(FLOAT32, *(mx.finfo(one).eps for one in dtypes if mx.issubdtype(one, mx.floating)))
+    return max([FLOAT32, *(mx.finfo(one).eps for one in dtypes if mx.issubdtype(one, mx.floating))])
 
 
 def _answer(one: Said, logits: np.ndarray, tolerance: float) -> Answer:
@@ -361,10 +359,33 @@ def _drowned(changes: list[_Change], share_lost: float | None) -> str:
     return f"rounding the fused weights to the base's dtype {drowned}"
 
 
+@dataclass(frozen=True)
+class _Weight:
+    """Where a weight is: `module[key]`, and in `adapters` what is added to it, if anything is."""
+
+    module: nn.Module
+    key: str
+    adapters: nn.Module | None
+
+    @property
+    def array(self) -> mx.array:
+        value: mx.array = self.module[self.key]
+        return value if value.ndim else value[None]
+
+    @property
+    def quantized(self) -> bool:
+        return self.key == "weight" and "scales" in self.module
+
+    @property
+    def form(self) -> dict[str, Any]:
+        module = self.module
+        return {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+
+
 def _changes(trained: Trained, folder: Path) -> Iterator[_Change]:
     """Holds each weight of the fused model against the base's and the trained one's.
 
-    They are read from the disk one by one.
+    They are read from the disk one by one, and computed with some rows at a time.
     """
     model, _ = load_model(trained.base, lazy=True)
     models.load_adapters(model, trained.adapters)
@@ -372,90 +393,89 @@ def _changes(trained: Trained, folder: Path) -> Iterator[_Change]:
     before = _weights(load_model(trained.base, lazy=True)[0])
     fused = _weights(load_model(folder, lazy=True)[0])
     del model
-    for name in list(fused):
-        (base, *_), (goal, *_) = before.pop(name), after.pop(name)
-        value, module, key = fused.pop(name)
-        at_best = _as_stored(goal, module, key)
-        change = goal - base
-        norms = (mx.linalg.norm(x) for x in (change, goal, value - goal, at_best - goal))
-        wanted, size, lost, unavoidable = map(float, norms)
-        products = ((x - base) * change for x in (value, at_best))
-        kept, storable = (float(x.sum()) / wanted**2 if wanted else 0.0 for x in products)
-        quantized = "scales" in module
-        yield _Change(name, quantized, wanted, size, lost, unavoidable, kept, storable)
+    for name in [name for name in fused if name in before and name in after]:
+        places = [of.pop(name) for of in (before, after, fused)]
+        stored = places[-1]
+        shape = stored.array.shape
+        step = max(1, VALUES // math.prod(shape[1:]))
+        sums = np.zeros(6)
+        for start in range(0, shape[0], step):
+            rows = slice(start, start + step)
+            base, goal, value = (_values(place, rows) for place in places)
+            at_best = _as_stored(goal, stored)
+            change, lost, unavoidable = goal - base, value - goal, at_best - goal
+            squares = [(x * x).sum() for x in (change, goal, lost, unavoidable)]
+            products = [(x * change).sum() for x in (value - base, at_best - base)]
+            sums += np.array(mx.stack([*squares, *products]))
+        kept, storable = sums[4:] / sums[0] if sums[0] > 0 else (0.0, 0.0)
+        yield _Change(name, stored.quantized, *map(float, (*np.sqrt(sums[:4]), kept, storable)))
 
 
-def _weights(model: nn.Module) -> dict[str, tuple[mx.array, nn.Module, str]]:
-    """All weights by name, in float32, quantized ones dequantized and adapters added.
-
-    They are not evaluated yet. With each come the module and the key that it is stored in.
-    """
+def _weights(model: nn.Module) -> dict[str, _Weight]:
+    """All weights by name; of quantized ones and of those with adapters, what they stand for."""
     found = {}
     inside: set[str] = set()
     for name, module in model.named_modules():  # a module comes before those that are in it
         if name in inside:
             continue
-        stored = module
-        if "lora_a" in module:
+        stored, adapters = module, None
+        if isinstance(module.get("lora_a"), mx.array):
             part = "linear" if "linear" in module else "embedding"
-            stored = module[part]
+            stored, adapters = module[part], module
             inside.add(f"{name}.{part}")
         for key, value in stored.items():
             if not isinstance(value, mx.array) or key.startswith("_"):
                 continue
             if "scales" in stored and key in ("scales", "biases"):
                 continue
-            weight = _dense(stored, key)
-            if key == "weight" and stored is not module:
-                weight = _adapted(weight, module)
-            found[f"{name}.{key}"] = weight, stored, key
+            found[f"{name}.{key}"] = _Weight(stored, key, adapters if key == "weight" else None)
     return found
 
 
-def _dense(module: nn.Module, key: str) -> mx.array:
-    value = module[key]
-    if key == "weight" and "scales" in module:
-        value = _dequantized(module, value, module["scales"], module.get("biases"))
-    return value.astype(mx.float32)
+def _values(weight: _Weight, rows: slice) -> mx.array:
+    """Rows of a weight as the model computes with it, in float32.
 
-
-def _as_stored(value: mx.array, module: nn.Module, key: str) -> mx.array:
-    """What is left of a float32 value that is stored as this module stores its own."""
-    if key == "weight" and "scales" in module:
-        packed, *scaling = mx.quantize(value, **_form(module))
-        scaling = [scales.astype(module["scales"].dtype) for scales in scaling]
-        value = _dequantized(module, packed, *scaling)
+    Adapters as the forward passes of mlx-lm's tuner have them: LoRA (Hu et al. 2021) is
+    W + scale (A B)^T, and DoRA (Liu et al. 2024) gives its rows the lengths m.
+    """
+    module, adapters = weight.module, weight.adapters
+    value = weight.array[rows]
+    if weight.quantized:
+        biases = module.get("biases")
+        value = _dequantized(
+            weight, value, module["scales"][rows], None if biases is None else biases[rows]
+        )
+    value = value.astype(mx.float32)
+    if adapters is None:
+        return value
+    a, b = adapters["lora_a"].astype(mx.float32), adapters["lora_b"].astype(mx.float32)
+    if b.ndim == 3:  # experts: a is [experts, rank, in], b [experts, out, rank]
+        product = b[rows] @ a[rows]
+    elif "embedding" in adapters:
+        product = a[rows] @ b
     else:
-        value = value.astype(module[key].dtype)
+        product = (a @ b[:, rows]).T
+    value = value + adapters.scale * product
+    if "m" in adapters:
+        value = value * (adapters["m"][rows] / mx.linalg.norm(value, axis=1))[:, None]
+    return value
+
+
+def _as_stored(value: mx.array, weight: _Weight) -> mx.array:
+    """What is left of float32 values that are stored as this weight is."""
+    if weight.quantized:
+        packed, *scaling = mx.quantize(value, **weight.form)
+        scaling = [scales.astype(weight.module["scales"].dtype) for scales in scaling]
+        value = _dequantized(weight, packed, *scaling)
+    else:
+        value = value.astype(weight.array.dtype)
     return value.astype(mx.float32)
 
 
 def _dequantized(
-    module: nn.Module, packed: mx.array, scales: mx.array, biases: mx.array | None = None
+    weight: _Weight, packed: mx.array, scales: mx.array, biases: mx.array | None = None
 ) -> mx.array:
-    """A quantized weight; in float32 where its scales are floats, which not all forms have."""
+    """Quantized values; in float32 where their scales are floats, which not all forms have."""
     if biases is not None:
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    return mx.dequantize(packed, scales, biases, **_form(module))
-
-
-def _form(module: nn.Module) -> dict[str, Any]:
-    return {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-
-
-def _adapted(weight: mx.array, module: nn.Module) -> mx.array:
-    """A weight with its adapters, as the forward passes of mlx-lm's tuner have it.
-
-    LoRA (Hu et al. 2021) is W + scale (A B)^T; DoRA (Liu et al. 2024) gives its rows the lengths m.
-    """
-    a, b = module["lora_a"].astype(mx.float32), module["lora_b"].astype(mx.float32)
-    if b.ndim == 3:  # experts: a is [experts, rank, in], b [experts, out, rank]
-        product = b @ a
-    elif "embedding" in module:
-        product = a @ b
-    else:
-        product = (a @ b).T
-    weight = weight + module.scale * product
-    if "m" in module:
-        weight = weight * (module["m"] / mx.linalg.norm(weight, axis=1))[:, None]
-    return weight
+    return mx.dequantize(packed, scales, biases, **weight.form)
