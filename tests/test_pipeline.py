@@ -162,11 +162,12 @@ def test_the_tutorials_questions_are_answered_as_readme_says(
 ) -> None:
     """The command that README gives, and the last column of its table."""
     readme = (repo / "README.md").read_text(encoding="utf-8")
-    command = re.search(r"uv run (python -m athanor\.generate (?:\".*?\" ?)+)", readme)
+    section = readme[readme.index("## The tutorial's three questions") :].split("\n\n**")[0]
+    command = re.search(r"`uv run (python -m athanor.generate .*)`", section)
     assert command is not None
     arguments = shlex.split(command[1])[1:]
     printed = finished.run(sys.executable, *arguments).splitlines()
-    told = re.findall(r"^\| (.*?) \| `.*`.* \| `(.*)` \|$", readme, re.MULTILINE)
+    told = re.findall(r"^\| (.*?) \| `.*`.* \| `(.*)` \|$", section, re.MULTILINE)
     assert [question for question, _ in told] == arguments[2:]
     for question, answer in told:
         place = printed.index(question)
@@ -259,7 +260,7 @@ def test_mlflow_holds_the_whole_run(finished: Workspace) -> None:
     kept = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert {"adapters", "params.yaml", "history.csv", "test"} <= kept
     of_data = {a.path for a in client.list_artifacts(run.info.run_id, "data")}
-    assert of_data == {"data/report.html", "data/report.json"}
+    assert of_data == {f"data/{name}" for name in ("chat.json", "report.html", "report.json")}
     assert (run.data.metrics["train_rows"], run.data.metrics["rejected_rows"]) == (6, 0)
     datasets = {d.dataset.name: d.tags[0].value for d in run.inputs.dataset_inputs}
     assert datasets["artifacts/prepare/train.jsonl"] == "training"
