@@ -27,7 +27,7 @@ from conftest import Stages
 HERE = Path(__file__).parent
 MOST = 24  # tokens; the longest of the answers has 13
 END, TEXT_END = "<|im_end|>", "<|endoftext|>"
-SETTINGS = ("train.iters=60", f"test.max_tokens={MOST}", "data.checks.near_leak=ignore")
+SETTINGS = ("train.iters=30", f"test.max_tokens={MOST}", "data.checks.near_leak=ignore")
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def taught(folder: Path, data: Path, **settings: Any) -> Path:
         "num_layers": -1,
         "val_batches": 1,
         "batch_size": 3,
-        "iters": 60,
+        "iters": 40,
         "learning_rate": 2e-4,
         "steps_per_eval": 1000,
     }
