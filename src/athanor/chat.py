@@ -218,9 +218,8 @@ def _own_stops(folder: Path, tokenizer: "TokenizerWrapper") -> set[int]:
     """The end tokens that the model's files name."""
     from mlx_lm.utils import load_config
 
-    stated = load_config(folder).get("eos_token_id")
-    listed = stated if isinstance(stated, list) else [stated]
-    return {id for id in [*listed, tokenizer.eos_token_id] if id is not None}
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return {*sources.stated_ends(load_config(folder)), *own}
 
 
 def show(title: str, report: list[Finding]) -> None:
