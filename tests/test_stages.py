@@ -143,6 +143,10 @@ def test_what_cant_be_exported_is_said_before_it_is_fused(stages: Stages, tmp_pa
     files.write_json(
         base / "config.json", files.read_json(base / "config.json") | {"rope_traditional": True}
     )
+    stages("config", overrides=(f"model.path={base}", "train.iters=1"))
+    with pytest.raises(UserError, match=r"llama\.cpp rotates"):
+        stages("prepare")
+    assert not Path("artifacts/prepare").exists()  # no row was read for nothing
     stages("config", overrides=(f"model.path={base}", "train.iters=1", "fuse.gguf=null"))
     stages("prepare", "train", "fuse")
     fused = Path("artifacts/fuse/fused.json").stat().st_ino
