@@ -599,6 +599,8 @@ def _stored(tensor: "mx.array", kind: "GGMLQuantizationType", name: str) -> "np.
     if kind == GGMLQuantizationType.F16:
         half = np.asarray(tensor.astype(mx.float16))
         if not np.isfinite(half).all():
-            raise UserError(f"{name} has weights beyond f16's 65,504: choose bf16 or f32")
+            raise UserError(
+                f"{name} has weights beyond f16's 65,504: choose bf16 or f32 (fuse.gguf)"
+            )
         return half
     return quantize(np.asarray(tensor.astype(mx.float32)), kind)
