@@ -82,8 +82,6 @@ def test_a_model_of_plain_texts_goes_on_with_one(stages: Stages, tiny: Path) -> 
     assert contract.end == models.load_tokenizer(tiny).eos_token_id  # what texts were ended with
     [answers] = asked(text[:5]).values()
     assert answers[1] == f"tuned: {text[5:]}  (stopped)"
-    with pytest.raises(UserError, match="bare can't be asked that: the model has no chat template"):
-        stages("generate", overrides=(text[:5], "--system", "短答"))
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(
