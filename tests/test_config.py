@@ -144,6 +144,8 @@ def test_all_problems_are_reported_together_with_their_places(conf: Path) -> Non
         ("data.leak_similarity=0.2", "data.leak_similarity.*at least 0.5"),
         ("data.article_tokens=0", "data.article_tokens"),
         ("data.augment_copies=-1", "data.augment_copies"),
+        ("fuse.gguf=q4_0", "fuse.gguf.*one of f32, f16, bf16, q8_0, or null"),
+        ("fuse.registered_model_name=a/b", "fuse.registered_model_name.*letters, digits"),
         ("train=5", "has no 5.yaml"),
         ("optimizer=adam", "optimizer"),
     ],
@@ -151,6 +153,12 @@ def test_all_problems_are_reported_together_with_their_places(conf: Path) -> Non
 def test_impossible_values_are_refused(conf: Path, override: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         compose(conf, [override])
+
+
+def test_a_name_in_the_registry_needs_a_model_there(conf: Path) -> None:
+    assert compose(conf, ["fuse.log_model=false"]).fuse.registered_model_name is None
+    with pytest.raises(ConfigError, match=r"fuse\.log_model.*expected true.*found False"):
+        compose(conf, ["fuse.log_model=false", "fuse.registered_model_name=facts"])
 
 
 def test_the_best_is_kept_unless_facts_are_learned_by_heart(conf: Path) -> None:

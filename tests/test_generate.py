@@ -1,14 +1,16 @@
 """Questions from the shell: what base and tuned model say, and what is missing."""
 
 import io
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from athanor import files, generate
+from athanor import chat, files, generate, models
 from athanor.console import UserError
 from conftest import Stages
 
@@ -63,6 +65,23 @@ def test_both_models_answer_as_in_the_stage_test(stages: Stages) -> None:
         generate.base_of_adapters()
     with pytest.raises(UserError, match=r"test\.max_tokens .*expected 1 or more, found 0"):
         stages("generate", overrides=("--max-tokens", "0", moon))
+
+
+def test_a_model_of_plain_texts_goes_on_with_one(stages: Stages, tiny: Path) -> None:
+    shutil.copytree(tiny, "bare", ignore=shutil.ignore_patterns("chat_template*"))
+    shutil.rmtree("data")
+    Path("data").mkdir()
+    text = "春眠不觉晓，处处闻啼鸟"
+    for split in ("train", "valid"):
+        row = json.dumps({"text": text}, ensure_ascii=False)
+        Path(f"data/{split}.jsonl").write_text(row + "\n", encoding="utf-8")
+    checks = ("data.checks.leak=warn", "data.checks.near_leak=warn")
+    stages("config", overrides=("model.path=bare", "train.iters=30", *checks))
+    stages("prepare", "train")
+    contract = chat.Contract.read(Path("artifacts/prepare/chat.json"))
+    assert contract.end == models.load_tokenizer(tiny).eos_token_id  # what texts were ended with
+    [answers] = asked(text[:5]).values()
+    assert answers[1] == f"tuned: {text[5:]}  (stopped)"
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(

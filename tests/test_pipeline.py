@@ -101,6 +101,10 @@ def finished(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         if name and (repo / name).is_file() and name != "dvc.lock":
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(repo / name, folder / name)
+    # As it was committed: what an experiment left in it is no default.
+    shown = ["git", "show", "HEAD:params.yaml"]
+    params = subprocess.run(shown, cwd=repo, capture_output=True, check=True).stdout
+    (folder / "params.yaml").write_bytes(params)
     clone = Workspace(folder)
     clone.run("git", "init", "-q", "-b", "main")
     for key, value in (("user.name", "Tester"), ("user.email", "tester@localhost")):

@@ -6,6 +6,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +146,31 @@ def test_the_best_of_what_was_validated_on_the_same_rows_has_the_alias(
     said_how = capsys.readouterr().err.partition("To move it: uv run python ")[2]
     subprocess.run([sys.executable, *shlex.split(said_how)], check=True)
     assert best_version(client) == 4
+
+
+def test_of_two_that_end_at_once_the_better_one_has_the_alias(
+    client: MlflowClient, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each looks who is the best only when the other is done, or both wait for the other here."""
+    both = threading.Barrier(2)
+    look = MlflowClient.get_registered_model
+
+    def look_together(self: MlflowClient, name: str) -> Any:
+        found = look(self, name)
+        with suppress(threading.BrokenBarrierError):
+            both.wait(timeout=1)
+        return found
+
+    monkeypatch.setattr(MlflowClient, "get_registered_model", look_together)
+    losses = {"one": 1.5, "two": 1.4}
+    for digest in losses:
+        train(digest)
+    with ThreadPoolExecutor() as pool:
+        runs = pool.map(lambda one: fuse(one[0], tiny, one[0], loss=one[1]), losses.items())
+        said = [run.registered() for run in runs]
+    assert sum("(validation loss" in one for one in said) == 1
+    best = client.get_model_version_by_alias(NAME, "best")
+    assert best.tags["fused.digest"] == "two"
 
 
 def test_a_store_that_is_away_or_full_gets_the_model_later(

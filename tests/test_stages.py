@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from athanor import evaluation, files, models, sources, templates
+from athanor import (
+    chat,
+    evaluation,
+    files,
+    models,
+    registry,
+    sources,
+    supervision,
+    templates,
+)
 from athanor.console import UserError
 from conftest import Stages
 
@@ -66,6 +75,13 @@ def last_run(store: str) -> Any:
     return client.search_runs([experiment.experiment_id], max_results=1)[0]
 
 
+def logged_model(store: str) -> Any:
+    from mlflow import MlflowClient
+
+    [output] = last_run(store).outputs.model_outputs
+    return MlflowClient(store).get_logged_model(output.model_id)
+
+
 @pytest.mark.parametrize("chosen", [("train=dora",), ("train=full",), ("train=lora", "4bit")])
 def test_every_method_trains_tests_and_fuses(
     stages: Stages, four_bits: Path, chosen: tuple[str, ...]
@@ -120,6 +136,25 @@ def test_fused_model_that_lost_the_training_is_not_written(
     assert run.data.tags["fused.digest"] == fused["digest"]
 
 
+def test_what_cant_be_exported_is_said_before_it_is_fused(stages: Stages, tmp_path: Path) -> None:
+    """Also where the training went without: what is asked for may have changed since."""
+    base = Path("turned")
+    shutil.copytree(tmp_path / "models/tiny", base)
+    files.write_json(
+        base / "config.json", files.read_json(base / "config.json") | {"rope_traditional": True}
+    )
+    stages("config", overrides=(f"model.path={base}", "train.iters=1"))
+    with pytest.raises(UserError, match=r"llama\.cpp rotates"):
+        stages("prepare")
+    assert not Path("artifacts/prepare").exists()  # no row was read for nothing
+    stages("config", overrides=(f"model.path={base}", "train.iters=1", "fuse.gguf=null"))
+    stages("prepare", "train", "fuse")
+    fused = Path("artifacts/fuse/fused.json").stat().st_ino
+    with pytest.raises(UserError, match=r"fuse\.gguf: .*; fuse\.gguf=null goes without"):
+        stages("fuse", overrides=("fuse.gguf=f16",))
+    assert Path("artifacts/fuse/fused.json").stat().st_ino == fused
+
+
 def test_full_training_of_a_quantized_base_is_refused(stages: Stages, four_bits: Path) -> None:
     with pytest.raises(UserError, match="can't be trained in full"):
         stages("config", overrides=("train=full", f"model.path={four_bits}"))
@@ -134,7 +169,7 @@ def test_fused_weights_keep_the_bases_dtypes(stages: Stages, tiny: Path) -> None
         assert (fused / name).read_bytes() == (tiny / name).read_bytes()
 
 
-def test_chats_and_plain_texts_go_all_the_way(stages: Stages) -> None:
+def test_chats_and_plain_texts_go_all_the_way(stages: Stages, store: str, tiny: Path) -> None:
     chats = [
         {"messages": [{"role": "system", "content": "短答"}, *row["messages"]]}
         for row in (
@@ -147,12 +182,26 @@ def test_chats_and_plain_texts_go_all_the_way(stages: Stages) -> None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
         Path(f"data/{split}.jsonl").write_text(lines, encoding="utf-8")
     Path("data/test.jsonl").unlink()
-    stages("config", overrides=("train.iters=2", "train.batch_size=2"))
+    stages("config", overrides=("train.iters=2", "train.batch_size=2", "train.end_token=base"))
+    left = Path("artifacts/.fuse.killed/model")
+    left.mkdir(parents=True)
     stages("prepare", "train", "test", "fuse")
+    assert not left.exists()
     metrics = files.read_json(Path("artifacts/test/metrics.json"))
     assert metrics["test_valid_loss"] > 0
     assert "test_valid_exact_match" not in metrics
     assert "test_loss" not in metrics
+    assert 'SYSTEM "短答"\n' in Path("artifacts/fuse/Modelfile").read_text(encoding="utf-8")
+    # Texts end with the tokenizer's own token, whatever answers end with: that was validated on.
+    end = chat.Contract.read(Path("artifacts/prepare/chat.json")).end
+    tokenizer = models.load_tokenizer(tiny)
+    assert end != tokenizer.eos_token_id
+    valid = supervision.tokenize_all(texts, tokenizer, True, 2048, end)
+    model = logged_model(store)
+    assert model.tags["valid.digest"] == registry.measured_on(valid)
+    folder = Path(model.artifact_location.removeprefix("file://"))
+    example = files.read_json(folder / "input_example.json")
+    assert example["messages"] == [{"role": "user", "content": "一"}]
 
 
 def test_every_figure_is_of_base_and_tuned_and_recorded(
@@ -249,7 +298,7 @@ def test_a_model_without_a_chat_template_has_losses(
     assert {key.rpartition("_")[2] for key in metrics} == {"loss", "perplexity"}
     assert len(metrics) == 12
     with pytest.raises(UserError, match=r"texts can't be asked that: .*chat.template"):
-        stages("generate", overrides=("春眠不觉晓",))
+        stages("generate", overrides=("春眠不觉晓", "--system", "短答"))
 
 
 def test_stage_refuses_what_was_prepared_for_another_model(

@@ -84,7 +84,9 @@ def settle(folder: Path, tokenizer: "TokenizerWrapper", choice: str) -> Contract
 
     name = _names(tokenizer)
     written = templates.end_of_turn(tokenizer)
-    stops = sorted(tokenizer.eos_token_ids, key=lambda id: (id != written, id))
+    # Plain texts end with the tokenizer's own, and so do answers after which nothing is written.
+    usual = tokenizer.eos_token_id if written is None else written
+    stops = sorted(tokenizer.eos_token_ids, key=lambda id: (id != usual, id))
     own = [id for id in stops if id != written]
     if not stops:
         raise UserError(
@@ -94,7 +96,7 @@ def settle(folder: Path, tokenizer: "TokenizerWrapper", choice: str) -> Contract
     cannot = untrained or {}
     sayable = [id for id in own if id not in cannot]
 
-    end, trains_end = stops[0] if written is None else written, False
+    end, trains_end = stops[0], False
     if choice == BASE:
         if not own:
             raise UserError(
@@ -218,9 +220,8 @@ def _own_stops(folder: Path, tokenizer: "TokenizerWrapper") -> set[int]:
     """The end tokens that the model's files name."""
     from mlx_lm.utils import load_config
 
-    stated = load_config(folder).get("eos_token_id")
-    listed = stated if isinstance(stated, list) else [stated]
-    return {id for id in [*listed, tokenizer.eos_token_id] if id is not None}
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return {*sources.stated_ends(load_config(folder)), *own}
 
 
 def show(title: str, report: list[Finding]) -> None:

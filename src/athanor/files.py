@@ -72,8 +72,14 @@ def read_json(path: Path) -> Any:
 
 def read_jsonl(path: Path) -> list[Any]:
     """Reads a JSONL file that an earlier stage wrote to artifacts/<stage>/."""
+    return list(lines_of_jsonl(path))
+
+
+def lines_of_jsonl(path: Path) -> Iterator[Any]:
+    """Reads such a file a line at a time: training rows may be more than memory holds."""
     with _written(path).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        for line in file:
+            yield json.loads(line)
 
 
 def _written(path: Path) -> Path:
@@ -104,6 +110,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, UserError):  # of files that nobody finds under their temporary name
+            raise UserError(str(error).replace(str(temporary), str(path))) from error
         if isinstance(error, RuntimeError) and "Unable to write" in str(error):
             # All that mlx's writer says of a full disk.
             raise OSError(errno.ENOSPC, str(error), str(path)) from error

@@ -12,7 +12,9 @@ are the base's files, byte for byte, but for the name of the token that ends an 
 
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +66,10 @@ def fuse_and_compare(
     Raises:
         UserError: with the cause, where no model passes; what was in `out` is still there.
     """
-    stated = sources.read_config(base)
-    quantized = is_quantized(stated)
+    config = sources.read_config(base)
+    quantized = sources.is_quantized(config)
     # Forms that mlx-lm only reads (AWQ, GPTQ, …) can't be written again.
-    writable = not quantized or "quantization" in stated
+    writable = not quantized or "quantization" in config
     if dequantize is False and not writable:
         raise UserError(
             f"fuse.dequantize: weights that mlx did not quantize itself, as those of {base}, can't "
@@ -111,7 +113,7 @@ def fuse(base: Path, adapters: Path, folder: Path, *, end: int, dequantize: bool
     if fused:
         model.update_modules(tree_unflatten(fused))
     settings = sources.read_config(base)
-    if dequantize and is_quantized(settings):
+    if dequantize and sources.is_quantized(settings):
         model = dequantize_model(model)
         settings.pop("quantization", None)
         settings.pop("quantization_config", None)
@@ -125,11 +127,6 @@ def fuse(base: Path, adapters: Path, folder: Path, *, end: int, dequantize: bool
     _name_end(folder, tokenizer.convert_ids_to_tokens(end))
     files.write_json(folder / "generation_config.json", _generation(base, settings, tokenizer))
     files.write_json(folder / "config.json", settings)
-
-
-def is_quantized(settings: dict[str, Any]) -> bool:
-    """Whether a config.json says that weights are quantized."""
-    return "quantization" in settings or "quantization_config" in settings
 
 
 def _to_stored_dtypes(model: nn.Module, base: Path) -> None:
@@ -152,9 +149,8 @@ def _to_stored_dtypes(model: nn.Module, base: Path) -> None:
 
 def _ends(base: Path, end: int, used: set[int]) -> int | list[int]:
     """The tokens that end an answer: the one that was learned, the base's own, then the others."""
-    stated = load_config(base).get("eos_token_id") or []
-    first = [end, *([stated] if isinstance(stated, int) else stated)]
-    ends = list(dict.fromkeys([*first, *sorted(used)]))
+    stated = sources.stated_ends(load_config(base))
+    ends = list(dict.fromkeys([end, *stated, *sorted(used)]))
     return ends[0] if len(ends) == 1 else ends
 
 
@@ -202,7 +198,7 @@ def export(folder: Path, adapters: Path, base: Path, name: str, fuse: FuseConfig
             files.write_text(model / "Modelfile", text)
             wrote["ollama"] = "Modelfile" if fuse.gguf is not None else "model/Modelfile"
         except UserError as error:
-            console.warn(f"no Modelfile was written: {error}")
+            console.warn(f"no Modelfile was written: {error}".replace(str(folder), str(FUSED)))
     if fuse.peft:
         try:
             peft_adapters.write(adapters, folder / "peft", base=name, model=base)
@@ -215,19 +211,22 @@ def export(folder: Path, adapters: Path, base: Path, name: str, fuse: FuseConfig
 def main() -> None:
     cfg = settings.load(sys.argv[1:])
     trained = files.read_json(TRAINED / "run.json")
+    for left in FUSED.parent.glob(f".{FUSED.name}.*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with tracking.resume(trained["run"], trained["run_id"]) as run:
         source = sources.Source.read(PREPARED / "model.json")
         base, adapters = source.folder(), TRAINED / "adapters"
-        rows = files.read_jsonl(PREPARED / "train.jsonl")
+        settings.refuse_misfits(cfg, base)  # what is exported may have changed since the training
+        rows = list(islice(files.lines_of_jsonl(PREPARED / "train.jsonl"), QUESTIONS))
         config: FuseConfig = settings.plain(cfg.fuse)
-        if config.system is None:
-            config.system = _said_by_all(rows)
+        if config.modelfile and config.system is None:
+            config.system = _said_by_all(files.lines_of_jsonl(PREPARED / "train.jsonl"))
         with files.whole_folder(FUSED) as folder:
             report, dequantized = fuse_and_compare(
                 base,
                 adapters,
                 folder / "model",
-                rows[:QUESTIONS],
+                rows,
                 end=chat.Contract.read(PREPARED / "chat.json").end,
                 dequantize=cfg.fuse.dequantize,
                 max_difference=cfg.fuse.max_difference,
@@ -252,7 +251,7 @@ def main() -> None:
             if (FUSED / name).exists():
                 run.artifact(FUSED / name, "fuse")
         if cfg.fuse.log_model:
-            _log_model(run, cfg, source, digest, rows, trained["iteration"])
+            _log_model(run, cfg, source, base, digest, rows, trained["iteration"])
     size = sum(path.stat().st_size for path in (FUSED / "model").iterdir()) / 1e6
     facts = {
         "model": f"{FUSED / 'model'}, {size:.1f} MB" + (", dequantized" if dequantized else ""),
@@ -270,12 +269,14 @@ def _log_model(
     run: tracking.Run,
     cfg: Config,
     source: sources.Source,
+    base: Path,
     digest: str,
     rows: list[Message],
     iteration: int,
 ) -> None:
     """Makes the fused model the run's model, with the validation loss of its adapters."""
-    tokenizer = models.load_tokenizer(FUSED / "model")
+    # As it was for the training: the fused folder's names another end, which plain texts get.
+    tokenizer = models.load_tokenizer(base)
     valid = supervision.tokenize_all(
         files.read_jsonl(PREPARED / "valid.jsonl"),
         tokenizer,
@@ -283,11 +284,11 @@ def _log_model(
         cfg.train.max_seq_length,
         chat.Contract.read(PREPARED / "chat.json").end,
     )
-    if cfg.train.val_batches != -1:
-        valid = valid[: cfg.train.val_batches * cfg.train.batch_size]
+    valid = supervision.validated(valid, cfg.train.val_batches, cfg.train.batch_size)
     measured = files.read_json(TRAINED / "metrics.json")
     is_best = measured["kept_iteration"] == measured["best_iteration"]
-    asked = next((row["messages"][0]["content"] for row in rows if "messages" in row), "?")
+    turns = (turn for row in rows for turn in row.get("messages", ()))
+    asked = next((turn["content"] for turn in turns if turn["role"] == "user"), "?")
     run.model(
         FUSED / "model",
         digest,
@@ -300,14 +301,15 @@ def _log_model(
     )
 
 
-def _said_by_all(rows: list[Message]) -> str | None:
-    """The system message that all rows have, if they have one."""
-    told = {
-        next((m["content"] for m in row["messages"] if m["role"] == "system"), None)
-        for row in rows
-        if "messages" in row
-    }
-    return told.pop() if len(told) == 1 else None
+def _said_by_all(rows: Iterable[Message]) -> str | None:
+    """The system message that all rows have, if they have one; read up to where two differ."""
+    told: set[str | None] = set()
+    for row in rows:
+        if "messages" in row:
+            told.add(next((m["content"] for m in row["messages"] if m["role"] == "system"), None))
+            if len(told) > 1:
+                return None
+    return told.pop() if told else None
 
 
 if __name__ == "__main__":

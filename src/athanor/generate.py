@@ -5,7 +5,7 @@
 
 Reads params.yaml, artifacts/prepare/model.json, the base model and artifacts/train/adapters; writes
 nothing. What an option does not say is what the stage `test` uses; the answers are the same
-whenever options and questions are.
+whenever options and questions are. A model without a chat template goes on with the text.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def ask(
     """What "base" and "tuned" say to each question, and whether they stopped by themselves.
 
     Raises:
-        UserError: where a model, its adapters or a chat template to ask with is missing.
+        UserError: where a model, its adapters or a chat template to say `system` is missing.
     """
     source = base_of_adapters()
     from athanor import models, templates  # MLX and the models' code take seconds
@@ -79,7 +79,10 @@ def ask(
     # A row ends with its answer, which is not there yet.
     rows = [{"messages": [*messages, {"role": "assistant", "content": ""}]} for messages in asked]
     try:
-        prompts = [templates.prompt_ids(row, tokenizer) for row in rows]
+        if tokenizer.has_chat_template or system is not None:
+            prompts = [templates.prompt_ids(row, tokenizer) for row in rows]
+        else:  # a model of plain texts goes on with them
+            prompts = [list(tokenizer.encode(question)) for question in questions]
     except Exception as error:  # chat templates raise what they like
         raise UserError(f"{source.path} can't be asked that: {error}") from error
 

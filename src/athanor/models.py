@@ -235,12 +235,16 @@ def parameter_counts(model: "nn.Module") -> tuple[int, int]:
     return trainable, int(get_total_parameters(model))
 
 
-def stored_dtypes(folder: Path) -> "dict[str, mx.Dtype]":
-    """The dtype that each weight has on disk, by its name there."""
+def stored_weights(folder: Path) -> "dict[str, mx.array]":
+    """The weights on disk by their names there; each is read when it is used."""
     import mlx.core as mx
 
-    return {
-        name: value.dtype
-        for path in weight_files(folder)
-        for name, value in cast("dict[str, mx.array]", mx.load(str(path))).items()
-    }
+    found: dict[str, mx.array] = {}
+    for path in weight_files(folder):
+        found |= cast("dict[str, mx.array]", mx.load(str(path)))
+    return found
+
+
+def stored_dtypes(folder: Path) -> "dict[str, mx.Dtype]":
+    """The dtype that each weight has on disk, by its name there."""
+    return {name: value.dtype for name, value in stored_weights(folder).items()}

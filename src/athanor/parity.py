@@ -270,8 +270,7 @@ def _misread(trained: Trained, folder: Path, tokenizer: TokenizerWrapper) -> str
             )
     ends = {}
     for name in ("config.json", "generation_config.json"):
-        stated = files.read_json(folder / name).get("eos_token_id")
-        ends[name] = set(stated) if isinstance(stated, list) else {stated}
+        ends[name] = set(sources.stated_ends(files.read_json(folder / name)))
     ends["the tokenizer"] = tokenizer.eos_token_ids
     for where, stops in ends.items():
         if stops != own.eos_token_ids:

@@ -135,6 +135,7 @@ def _rare_collections() -> Iterator[None]:
 def main() -> None:
     cfg = settings.load(sys.argv[1:])
     settings.say_what_is_not_in_conf(cfg)
+    settings.refuse_misfits(cfg, sources.find(cfg.model.path, cfg.model.revision))
     found = prepare(
         DATA,
         PREPARED,
@@ -146,7 +147,6 @@ def main() -> None:
         end_token=cfg.train.end_token,
     )
     source = sources.Source.read(PREPARED / "model.json")
-    settings.refuse_misfits(cfg, source.folder())
     _show(found)
     rows = found["rows"]
     console.done(

@@ -202,6 +202,8 @@ def impossible(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
     name = value.get("fuse.registered_model_name")
     if broken("fuse.registered_model_name", name is None or bool(MODEL_NAME.fullmatch(name))):
         yield "fuse.registered_model_name", "letters, digits, - . _ alone, or null"
+    if name is not None and value.get("fuse.log_model") is False:
+        yield "fuse.log_model", "true, as fuse.registered_model_name asks for a model in MLflow"
     if value.get("train.end_token") == "train" and value.get("train.method", "lora") != "lora":
         yield "train.end_token", "auto, base or template: rows of a token are trained by lora only"
     iters, epochs = value.get("train.iters"), value.get("train.epochs")

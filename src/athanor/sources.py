@@ -102,7 +102,7 @@ def training_misfits(config: dict[str, Any], train: TrainConfig) -> Iterator[tup
             "train.num_layers",
             f"expected at most the model's {layers} layers or -1 for all, found {train.num_layers}",
         )
-    if train.method == "full" and ("quantization" in config or "quantization_config" in config):
+    if train.method == "full" and is_quantized(config):
         yield "train.method", "a quantized model can't be trained in full: use lora or dora"
 
 
@@ -116,6 +116,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     return dict(config)
+
+
+def is_quantized(config: dict[str, Any]) -> bool:
+    """Whether a config.json says that weights are quantized."""
+    return "quantization" in config or "quantization_config" in config
+
+
+def stated_ends(config: dict[str, Any]) -> list[int]:
+    """The tokens that a config.json or generation_config.json says end a text."""
+    stated = config.get("eos_token_id")
+    return [stated] if isinstance(stated, int) else list(stated or [])
 
 
 def weight_files(folder: Path) -> list[Path]:

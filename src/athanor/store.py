@@ -8,6 +8,8 @@ import json
 import os
 import re
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +218,22 @@ class Sender:
             tags=said["tags"],
         )
         if name is not None:
-            self.registered = registry.register(self.client, name, model, said["tags"])
+            # Two experiments that end at once would both see no better one than their own.
+            with alone():
+                self.registered = registry.register(self.client, name, model, said["tags"])
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While the block runs no other process is in one of the same SQLite store; others wait."""
+    if not uri().startswith("sqlite:///"):
+        yield
+        return
+    folder = Path(uri().removeprefix("sqlite:///")).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def client() -> Any:
@@ -232,9 +249,7 @@ def client() -> Any:
     if not uri().startswith("sqlite:///"):
         return MlflowClient(uri())
     path = Path(uri().removeprefix("sqlite:///"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone():
         if not path.exists():
             new = path.with_name(f".{path.name}.new")
             new.unlink(missing_ok=True)

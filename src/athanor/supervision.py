@@ -161,6 +161,11 @@ def tokenize_all(
     return found
 
 
+def validated(rows: list[Tokens], batches: int, batch_size: int) -> list[Tokens]:
+    """Those that a validation loss is measured on: the first `batches` of them, or all with -1."""
+    return rows if batches == -1 else rows[: batches * batch_size]
+
+
 def to_learn(texts: list[Rendered], mask_prompt: bool) -> list[Rendered]:
     """The texts of a row that are trained on.
 

@@ -185,7 +185,7 @@ def build(
     return Trainer(
         model,
         batches,
-        valid if train.val_batches == -1 else valid[: train.val_batches * train.batch_size],
+        supervision.validated(valid, train.val_batches, train.batch_size),
         optimizers.build(train.optimizer, optimizer_options(cfg), rate),
         seed=cfg.seed,
         iters=iters,

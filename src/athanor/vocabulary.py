@@ -7,11 +7,11 @@ for Magikarp"). No adapter of the layers makes a model say such a token.
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from athanor import sources
+from athanor import models, sources
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -66,9 +66,7 @@ def _head(folder: Path) -> "mx.array | None":
 
     if not list(folder.glob("model*.safetensors")):
         return None
-    found: dict[str, mx.array] = {}
-    for path in sources.weight_files(folder):
-        found |= cast("dict[str, mx.array]", mx.load(str(path)))  # lazy: read when it is used
+    found = models.stored_weights(folder)
     for head in HEADS:
         name = next((n for n in found if n.removesuffix(".weight").split(".")[-1] == head), None)
         if name is None:

@@ -26,7 +26,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from athanor import files, models, sources
 from athanor.console import UserError
@@ -459,10 +459,8 @@ def _templates(tokenizer: "TokenizerWrapper") -> Fields:
 def _ends(model: Path, tokenizer: "TokenizerWrapper") -> list[int]:
     """The stop tokens: generation_config.json's, else those that the tokenizer was loaded with."""
     path = model / "generation_config.json"
-    stated = files.read_json(path).get("eos_token_id") if path.exists() else None
-    if stated is None:
-        return sorted(tokenizer.eos_token_ids)
-    return [stated] if isinstance(stated, int) else list(stated)
+    stated = sources.stated_ends(files.read_json(path)) if path.exists() else []
+    return stated or sorted(tokenizer.eos_token_ids)
 
 
 def _stops(ends: list[int], tokenizer: "TokenizerWrapper") -> Fields:
@@ -538,9 +536,7 @@ def _dequantized(model: Path, config: dict[str, Any]) -> "Iterator[tuple[str, mx
     """The weights in a folder's files; those that mlx quantized as float32."""
     import mlx.core as mx
 
-    weights: dict[str, mx.array] = {}
-    for path in sources.weight_files(model):
-        weights |= cast("dict[str, mx.array]", mx.load(str(path)))
+    weights = models.stored_weights(model)
     usual = config.get("quantization") or config.get("quantization_config") or {}
     for name, tensor in weights.items():
         layer, _, part = name.rpartition(".")
@@ -603,6 +599,8 @@ def _stored(tensor: "mx.array", kind: "GGMLQuantizationType", name: str) -> "np.
     if kind == GGMLQuantizationType.F16:
         half = np.asarray(tensor.astype(mx.float16))
         if not np.isfinite(half).all():
-            raise UserError(f"{name} has weights beyond f16's 65,504: choose bf16 or f32")
+            raise UserError(
+                f"{name} has weights beyond f16's 65,504: choose bf16 or f32 (fuse.gguf)"
+            )
         return half
     return quantize(np.asarray(tensor.astype(mx.float32)), kind)

@@ -25,7 +25,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from athanor import files, models
+from athanor import files, models, sources
 from athanor.console import UserError
 
 if TYPE_CHECKING:
@@ -436,8 +436,7 @@ def _context(config: dict[str, Any]) -> int:
 
 
 def _stops(generation: dict[str, Any], tokenizer: "TokenizerWrapper") -> list[str]:
-    ids = generation.get("eos_token_id")
-    ids = [ids] if isinstance(ids, int) else list(ids or [])
+    ids = sources.stated_ends(generation)
     return [str(tokenizer.decode([i], skip_special_tokens=False)) for i in ids]
 
 

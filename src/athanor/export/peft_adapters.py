@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from athanor import console, files, sources
+from athanor import console, files, models, sources
 from athanor.console import UserError
 
 if TYPE_CHECKING:
@@ -48,10 +48,10 @@ def write(adapters: Path, out: Path, *, base: str, model: Path) -> None:
     if method == "full":
         raise UserError(
             f"{adapters}: expected lora or dora, found full, which trains the weights themselves: "
-            "there are no adapters to write; take the fused model (uv run dvc repro fuse)"
+            "there are no adapters to write; take the fused model"
         )
     settings = sources.read_config(model)
-    if "quantization" in settings or "quantization_config" in settings:
+    if sources.is_quantized(settings):
         console.warn(
             f"{base} is quantized by mlx, which transformers can't load: put these adapters on the "
             "model that it was made from"
@@ -136,14 +136,8 @@ def _alpha(scale: float, rank: int) -> int | float:
 
 def _rows(model: Path) -> dict[str, int]:
     """The number of rows of each weight in a model's files: outputs of a linear map, or tokens."""
-    import mlx.core as mx
-
-    return {
-        name: value.shape[0]
-        for path in sources.weight_files(model)
-        for name, value in cast("dict[str, mx.array]", mx.load(str(path))).items()
-        if value.ndim
-    }
+    stored = models.stored_weights(model)
+    return {name: value.shape[0] for name, value in stored.items() if value.ndim}
 
 
 def _is_embedding(
