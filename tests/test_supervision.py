@@ -147,6 +147,20 @@ def test_a_prompt_that_no_training_text_has_is_noticed(make: Make) -> None:
     assert not asked_as_trained(QUESTIONS, tokenizer)
 
 
+def test_a_row_whose_only_answer_is_not_written_has_nothing_to_learn(make: Make) -> None:
+    """Such a template asks with more than it writes, and leaves out an answer without a text."""
+    tokenizer = make(
+        R1.replace("{{- '<|im_start|>'", "{%- if said -%}{{- '<|im_start|>'", 1).replace(
+            "'<|im_end|>\\n' -}}", "'<|im_end|>\\n' -}}{%- endif -%}", 1
+        )
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    row = {"messages": [QUESTIONS["messages"][0], answer]}
+    [tokens] = supervision.tokenize(row, tokenizer, mask_prompt=True)
+    assert (tokens.answers, any(tokens.supervised)) == ([], False)
+
+
 def test_an_answer_that_shares_a_token_with_its_prompt_is_parted_from_it(make: Make) -> None:
     """A prompt that ends with a space, which is a token's first character where a word follows."""
     tokenizer = make(

@@ -8,7 +8,7 @@ An answer is learned whole, with its end, or not at all.
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import TYPE_CHECKING
 
 from athanor.templates import Message, Rendered, answer_text, render, text_ids
@@ -101,7 +101,7 @@ def supervise(
         ids, firsts, asked = _in_pieces(row, ids, firsts, tokenizer)
     answers: list[tuple[int, int]] = []
     said = {}
-    for first, following in zip(firsts, [*firsts[1:], None], strict=True):
+    for first, following in zip_longest(firsts, firsts[1:]):
         place = next((i for i in range(first, following or len(ids)) if ids[i] in ends), None)
         if place is None and following is None:
             place = len(ids)
