@@ -130,6 +130,7 @@ def test_an_open_thought_is_closed_in_what_is_trained_on(make: Make) -> None:
     assert templates.expected_answer(QUESTIONS, tokenizer) == "第二答"
     question = {"role": "user", "content": "一"}
     for own in (
+        {"content": "[THINK]想一想[/THINK]答"},
         {"content": "<think>\n想一想\n</think>\n\n答"},
         {"content": "想一想</think>答"},
         {"content": "答", "reasoning_content": "想一想"},
@@ -138,6 +139,23 @@ def test_an_open_thought_is_closed_in_what_is_trained_on(make: Make) -> None:
         assert learned(row, tokenizer) == "想一想\n</think>\n\n答<|im_end|>"
         assert asked_as_trained(row, tokenizer)
         assert templates.expected_answer(row, tokenizer) == "答"
+
+
+def test_an_answer_may_begin_as_a_thought_does(make: Make) -> None:
+    """So that text and prompt part behind the < only."""
+    tokenizer = make(R1)
+    for said in ("<b>答</b>", "<think", " <"):
+        answer = {"role": "assistant", "content": said}
+        row = {"messages": [QUESTIONS["messages"][0], answer]}
+        assert learned(row, tokenizer).split() == ["</think>", f"{said.strip()}<|im_end|>"]
+        assert asked_as_trained(row, tokenizer)
+
+
+def test_a_thought_that_the_prompt_has_closed_is_in_what_is_trained_on(make: Make) -> None:
+    tokenizer = make(R1.replace("<think>\\n", "<think>\\n\\n</think>\\n\\n"))
+    assert learned(QUESTIONS, tokenizer) == "第一答<|im_end|> | 第二答<|im_end|>"
+    assert asked_as_trained(QUESTIONS, tokenizer)
+    assert all(one.asked for one in supervision.tokenize(QUESTIONS, tokenizer, mask_prompt=True))
 
 
 def test_a_prompt_that_no_training_text_has_is_noticed(make: Make) -> None:

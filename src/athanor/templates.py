@@ -3,7 +3,7 @@
 What is trained has to be what is asked: the text of every answer begins with the prompt that asks
 for it. Most templates write a conversation so that all its answers do. Where one writes an earlier
 turn in another way than when it was the last (Qwen3, R1), such a turn gets a text of its own; where
-one asks with an open thought that no finished answer has (R1), the thought is closed in the text.
+one asks with a thought that no finished answer has (R1), the text has it too, and closed.
 """
 
 import re
@@ -21,6 +21,7 @@ ASKED, ANSWERED, TOLD, TOOL = "qAsked1", "qAnswered2", "qTold3", "q_tool_4"
 # What opens a thought, and what closes it: <think> and </think>, [THINK] and [/THINK].
 OPENER = re.compile(r"[<\[]\w*think\w*[>\]]", re.IGNORECASE)
 CLOSER = re.compile(r"[<\[]/\w*think\w*[>\]]", re.IGNORECASE)
+PROMPTED = re.compile(rf"{OPENER.pattern}(\s*{CLOSER.pattern})?", re.IGNORECASE)
 
 
 class NoTemplate(Exception):
@@ -170,12 +171,15 @@ def end_of_turn(tokenizer: "TokenizerWrapper") -> int | None:
 
 @lru_cache(maxsize=8)
 def open_thought(tokenizer: "TokenizerWrapper") -> str | None:
-    """What the generation prompt ends with that no finished answer has, if it opens a thought."""
+    """What the generation prompt ends with that no finished answer has, if it is a thought.
+
+    Most open one, some close it at once.
+    """
     asked, answered = _question_and_answer()
     prompt = _text([asked], {}, tokenizer, add_generation_prompt=True)
     text = _text([asked, answered], {}, tokenizer)
     opened = prompt[_where_they_part(prompt, text) :]
-    return opened if OPENER.fullmatch(opened.strip()) else None
+    return opened if PROMPTED.fullmatch(opened.strip()) else None
 
 
 def text_ids(text: str, tokenizer: "TokenizerWrapper") -> list[int]:
@@ -238,20 +242,31 @@ def _asked(text: str, prompt: str, message: Message, tokenizer: "TokenizerWrappe
     """
     if text.startswith(prompt):
         return Rendered(text, [len(prompt)])
-    parts = _where_they_part(prompt, text)
-    said = str(message.get("content") or "")
-    answer = without_thought(said).strip()
-    start = text.find(answer, parts) if answer else -1
-    if start < 0:
+    answer = without_thought(str(message.get("content") or "")).strip()
+    opened = open_thought(tokenizer)
+    before = prompt.removesuffix(opened or "")
+    if opened is None or before == prompt or not text.startswith(before):
+        start = text.find(answer, _where_they_part(prompt, text)) if answer else -1
+        return Rendered(text, [] if start < 0 else [start], asked=start < 0)
+    said = text[len(before) :].lstrip()
+    said = without_thought(said) if OPENER.match(said) else said
+    if not answer or answer not in said:
         return Rendered(text, [])
-    if (opened := open_thought(tokenizer)) is None or prompt[parts:] != opened:
-        return Rendered(text, [start], asked=False)
-    opener = opened.strip()
-    closer = f"{opener[0]}/{opener[1:]}"
-    own = said.rpartition(closer)[0].strip().removeprefix(opener).strip()
-    thought = str(message.get("reasoning_content") or own).strip()
-    closed = prompt + (f"{thought}\n" if thought else "") + f"{closer}\n\n"
-    return Rendered(closed + text[start:], [len(prompt)])
+    closed = prompt
+    if CLOSER.search(opened) is None:
+        opener, thought = opened.strip(), _thought(message)
+        closed += (f"{thought}\n" if thought else "") + f"{opener[0]}/{opener[1:]}\n\n"
+    return Rendered(closed + said, [len(prompt)])
+
+
+def _thought(message: Message) -> str:
+    """What a message has as its thought, beside its content or in it, whatever its marks."""
+    said = str(message.get("content") or "")
+    closed = list(CLOSER.finditer(said))
+    own = said[: closed[-1].start()].strip() if closed else ""
+    opener = OPENER.match(own)
+    own = own[opener.end() :].strip() if opener else own
+    return str(message.get("reasoning_content") or "").strip() or own
 
 
 def _where_they_part(one: str, other: str) -> int:
