@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import groupby, zip_longest
 from typing import TYPE_CHECKING
 
-from athanor.templates import Message, Rendered, answer_text, render, text_ids
+from athanor.templates import Message, Rendered, answer_text, end_of_turn, render, text_ids
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -99,6 +99,8 @@ def supervise(
     asked = row.asked
     if asked and not _asks(row, encoding, ids, firsts, tokenizer):
         ids, firsts, asked = _in_pieces(row, ids, firsts, tokenizer)
+    # The template's own end is left to it: it may end a call of a tool with another than an answer.
+    instead = None if end == end_of_turn(tokenizer) else end
     answers: list[tuple[int, int]] = []
     said = {}
     for first, following in zip_longest(firsts, firsts[1:]):
@@ -109,8 +111,8 @@ def supervise(
         if place is None:  # it must not go on into the next question
             continue
         answers.append((first, place + 1))
-        if end is not None and ids[place] != end:
-            said[place] = end
+        if instead is not None and ids[place] != instead:
+            said[place] = instead
     supervised = [not mask_prompt] * len(ids)
     for first, behind in answers:
         supervised[first:behind] = [True] * (behind - first)

@@ -9,6 +9,7 @@ one asks with a thought that no finished answer has (R1), the text has it too, a
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 
 # Words that no template has, to find what was said in what is written.
-ASKED, ANSWERED, TOLD, TOOL = "qAsked1", "qAnswered2", "qTold3", "q_tool_4"
+ASKED, ANSWERED, TOLD, TOOL, CALL = "qAsked1", "qAnswered2", "qTold3", "q_tool_4", "qCalled05"
 # What opens a thought, and what closes it: <think> and </think>, [THINK] and [/THINK].
 OPENER = re.compile(r"[<\[]\w*think\w*[>\]]", re.IGNORECASE)
 CLOSER = re.compile(r"[<\[]/\w*think\w*[>\]]", re.IGNORECASE)
@@ -111,20 +112,70 @@ def render_all(
     return [found[i] for i in range(len(rows))]
 
 
-def dropped(row: Message, rendered: list[Rendered]) -> str | None:
+def dropped(row: Message, rendered: list[Rendered], tokenizer: "TokenizerWrapper") -> str | None:
     """What a row says and its texts do not have, in words; None where nothing is left out.
 
-    Answers are not looked at here: each is looked for where it is to be learned.
+    A short text is soon found somewhere, and some templates write as JSON what tools say: so the
+    template is asked first what it does with messages like these.
     """
-    text = rendered[-1].text
-    for number, message in enumerate(row.get("messages", ()), 1):
-        said = str(message.get("content") or "").strip()
-        if message["role"] in ("system", "user") and said not in text:
-            return f"message {number}, of the {message['role']}"
+    text, messages = rendered[-1].text, row.get("messages", ())
+    shape = tuple((m["role"], bool(m["content"]), len(m.get("tool_calls", ()))) for m in messages)
+    if shape and (lost := _left_out(shape, "tools" in row, tokenizer)) is not None:
+        return lost
+    answers = [
+        one.text[start:following]
+        for one in rendered
+        for start, following in zip_longest(one.starts or (), (one.starts or ())[1:])
+    ]
+    for number, message in enumerate(messages, 1):
+        said, role = str(message.get("content") or "").strip(), message["role"]
+        if role in ("system", "user") and said not in text:
+            return f"message {number}, of the {role}"
+        thought = _thought(message) if role == "assistant" else ""
+        if thought and not any(thought in answer for answer in answers):
+            return f"the thought of message {number}"
     for tool in row.get("tools", ()):
         name = tool.get("function", tool).get("name")
         if name is not None and str(name) not in text:
             return f"the tool {name}"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _left_out(
+    shape: tuple[tuple[str, bool, int], ...], tools: bool, tokenizer: "TokenizerWrapper"
+) -> str | None:
+    """What the template leaves out of conversations like this; None if nothing, or not known.
+
+    Of each message: its role, whether it has a text, and the number of its calls of tools.
+    """
+    row: Message = {"tools": [_tool()]} if tools else {}
+    messages: list[Message] = []
+    marks = []
+    for number, (role, says, calls) in enumerate(shape, 1):
+        message: Message = {"role": role, "content": f"{TOLD}n{number}n" if says else ""}
+        named = [f"{ASKED}n{number}n{call}n" for call in range(calls)]
+        if calls:
+            message["tool_calls"] = [
+                {"type": "function", "id": CALL, "function": {"name": TOOL, "arguments": {"a": of}}}
+                for of in named
+            ]
+        if role == "tool":
+            message |= {"name": TOOL, "tool_call_id": CALL}
+        messages.append(message)
+        marks += [(number, message["content"], f"message {number}, of the {role}")]
+        marks += [(number, mark, f"the call of a tool in message {number}") for mark in named]
+    try:
+        text = _text(messages, row, tokenizer)
+        for number, mark, said in marks:
+            # An earlier answer may be whole only in the text where it is the last.
+            answer = shape[number - 1][0] == "assistant"
+            if mark not in text and not (
+                answer and mark in _text(messages[:number], row, tokenizer)
+            ):
+                return said
+    except Exception:  # chat templates raise what they like: the row itself may be another case
+        return None
     return None
 
 
@@ -136,7 +187,7 @@ def prompt_ids(row: Message, tokenizer: "TokenizerWrapper") -> list[int]:
 
 def expected_answer(row: Message, tokenizer: "TokenizerWrapper") -> str:
     """The text that a model was trained to say last, without its thought."""
-    whole = render(row, tokenizer)[-1]
+    whole = _finished(row, len(row["messages"]) - 1, tokenizer)
     if not whole.asked or not whole.starts:
         return str(row["messages"][-1]["content"])
     said = text_ids(whole.text[whole.starts[-1] :], tokenizer)
@@ -165,7 +216,8 @@ def end_of_turn(tokenizer: "TokenizerWrapper") -> int | None:
     if not tokenizer.has_chat_template:
         return None
     text = _text(_question_and_answer(), {}, tokenizer)
-    after = text_ids(text.rpartition(ANSWERED)[2], tokenizer)
+    _, written, behind = text.rpartition(ANSWERED)
+    after = text_ids(behind, tokenizer) if written else []
     return next((id for id in after if id in tokenizer.added_tokens_decoder), None)
 
 
@@ -193,13 +245,12 @@ def keeps(tokenizer: "TokenizerWrapper") -> dict[str, str]:
     Each is "kept", "dropped", or what the template says in refusing it.
     """
     asked, answered = _question_and_answer()
-    tool = {"type": "function", "function": {"name": TOOL, "description": "", "parameters": {}}}
     last = {"role": "user", "content": "?"}
     found = {}
     for name, messages, row, marks in (
         ("system", [{"role": "system", "content": TOLD}, last], {}, [TOLD]),
         ("earlier turns", [asked, answered, last], {}, [ASKED, ANSWERED]),
-        ("tools", [last], {"tools": [tool]}, [TOOL]),
+        ("tools", [last], {"tools": [_tool()]}, [TOOL]),
     ):
         try:
             text = _text(messages, row, tokenizer, add_generation_prompt=True)
@@ -209,6 +260,11 @@ def keeps(tokenizer: "TokenizerWrapper") -> dict[str, str]:
     return found
 
 
+def _tool() -> Message:
+    function = {"name": TOOL, "description": "", "parameters": {}}
+    return {"type": "function", "function": function}
+
+
 def _question_and_answer() -> tuple[Message, Message]:
     return {"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}
 
@@ -216,11 +272,18 @@ def _question_and_answer() -> tuple[Message, Message]:
 @lru_cache(maxsize=8)
 def rewrites(tokenizer: "TokenizerWrapper") -> bool:
     """Whether the template writes an earlier answer otherwise than when it was the last."""
-    asked, _ = _question_and_answer()
-    for said in (ANSWERED, f"<think>\n{TOLD}\n</think>\n\n{ANSWERED}"):
-        first = [asked, {"role": "assistant", "content": said}]
-        alone = _text(first, {}, tokenizer).rstrip()
-        if not _text([*first, *first], {}, tokenizer).startswith(alone):
+    asked, answered = _question_and_answer()
+    for said in (
+        answered,
+        answered | {"content": f"<think>\n{TOLD}\n</think>\n\n{ANSWERED}"},
+        answered | {"reasoning_content": TOLD},
+    ):
+        alone = _text([asked, said], {}, tokenizer).rstrip()
+        try:
+            twice = _text([asked, said, asked, said], {}, tokenizer)
+        except Exception:  # chat templates raise what they like: this one has no second question
+            return False
+        if not twice.startswith(alone):
             return True
     return end_of_turn(tokenizer) is None
 
