@@ -192,6 +192,34 @@ def test_an_answer_that_shares_a_token_with_its_prompt_is_parted_from_it(make: M
     row = {"messages": [question, {"role": "assistant", "content": "the end"}]}
     assert learned(row, tokenizer) == "the end<|im_end|>"
     assert asked_as_trained(row, tokenizer)
+    row["messages"] *= 2  # the second question follows the first answer as it is read, not parted
+    assert learned(row, tokenizer) == "the end<|im_end|> | the end<|im_end|>"
+    assert asked_as_trained(row, tokenizer)
+    assert all(one.asked for one in supervision.tokenize(row, tokenizer, mask_prompt=True))
+
+
+def test_white_space_that_a_special_token_takes_is_no_part_of_the_answer(
+    make: Make, tiny: Path, tmp_path: Path
+) -> None:
+    """As in Phi 3."""
+    make(
+        "{%- for m in messages -%}{{- '<|im_start|>' + m.content + '<|im_end|>' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>' -}}{%- endif -%}"
+    )
+    path = tmp_path / "model" / "tokenizer.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for token in settings["added_tokens"]:
+        token["rstrip"] = True
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    path = path.with_name("tokenizer_config.json")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    del settings["additional_special_tokens"]  # which would be made anew
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    tokenizer = models.load_tokenizer(tmp_path / "model")
+    row = {"messages": [QUESTIONS["messages"][0], {"role": "assistant", "content": " \n答"}]}
+    assert learned(row, tokenizer) == "答<|im_end|>"
+    assert asked_as_trained(row, tokenizer)
+    assert all(one.asked for one in supervision.tokenize(row, tokenizer, mask_prompt=True))
 
 
 def test_the_templates_own_end_is_learned_and_stopped_at(make: Make, tiny: Path) -> None:

@@ -95,7 +95,7 @@ def supervise(
         if not ids or ids[-1] not in ends:
             ids.append(tokenizer.eos_token_id)
         return Tokens(ids, [True] * len(ids))
-    firsts = [_token_at(encoding, start) for start in row.starts]
+    firsts = [_token_at(encoding, start, tokenizer) for start in row.starts]
     asked = row.asked
     if asked and not _asks(row, encoding, ids, firsts, tokenizer):
         ids, firsts, asked = _in_pieces(row, ids, firsts, tokenizer)
@@ -234,12 +234,16 @@ def _in_pieces(
     return whole, firsts, False
 
 
-def _token_at(encoding: "Encoding", place: int) -> int:
-    """The first token that ends behind a place in the text."""
+def _token_at(encoding: "Encoding", place: int, tokenizer: "TokenizerWrapper") -> int:
+    """The first token that ends behind a place in the text, where it is no special token's end.
+
+    Some special tokens take the white space behind them, and so that of an answer's start.
+    """
     found = encoding.char_to_token(place)
     if found is None:  # white space that the tokenizer drops, or the end of the text
         return bisect_right(encoding.offsets, place, key=lambda offset: offset[1])
-    return int(found)
+    inside = encoding.offsets[found][0] < place
+    return int(found) + (inside and encoding.ids[found] in _special_ids(tokenizer))
 
 
 @lru_cache(maxsize=1)

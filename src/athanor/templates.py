@@ -52,7 +52,8 @@ def render(row: Message, tokenizer: "TokenizerWrapper") -> list[Rendered]:
     """Writes a row in the one form of data/formats.py as the model's template does.
 
     One text as a rule, the last the whole conversation; before it one for each turn that the whole
-    conversation has otherwise than when it was the last.
+    conversation has otherwise than when it was the last, or that may share a token with its prompt:
+    a text can be parted there, but then it is not what asks for later answers.
 
     Raises:
         NoTemplate: where there is none.
@@ -69,11 +70,12 @@ def render(row: Message, tokenizer: "TokenizerWrapper") -> list[Rendered]:
     for turn in turns[:-1]:
         if not rewrites(tokenizer):
             prompt = _text(messages[:turn], row, tokenizer, add_generation_prompt=True)
-            if whole.text.startswith(prompt):
+            if whole.text.startswith(prompt) and not _may_share(whole.text, len(prompt)):
                 earlier.append(len(prompt))
                 continue
         own = _finished(row, turn, tokenizer)
-        if own.asked and whole.text.startswith(own.text.rstrip()) and end_of_turn(tokenizer):
+        alike = own.asked and whole.text.startswith(own.text.rstrip()) and end_of_turn(tokenizer)
+        if alike and not any(_may_share(own.text, start) for start in own.starts or ()):
             earlier += own.starts or []
         elif own.starts:
             apart.append(own)
@@ -330,6 +332,12 @@ def _thought(message: Message) -> str:
     opener = OPENER.match(own)
     own = own[opener.end() :].strip() if opener else own
     return str(message.get("reasoning_content") or "").strip() or own
+
+
+def _may_share(text: str, start: int) -> bool:
+    """Whether white space before an answer may become one token with how the answer starts."""
+    before = text[start - 1 : start]
+    return before == " " or (before.isspace() and text[start : start + 1].isspace())
 
 
 def _where_they_part(one: str, other: str) -> int:
