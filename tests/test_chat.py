@@ -21,7 +21,8 @@ import pytest
 from mlx_lm import lora as peer_lora
 
 import kinds
-from athanor import chat, files, models, supervision, vocabulary
+from athanor import chat, files, models, settings, supervision, vocabulary
+from athanor.console import UserError
 from conftest import Stages
 
 HERE = Path(__file__).parent
@@ -336,6 +337,44 @@ def test_untrained_tokens_are_told_from_others(base: Path) -> None:
         assert found is not None
         assert list(found) == ([end] if said else [])
         assert said is None or said in found[end]
+
+
+def test_a_token_beyond_the_head_can_not_be_said(base: Path) -> None:
+    found = vocabulary.untrained(base, 6200, [6150])
+    assert found == {6150: "the head has 6144 rows, and none of it"}
+    model, _ = models.load(base)
+    with pytest.raises(UserError, match="6144 rows"):
+        models.make_trainable(model, settings.compose(Path("conf"), []).train, 0, 6150)
+
+
+def test_the_head_is_found_whatever_its_name(base: Path) -> None:
+    """InternLM's is called output, and is not its embedding."""
+    path = base / "model.safetensors"
+    weights = tensors(path)
+    weights["model.tok_embeddings.weight"] = weights.pop("model.embed_tokens.weight")
+    head = mx.array(weights["model.tok_embeddings.weight"])
+    head[6143] = 0.0
+    other = mx.zeros((4, 4))
+    mx.save_safetensors(str(path), weights | {"output.weight": head, "a.0.output.weight": other})
+    assert list(vocabulary.untrained(base, 6144, [6141, 6143]) or ()) == [6143]
+
+
+def test_rows_of_a_token_are_trained_in_models_of_other_makes(tmp_path: Path) -> None:
+    """One with an embedding of places beside that of tokens, one whose head has another name."""
+    small = {"vocab_size": 300, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for kind, sizes, ends in (
+        ("gpt2", {"n_ctx": 8, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 8,
+                  "layer_norm_epsilon": 1e-5, "vocab_size": 300}, ["model.wte"]),
+        ("gpt_neox", small | {"max_position_embeddings": 8, "hidden_size": 16,
+                  "layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.5},
+         ["model.embed_in", "model.embed_out"]),
+    ):  # fmt: skip
+        made = import_module(f"mlx_lm.models.{kind}")
+        model = made.Model(made.ModelArgs(model_type=kind, **cast(Any, sizes)))
+        models.make_trainable(model, settings.compose(Path("conf"), []).train, 0, 299)
+        adapted = dict(model.named_modules())
+        outside = [name for name in adapted if "lora_a" in adapted[name] and ".h." not in name]
+        assert sorted(name for name in outside if ".layers." not in name) == ends
 
 
 def test_doctor_is_a_command(base: Path, tiny: Path, tmp_path: Path) -> None:

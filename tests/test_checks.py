@@ -423,8 +423,20 @@ TABLE = [
     jsonl("token-in-a-system", "special_token", {"messages": [SYSTEM, *turns("a", "b")]}, "chat"),
     jsonl("token-in-a-question", "special_token", chat("a<|im_end|>", "b"), "chat"),
     jsonl("token-in-an-answer", "special_token", chat("a", "b<|im_end|>"), "chat"),
-    jsonl("token-in-a-result", "special_token", calling([call({})], "<|im_end|>noon"), "chat"),
-    jsonl("token-in-arguments", "special_token", calling([call({"x": "<|im_end|>"})]), "chat"),
+    jsonl(
+        "token-in-a-result",
+        "special_token",
+        calling([call({})], "<|im_end|>noon"),
+        "chat",
+        strange=True,
+    ),
+    jsonl(
+        "token-in-arguments",
+        "special_token",
+        calling([call({"x": "<|im_end|>"})]),
+        "chat",
+        strange=True,
+    ),
     jsonl(
         "token-in-a-tool",
         "special_token",
@@ -449,6 +461,18 @@ TABLE = [
     jsonl("refused", "template_refuses", chat("refuse", "b"), "chat", strange=True),
     jsonl("a-question-left-out", "left_out_by_template", chat("hush", "b"), "chat", strange=True),
     jsonl("a-tool-left-out", "left_out_by_template", calling([call({})], tools=[TIME]), "chat"),
+    jsonl("a-call-left-out", "left_out_by_template", calling([call({})]), "chat"),
+    jsonl(
+        "a-thought-left-out",
+        "left_out_by_template",
+        {
+            "messages": [
+                *turns("a"),
+                {"role": "assistant", "content": "b", "reasoning_content": "c"},
+            ]
+        },
+        "chat",
+    ),
     jsonl("said-otherwise", "answer_not_found", chat("a", "shout", "b", "c"), "chat", strange=True),
     jsonl("asked-otherwise", "asked_otherwise", chat("think", "b"), "chat", strange=True),
     jsonl("spelled", "spelled_characters", pair("𠮷𠮾𡃁𡈽𡌛", "𠮷𡃁")),
@@ -538,7 +562,8 @@ def strange(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "{%- for m in messages if m.content != 'hush' -%}"
         "{%- if m.content == 'refuse' -%}{{ raise_exception('no such word here') }}{%- endif -%}"
         "{%- if m.content == 'shout' -%}{{ '<|im_start|>ASSISTANT\nSHOUT<|im_end|>\n' }}"
-        "{%- else -%}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{%- else -%}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{%- if m.tool_calls -%}{{ m.tool_calls | tojson }}{%- endif -%}{{ '<|im_end|>\n' }}"
         "{%- endif -%}{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}"
         "{%- if messages[-1].content == 'think' -%}{{ '<think>' }}{%- endif -%}{%- endif -%}",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from athanor import models, supervision, templates
+from athanor import chat, models, supervision, templates
 from athanor.batches import padded
 
 QUESTIONS = {
@@ -130,6 +130,7 @@ def test_an_open_thought_is_closed_in_what_is_trained_on(make: Make) -> None:
     assert templates.expected_answer(QUESTIONS, tokenizer) == "第二答"
     question = {"role": "user", "content": "一"}
     for own in (
+        {"content": "[THINK]想一想[/THINK]答"},
         {"content": "<think>\n想一想\n</think>\n\n答"},
         {"content": "想一想</think>答"},
         {"content": "答", "reasoning_content": "想一想"},
@@ -140,11 +141,42 @@ def test_an_open_thought_is_closed_in_what_is_trained_on(make: Make) -> None:
         assert templates.expected_answer(row, tokenizer) == "答"
 
 
+def test_an_answer_may_begin_as_a_thought_does(make: Make) -> None:
+    """So that text and prompt part behind the < only."""
+    tokenizer = make(R1)
+    for said in ("<b>答</b>", "<think", " <"):
+        answer = {"role": "assistant", "content": said}
+        row = {"messages": [QUESTIONS["messages"][0], answer]}
+        assert learned(row, tokenizer).split() == ["</think>", f"{said.strip()}<|im_end|>"]
+        assert asked_as_trained(row, tokenizer)
+
+
+def test_a_thought_that_the_prompt_has_closed_is_in_what_is_trained_on(make: Make) -> None:
+    tokenizer = make(R1.replace("<think>\\n", "<think>\\n\\n</think>\\n\\n"))
+    assert learned(QUESTIONS, tokenizer) == "第一答<|im_end|> | 第二答<|im_end|>"
+    assert asked_as_trained(QUESTIONS, tokenizer)
+    assert all(one.asked for one in supervision.tokenize(QUESTIONS, tokenizer, mask_prompt=True))
+
+
 def test_a_prompt_that_no_training_text_has_is_noticed(make: Make) -> None:
     tokenizer = make(R1.replace("<think>", "<mood>"))
     texts = supervision.tokenize(QUESTIONS, tokenizer, mask_prompt=True)
     assert not any(text.asked for text in texts)
     assert not asked_as_trained(QUESTIONS, tokenizer)
+
+
+def test_a_row_whose_only_answer_is_not_written_has_nothing_to_learn(make: Make) -> None:
+    """Such a template asks with more than it writes, and leaves out an answer without a text."""
+    tokenizer = make(
+        R1.replace("{{- '<|im_start|>'", "{%- if said -%}{{- '<|im_start|>'", 1).replace(
+            "'<|im_end|>\\n' -}}", "'<|im_end|>\\n' -}}{%- endif -%}", 1
+        )
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    row = {"messages": [QUESTIONS["messages"][0], answer]}
+    [tokens] = supervision.tokenize(row, tokenizer, mask_prompt=True)
+    assert (tokens.answers, any(tokens.supervised)) == ([], False)
 
 
 def test_an_answer_that_shares_a_token_with_its_prompt_is_parted_from_it(make: Make) -> None:
@@ -160,6 +192,34 @@ def test_an_answer_that_shares_a_token_with_its_prompt_is_parted_from_it(make: M
     row = {"messages": [question, {"role": "assistant", "content": "the end"}]}
     assert learned(row, tokenizer) == "the end<|im_end|>"
     assert asked_as_trained(row, tokenizer)
+    row["messages"] *= 2  # the second question follows the first answer as it is read, not parted
+    assert learned(row, tokenizer) == "the end<|im_end|> | the end<|im_end|>"
+    assert asked_as_trained(row, tokenizer)
+    assert all(one.asked for one in supervision.tokenize(row, tokenizer, mask_prompt=True))
+
+
+def test_white_space_that_a_special_token_takes_is_no_part_of_the_answer(
+    make: Make, tiny: Path, tmp_path: Path
+) -> None:
+    """As in Phi 3."""
+    make(
+        "{%- for m in messages -%}{{- '<|im_start|>' + m.content + '<|im_end|>' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>' -}}{%- endif -%}"
+    )
+    path = tmp_path / "model" / "tokenizer.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for token in settings["added_tokens"]:
+        token["rstrip"] = True
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    path = path.with_name("tokenizer_config.json")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    del settings["additional_special_tokens"]  # which would be made anew
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    tokenizer = models.load_tokenizer(tmp_path / "model")
+    row = {"messages": [QUESTIONS["messages"][0], {"role": "assistant", "content": " \n答"}]}
+    assert learned(row, tokenizer) == "答<|im_end|>"
+    assert asked_as_trained(row, tokenizer)
+    assert all(one.asked for one in supervision.tokenize(row, tokenizer, mask_prompt=True))
 
 
 def test_the_templates_own_end_is_learned_and_stopped_at(make: Make, tiny: Path) -> None:
@@ -252,6 +312,94 @@ def test_rows_together_are_read_as_one_by_one(make: Make) -> None:
         for one in supervision.tokenize(row, tokenizer, mask_prompt=True)
     ]
     assert together == [replace(one, line=line) for line, one in alone]
+
+
+def left_out(row: dict[str, Any], tokenizer: Any) -> str | None:
+    return templates.dropped(row, templates.render(row, tokenizer), tokenizer)
+
+
+def test_what_a_template_leaves_out_is_named(make: Make) -> None:
+    """Even where its text stands elsewhere, and not where it is written as JSON."""
+    asked, answered = QUESTIONS["messages"][:2]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"at": "noon"}}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    told = {"role": "tool", "content": '{"hour": "12"}'}
+    of_tools = {"messages": [asked, called, told, answered]}
+    system = {"messages": [{"role": "system", "content": "a"}, asked, answered]}
+    in_it = {"content": "<think>想一想</think>第一答"}
+    thoughtful = [
+        {"messages": [asked, answered | own]} for own in ({"reasoning_content": "想"}, in_it)
+    ]
+    plain = make()
+    assert left_out(of_tools, plain) == "the call of a tool in message 2"
+    assert left_out(thoughtful[0], plain) == "the thought of message 2"
+    assert [left_out(row, plain) for row in (system, thoughtful[1], QUESTIONS)] == [None] * 3
+    calls = "{%- for c in m.tool_calls or [] -%}{{- c.function | tojson -}}{%- endfor -%}"
+    written = QWEN3.replace("{{- m.content", calls + "{{- m.content")
+    assert left_out(of_tools, make(written)) is None
+    as_json = written.replace("m.content +", "(m.content | tojson) +")
+    assert left_out(of_tools, make(as_json)) is None
+    for role, row, said in (
+        ("tool", of_tools, "message 3, of the tool"),
+        ("system", system, "message 1, of the system"),
+    ):
+        without = written.replace("in messages -%}", f"in messages if m.role != '{role}' -%}}")
+        assert left_out(row, make(without)) == said
+
+
+def test_an_earlier_thought_that_is_left_out_later_is_learned(make: Make) -> None:
+    """By templates that look at reasoning_content alone, as GLM's."""
+    thought = (
+        "{%- if loop.last and m.reasoning_content -%}{{- m.reasoning_content + '|' -}}{%- endif -%}"
+    )
+    tokenizer = make(
+        QWEN3.replace("'<think>\\n\\n</think>\\n\\n'", "''").replace(
+            "{{- m.content", thought + "{{- m.content"
+        )
+    )
+    asked, answered, *more = QUESTIONS["messages"]
+    row = {"messages": [asked, answered | {"reasoning_content": "想一想"}, *more]}
+    assert learned(row, tokenizer) == "想一想|第一答<|im_end|> | 第二答<|im_end|>"
+    assert left_out(row, tokenizer) is None
+
+
+def test_a_template_may_refuse_a_second_question(make: Make, tmp_path: Path) -> None:
+    refuses = "{%- if messages | length > 3 -%}{{ raise_exception('only one') }}{%- endif -%}"
+    tokenizer = make(refuses + QWEN3)
+    report = {f.about: f.text for f in chat.settle(tmp_path / "model", tokenizer, "auto").report}
+    assert report["asked as trained"] == "yes, every answer"
+    assert "only one" in str(templates.render_all([QUESTIONS], tokenizer)[0])
+
+
+def test_what_is_expected_is_the_last_answer_also_where_it_is_not_found(make: Make) -> None:
+    prompt = "assistant' + ('\\n' if messages | length < 3 else '<mood>')"
+    tokenizer = make(R1.replace("assistant\\n<think>\\n'", prompt))
+    call = {"role": "assistant", "content": "", "tool_calls": []}
+    row = {"messages": [*QUESTIONS["messages"][:3], call]}
+    assert templates.expected_answer(row, tokenizer) == ""
+
+
+def test_a_call_of_a_tool_may_end_with_another_token_than_an_answer(make: Make) -> None:
+    """As Llama 3.1's with <|eom_id|>; what answers end with instead takes the place of both."""
+    tokenizer = make(
+        QWEN3.replace("'<|im_end|>", "('<|endoftext|>' if m.tool_calls else '<|im_end|>') + '")
+    )
+    asked, answered = QUESTIONS["messages"][:2]
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    row = {"messages": [asked, answered | {"tool_calls": [call]}]}
+    usual, other = (tokenizer.convert_tokens_to_ids(end) for end in ("<|im_end|>", "<|endoftext|>"))
+    for end, said in ((usual, [other]), (other, [other])):
+        [one] = supervision.tokenize(row, tokenizer, mask_prompt=True, end=end)
+        assert one.learned()[one.answers[0][1] - 1 :][:1] == said
+    [one] = supervision.tokenize({"messages": [asked, answered]}, tokenizer, True, end=other)
+    assert list(one.said.values()) == [other]
+
+
+def test_a_template_without_answers_ends_them_with_nothing(make: Make) -> None:
+    tokenizer = make(QWEN3.replace("in messages -%}", "in messages if m.role == 'user' -%}"))
+    assert templates.end_of_turn(tokenizer) is None
+    row = {"messages": QUESTIONS["messages"][:2]}
+    assert left_out(row, tokenizer) == "message 2, of the assistant"
 
 
 def test_a_row_is_shown_as_it_is_learned(make: Make) -> None:

@@ -145,8 +145,8 @@ def _report_template(tokenizer: "TokenizerWrapper", found: Found) -> None:
         found(
             "asked as trained",
             NOTE,
-            f"the prompt opens a thought ({opened.strip()}) that finished answers do not have: "
-            "it is closed in what is trained on, empty where a row has none of its own",
+            f"the prompt opens a thought ({' '.join(opened.split())}) that finished answers do not "
+            "have: it is closed in what is trained on, empty where a row has none of its own",
         )
     elif not text.asked:
         found(

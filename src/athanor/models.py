@@ -118,12 +118,18 @@ def _make_row_trainable(model: "nn.Module", train: TrainConfig, token: int) -> N
     at 0; so the adapters stay ones that mlx-lm loads.
     """
     import mlx.core as mx
+    import mlx.nn as nn
     from mlx.utils import tree_unflatten
     from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
     for name in _ends_of_model(model):
         base = dict(model.named_modules())[name]
-        kind = LoRALinear if "head" in name else LoRAEmbedding
+        kind = LoRALinear if isinstance(base, (nn.Linear, nn.QuantizedLinear)) else LoRAEmbedding
+        if token >= base.weight.shape[0]:
+            raise UserError(
+                f"train.end_token: {name} has {base.weight.shape[0]} rows, and none of the token "
+                f"{token} that answers end with: `uv run python -m athanor.chat` says more"
+            )
         layer = kind.from_base(base, r=train.rank, scale=train.scale, dropout=0.0)
         # Rows of an embedding are those of A; of a head, the columns of B.
         which, learned = ("lora_b", "lora_a") if kind is LoRALinear else ("lora_a", "lora_b")
@@ -137,22 +143,24 @@ def _make_row_trainable(model: "nn.Module", train: TrainConfig, token: int) -> N
 
 
 def _ends_of_model(model: "nn.Module") -> list[str]:
-    """The names of the embedding of tokens and, where it is not the same, of the head."""
+    """The names of the embedding of tokens and, where it is not the same, of the head.
+
+    Heads have many names. What they share is a row a token, which embeddings of places lack.
+    """
     import mlx.nn as nn
 
     inside = {id(module) for layer in model.layers for module in layer.modules()}
-    found = [
-        name
+    embeddings = (nn.Embedding, nn.QuantizedEmbedding)
+    found = {
+        name: module
         for name, module in model.named_modules()
         if id(module) not in inside
-        and (
-            isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
-            or name.split(".")[-1] == "lm_head"
-        )
-    ]
-    if not found:
+        and isinstance(module, (*embeddings, nn.Linear, nn.QuantizedLinear))
+    }
+    sizes = [m.weight.shape[0] for m in found.values() if isinstance(m, embeddings)]
+    if not sizes:
         raise UserError("train.end_token=train: this model's embedding of tokens is not known")
-    return found
+    return [name for name, module in found.items() if module.weight.shape[0] == max(sizes)]
 
 
 def lora_parameters(train: TrainConfig) -> dict[str, Any]:

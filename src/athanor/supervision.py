@@ -8,10 +8,10 @@ An answer is learned whole, with its end, or not at all.
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import TYPE_CHECKING
 
-from athanor.templates import Message, Rendered, answer_text, render, text_ids
+from athanor.templates import Message, Rendered, answer_text, end_of_turn, render, text_ids
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -95,13 +95,15 @@ def supervise(
         if not ids or ids[-1] not in ends:
             ids.append(tokenizer.eos_token_id)
         return Tokens(ids, [True] * len(ids))
-    firsts = [_token_at(encoding, start) for start in row.starts]
+    firsts = [_token_at(encoding, start, tokenizer) for start in row.starts]
     asked = row.asked
     if asked and not _asks(row, encoding, ids, firsts, tokenizer):
         ids, firsts, asked = _in_pieces(row, ids, firsts, tokenizer)
+    # The template's own end is left to it: it may end a call of a tool with another than an answer.
+    instead = None if end == end_of_turn(tokenizer) else end
     answers: list[tuple[int, int]] = []
     said = {}
-    for first, following in zip(firsts, [*firsts[1:], None], strict=True):
+    for first, following in zip_longest(firsts, firsts[1:]):
         place = next((i for i in range(first, following or len(ids)) if ids[i] in ends), None)
         if place is None and following is None:
             place = len(ids)
@@ -109,8 +111,8 @@ def supervise(
         if place is None:  # it must not go on into the next question
             continue
         answers.append((first, place + 1))
-        if end is not None and ids[place] != end:
-            said[place] = end
+        if instead is not None and ids[place] != instead:
+            said[place] = instead
     supervised = [not mask_prompt] * len(ids)
     for first, behind in answers:
         supervised[first:behind] = [True] * (behind - first)
@@ -237,12 +239,16 @@ def _in_pieces(
     return whole, firsts, False
 
 
-def _token_at(encoding: "Encoding", place: int) -> int:
-    """The first token that ends behind a place in the text."""
+def _token_at(encoding: "Encoding", place: int, tokenizer: "TokenizerWrapper") -> int:
+    """The first token that ends behind a place in the text, where it is no special token's end.
+
+    Some special tokens take the white space behind them, and so that of an answer's start.
+    """
     found = encoding.char_to_token(place)
     if found is None:  # white space that the tokenizer drops, or the end of the text
         return bisect_right(encoding.offsets, place, key=lambda offset: offset[1])
-    return int(found)
+    inside = encoding.offsets[found][0] < place
+    return int(found) + (inside and encoding.ids[found] in _special_ids(tokenizer))
 
 
 @lru_cache(maxsize=1)

@@ -3,12 +3,13 @@
 What is trained has to be what is asked: the text of every answer begins with the prompt that asks
 for it. Most templates write a conversation so that all its answers do. Where one writes an earlier
 turn in another way than when it was the last (Qwen3, R1), such a turn gets a text of its own; where
-one asks with an open thought that no finished answer has (R1), the thought is closed in the text.
+one asks with a thought that no finished answer has (R1), the text has it too, and closed.
 """
 
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 
 # Words that no template has, to find what was said in what is written.
-ASKED, ANSWERED, TOLD, TOOL = "qAsked1", "qAnswered2", "qTold3", "q_tool_4"
+ASKED, ANSWERED, TOLD, TOOL, CALL = "qAsked1", "qAnswered2", "qTold3", "q_tool_4", "qCalled05"
 # What opens a thought, and what closes it: <think> and </think>, [THINK] and [/THINK].
 OPENER = re.compile(r"[<\[]\w*think\w*[>\]]", re.IGNORECASE)
 CLOSER = re.compile(r"[<\[]/\w*think\w*[>\]]", re.IGNORECASE)
+PROMPTED = re.compile(rf"{OPENER.pattern}(\s*{CLOSER.pattern})?", re.IGNORECASE)
 
 
 class NoTemplate(Exception):
@@ -50,7 +52,8 @@ def render(row: Message, tokenizer: "TokenizerWrapper") -> list[Rendered]:
     """Writes a row in the one form of data/formats.py as the model's template does.
 
     One text as a rule, the last the whole conversation; before it one for each turn that the whole
-    conversation has otherwise than when it was the last.
+    conversation has otherwise than when it was the last, or that may share a token with its prompt:
+    a text can be parted there, but then it is not what asks for later answers.
 
     Raises:
         NoTemplate: where there is none.
@@ -67,11 +70,12 @@ def render(row: Message, tokenizer: "TokenizerWrapper") -> list[Rendered]:
     for turn in turns[:-1]:
         if not rewrites(tokenizer):
             prompt = _text(messages[:turn], row, tokenizer, add_generation_prompt=True)
-            if whole.text.startswith(prompt):
+            if whole.text.startswith(prompt) and not _may_share(whole.text, len(prompt)):
                 earlier.append(len(prompt))
                 continue
         own = _finished(row, turn, tokenizer)
-        if own.asked and whole.text.startswith(own.text.rstrip()) and end_of_turn(tokenizer):
+        alike = own.asked and whole.text.startswith(own.text.rstrip()) and end_of_turn(tokenizer)
+        if alike and not any(_may_share(own.text, start) for start in own.starts or ()):
             earlier += own.starts or []
         elif own.starts:
             apart.append(own)
@@ -110,20 +114,70 @@ def render_all(
     return [found[i] for i in range(len(rows))]
 
 
-def dropped(row: Message, rendered: list[Rendered]) -> str | None:
+def dropped(row: Message, rendered: list[Rendered], tokenizer: "TokenizerWrapper") -> str | None:
     """What a row says and its texts do not have, in words; None where nothing is left out.
 
-    Answers are not looked at here: each is looked for where it is to be learned.
+    A short text is soon found somewhere, and some templates write as JSON what tools say: so the
+    template is asked first what it does with messages like these.
     """
-    text = rendered[-1].text
-    for number, message in enumerate(row.get("messages", ()), 1):
-        said = str(message.get("content") or "").strip()
-        if message["role"] in ("system", "user") and said not in text:
-            return f"message {number}, of the {message['role']}"
+    text, messages = rendered[-1].text, row.get("messages", ())
+    shape = tuple((m["role"], bool(m["content"]), len(m.get("tool_calls", ()))) for m in messages)
+    if shape and (lost := _left_out(shape, "tools" in row, tokenizer)) is not None:
+        return lost
+    answers = [
+        one.text[start:following]
+        for one in rendered
+        for start, following in zip_longest(one.starts or (), (one.starts or ())[1:])
+    ]
+    for number, message in enumerate(messages, 1):
+        said, role = str(message.get("content") or "").strip(), message["role"]
+        if role in ("system", "user") and said not in text:
+            return f"message {number}, of the {role}"
+        thought = _thought(message) if role == "assistant" else ""
+        if thought and not any(thought in answer for answer in answers):
+            return f"the thought of message {number}"
     for tool in row.get("tools", ()):
         name = tool.get("function", tool).get("name")
         if name is not None and str(name) not in text:
             return f"the tool {name}"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _left_out(
+    shape: tuple[tuple[str, bool, int], ...], tools: bool, tokenizer: "TokenizerWrapper"
+) -> str | None:
+    """What the template leaves out of conversations like this; None if nothing, or not known.
+
+    Of each message: its role, whether it has a text, and the number of its calls of tools.
+    """
+    row: Message = {"tools": [_tool()]} if tools else {}
+    messages: list[Message] = []
+    marks = []
+    for number, (role, says, calls) in enumerate(shape, 1):
+        message: Message = {"role": role, "content": f"{TOLD}n{number}n" if says else ""}
+        named = [f"{ASKED}n{number}n{call}n" for call in range(calls)]
+        if calls:
+            message["tool_calls"] = [
+                {"type": "function", "id": CALL, "function": {"name": TOOL, "arguments": {"a": of}}}
+                for of in named
+            ]
+        if role == "tool":
+            message |= {"name": TOOL, "tool_call_id": CALL}
+        messages.append(message)
+        marks += [(number, message["content"], f"message {number}, of the {role}")]
+        marks += [(number, mark, f"the call of a tool in message {number}") for mark in named]
+    try:
+        text = _text(messages, row, tokenizer)
+        for number, mark, said in marks:
+            # An earlier answer may be whole only in the text where it is the last.
+            answer = shape[number - 1][0] == "assistant"
+            if mark not in text and not (
+                answer and mark in _text(messages[:number], row, tokenizer)
+            ):
+                return said
+    except Exception:  # chat templates raise what they like: the row itself may be another case
+        return None
     return None
 
 
@@ -135,7 +189,7 @@ def prompt_ids(row: Message, tokenizer: "TokenizerWrapper") -> list[int]:
 
 def expected_answer(row: Message, tokenizer: "TokenizerWrapper") -> str:
     """The text that a model was trained to say last, without its thought."""
-    whole = render(row, tokenizer)[-1]
+    whole = _finished(row, len(row["messages"]) - 1, tokenizer)
     if not whole.asked or not whole.starts:
         return str(row["messages"][-1]["content"])
     said = text_ids(whole.text[whole.starts[-1] :], tokenizer)
@@ -164,18 +218,22 @@ def end_of_turn(tokenizer: "TokenizerWrapper") -> int | None:
     if not tokenizer.has_chat_template:
         return None
     text = _text(_question_and_answer(), {}, tokenizer)
-    after = text_ids(text.rpartition(ANSWERED)[2], tokenizer)
+    _, written, behind = text.rpartition(ANSWERED)
+    after = text_ids(behind, tokenizer) if written else []
     return next((id for id in after if id in tokenizer.added_tokens_decoder), None)
 
 
 @lru_cache(maxsize=8)
 def open_thought(tokenizer: "TokenizerWrapper") -> str | None:
-    """What the generation prompt ends with that no finished answer has, if it opens a thought."""
+    """What the generation prompt ends with that no finished answer has, if it is a thought.
+
+    Most open one, some close it at once.
+    """
     asked, answered = _question_and_answer()
     prompt = _text([asked], {}, tokenizer, add_generation_prompt=True)
     text = _text([asked, answered], {}, tokenizer)
     opened = prompt[_where_they_part(prompt, text) :]
-    return opened if OPENER.fullmatch(opened.strip()) else None
+    return opened if PROMPTED.fullmatch(opened.strip()) else None
 
 
 def text_ids(text: str, tokenizer: "TokenizerWrapper") -> list[int]:
@@ -189,13 +247,12 @@ def keeps(tokenizer: "TokenizerWrapper") -> dict[str, str]:
     Each is "kept", "dropped", or what the template says in refusing it.
     """
     asked, answered = _question_and_answer()
-    tool = {"type": "function", "function": {"name": TOOL, "description": "", "parameters": {}}}
     last = {"role": "user", "content": "?"}
     found = {}
     for name, messages, row, marks in (
         ("system", [{"role": "system", "content": TOLD}, last], {}, [TOLD]),
         ("earlier turns", [asked, answered, last], {}, [ASKED, ANSWERED]),
-        ("tools", [last], {"tools": [tool]}, [TOOL]),
+        ("tools", [last], {"tools": [_tool()]}, [TOOL]),
     ):
         try:
             text = _text(messages, row, tokenizer, add_generation_prompt=True)
@@ -205,6 +262,11 @@ def keeps(tokenizer: "TokenizerWrapper") -> dict[str, str]:
     return found
 
 
+def _tool() -> Message:
+    function = {"name": TOOL, "description": "", "parameters": {}}
+    return {"type": "function", "function": function}
+
+
 def _question_and_answer() -> tuple[Message, Message]:
     return {"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}
 
@@ -212,11 +274,18 @@ def _question_and_answer() -> tuple[Message, Message]:
 @lru_cache(maxsize=8)
 def rewrites(tokenizer: "TokenizerWrapper") -> bool:
     """Whether the template writes an earlier answer otherwise than when it was the last."""
-    asked, _ = _question_and_answer()
-    for said in (ANSWERED, f"<think>\n{TOLD}\n</think>\n\n{ANSWERED}"):
-        first = [asked, {"role": "assistant", "content": said}]
-        alone = _text(first, {}, tokenizer).rstrip()
-        if not _text([*first, *first], {}, tokenizer).startswith(alone):
+    asked, answered = _question_and_answer()
+    for said in (
+        answered,
+        answered | {"content": f"<think>\n{TOLD}\n</think>\n\n{ANSWERED}"},
+        answered | {"reasoning_content": TOLD},
+    ):
+        alone = _text([asked, said], {}, tokenizer).rstrip()
+        try:
+            twice = _text([asked, said, asked, said], {}, tokenizer)
+        except Exception:  # chat templates raise what they like: this one has no second question
+            return False
+        if not twice.startswith(alone):
             return True
     return end_of_turn(tokenizer) is None
 
@@ -238,20 +307,37 @@ def _asked(text: str, prompt: str, message: Message, tokenizer: "TokenizerWrappe
     """
     if text.startswith(prompt):
         return Rendered(text, [len(prompt)])
-    parts = _where_they_part(prompt, text)
-    said = str(message.get("content") or "")
-    answer = without_thought(said).strip()
-    start = text.find(answer, parts) if answer else -1
-    if start < 0:
+    answer = without_thought(str(message.get("content") or "")).strip()
+    opened = open_thought(tokenizer)
+    before = prompt.removesuffix(opened or "")
+    if opened is None or before == prompt or not text.startswith(before):
+        start = text.find(answer, _where_they_part(prompt, text)) if answer else -1
+        return Rendered(text, [] if start < 0 else [start], asked=start < 0)
+    said = text[len(before) :].lstrip()
+    said = without_thought(said) if OPENER.match(said) else said
+    if not answer or answer not in said:
         return Rendered(text, [])
-    if (opened := open_thought(tokenizer)) is None or prompt[parts:] != opened:
-        return Rendered(text, [start], asked=False)
-    opener = opened.strip()
-    closer = f"{opener[0]}/{opener[1:]}"
-    own = said.rpartition(closer)[0].strip().removeprefix(opener).strip()
-    thought = str(message.get("reasoning_content") or own).strip()
-    closed = prompt + (f"{thought}\n" if thought else "") + f"{closer}\n\n"
-    return Rendered(closed + text[start:], [len(prompt)])
+    closed = prompt
+    if CLOSER.search(opened) is None:
+        opener, thought = opened.strip(), _thought(message)
+        closed += (f"{thought}\n" if thought else "") + f"{opener[0]}/{opener[1:]}\n\n"
+    return Rendered(closed + said, [len(prompt)])
+
+
+def _thought(message: Message) -> str:
+    """What a message has as its thought, beside its content or in it, whatever its marks."""
+    said = str(message.get("content") or "")
+    closed = list(CLOSER.finditer(said))
+    own = said[: closed[-1].start()].strip() if closed else ""
+    opener = OPENER.match(own)
+    own = own[opener.end() :].strip() if opener else own
+    return str(message.get("reasoning_content") or "").strip() or own
+
+
+def _may_share(text: str, start: int) -> bool:
+    """Whether white space before an answer may become one token with how the answer starts."""
+    before = text[start - 1 : start]
+    return before == " " or (before.isspace() and text[start : start + 1].isspace())
 
 
 def _where_they_part(one: str, other: str) -> int:

@@ -5,6 +5,7 @@ decay and the other tokens' gradients have pushed all unused rows (Land and Bart
 for Magikarp"). No adapter of the layers makes a model say such a token.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,10 @@ AT_MOST = 0.05
 ROWS_AT_A_TIME = 16384
 
 # The head, else the embedding that serves as one, by the ends of their names.
-HEADS = ("lm_head", "embed_tokens", "wte", "word_embeddings", "tok_embeddings")
+HEADS = (
+    *("lm_head", "embed_out", "output"),
+    *("embed_tokens", "wte", "word_embeddings", "tok_embeddings"),
+)
 
 
 def untrained(folder: Path, size: int, tokens: Iterable[int]) -> dict[int, str] | None:
@@ -47,6 +51,9 @@ def untrained(folder: Path, size: int, tokens: Iterable[int]) -> dict[int, str] 
     unused = _like_unused(head, size)
     found = {}
     for token in tokens:
+        if token >= head.shape[0]:
+            found[token] = f"the head has {head.shape[0]} rows, and none of it"
+            continue
         length = lengths[token] / np.median(lengths[:size])
         distance = from_middle[token] / np.median(from_middle[:size])
         if length < SHORT:
@@ -68,7 +75,9 @@ def _head(folder: Path) -> "mx.array | None":
         return None
     found = models.stored_weights(folder)
     for head in HEADS:
-        name = next((n for n in found if n.removesuffix(".weight").split(".")[-1] == head), None)
+        name = next(
+            (name for name in found if re.fullmatch(rf"(\D*\.)?{head}\.weight", name)), None
+        )
         if name is None:
             continue
         scales = found.get(name.replace(".weight", ".scales"))

@@ -182,10 +182,11 @@ class FirstPass:
                 fault = Fault("template_refuses", f"the chat template refuses it: {rendered}")
                 self._passes(candidate, [*candidate.faults, fault])
                 continue
-            if (lost := templates.dropped(candidate.row.value, rendered)) is not None:
+            candidate.rendered = supervision.to_learn(rendered, self.mask_prompt)
+            lost = templates.dropped(candidate.row.value, candidate.rendered, self.tokenizer)
+            if lost is not None:
                 text = f"the chat template leaves out {lost}"
                 candidate.faults.append(Fault("left_out_by_template", text))
-            candidate.rendered = supervision.to_learn(rendered, self.mask_prompt)
             taken.append(candidate)
         return taken
 
