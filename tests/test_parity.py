@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-from athanor import files, fuse, models, parity, settings, sources, supervision
+from athanor import files, fusing, models, parity, settings, sources, supervision
 from athanor.batches import padded
 from athanor.console import UserError
 from athanor.evaluation import summed_loss
@@ -109,7 +109,7 @@ def fused(tmp_path: Path) -> Fused:
     def write(trained: Trained, dequantize: bool = False, adapters: Path | None = None) -> Path:
         folder = tmp_path / "fused"
         folder.mkdir()
-        fuse.fuse(
+        fusing.fuse(
             trained.base, adapters or trained.adapters, folder, end=END, dequantize=dequantize
         )
         return folder
@@ -299,7 +299,7 @@ def test_a_quantized_base_is_dequantized_where_much_would_be_lost(
 ) -> None:
     trained = train("4bit", iters=2)
     out = tmp_path / "model"
-    report, dequantized = fuse.fuse_and_compare(
+    report, dequantized = fusing.fuse_and_compare(
         trained.base, trained.adapters, out, ROWS, end=END, dequantize=None, max_difference=SHARE
     )
     assert dequantized
@@ -319,7 +319,7 @@ def test_what_does_not_pass_leaves_what_was_there(
     out = Path(shutil.copytree(trained.base, tmp_path / "model"))
     before = sources.digest(out)
     with pytest.raises(UserError, match=r"was not written: quantizing .* logit difference"):
-        fuse.fuse_and_compare(
+        fusing.fuse_and_compare(
             trained.base,
             trained.adapters,
             out,
@@ -350,7 +350,7 @@ def test_weights_that_mlx_only_reads_are_not_fused_into(tiny: Path, tmp_path: Pa
         base / "config.json", written | {"quantization_config": {"quant_method": "awq", "bits": 4}}
     )
     with pytest.raises(UserError, match=r"fuse\.dequantize: .* expected null or true"):
-        fuse.fuse_and_compare(
+        fusing.fuse_and_compare(
             base, tmp_path, tmp_path / "out", [], end=END, dequantize=False, max_difference=SHARE
         )
 

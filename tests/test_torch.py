@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from athanor import fuse, models, templates
+from athanor import fusing, models, templates
 from athanor.export import peft_adapters
 from test_peft import EMBEDDING, save, train_config, untied
 
@@ -111,7 +111,7 @@ def test_torch_computes_what_mlx_computes(
     folder = tmp_path / "fused"
     folder.mkdir()
     end = tokenizer.eos_token_id
-    fuse.fuse(base, tmp_path / "adapters", folder, end=end, dequantize=False)
+    fusing.fuse(base, tmp_path / "adapters", folder, end=end, dequantize=False)
     fused, tokenizer = models.load(folder)
     fused.set_dtype(mx.float32)
     found = {
