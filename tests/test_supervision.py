@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from athanor import chat, models, supervision, templates
+import kinds
+from athanor import chat, files, models, supervision, templates
 from athanor.batches import padded
+from athanor.data.first_pass import special_tokens
 
 QUESTIONS = {
     "messages": [
@@ -108,6 +110,30 @@ def test_plain_text_ends_with_an_end_token(tiny: Path) -> None:
     [found] = supervision.tokenize({"text": "一段文字"}, tokenizer, mask_prompt=True)
     assert found.ids[-1] == tokenizer.eos_token_id
     assert all(found.supervised)
+
+
+def test_plain_text_ends_also_where_only_the_config_names_an_end(
+    tiny: Path, tmp_path: Path
+) -> None:
+    folder = kinds.build("llama3-base", tiny, tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    files.write_json(path, files.read_json(path) | {"eos_token": None})
+    tokenizer = models.load_tokenizer(folder)
+    assert tokenizer.eos_token_id is None
+    end = chat.settle(folder, tokenizer, "auto").end
+    [found] = supervision.tokenize({"text": "一段文字"}, tokenizer, mask_prompt=True, end=end)
+    assert tokenizer.convert_ids_to_tokens(found.ids[-1]) == "<|end_of_text|>"
+
+
+def test_an_answer_may_be_all_that_a_template_writes(make: Make) -> None:
+    """Where it leaves out what is asked, which is named, and asks with nothing."""
+    tokenizer = make(
+        "{%- for m in messages if m.role == 'assistant' -%}"
+        "{{- '<|im_start|>' + m.content + '<|im_end|>' -}}{%- endfor -%}"
+    )
+    row = {"messages": QUESTIONS["messages"][:2]}
+    assert learned(row, tokenizer) == "<|im_start|>第一答<|im_end|>"
+    assert left_out(row, tokenizer) == "message 1, of the user"
 
 
 def test_a_turn_that_is_written_otherwise_later_is_a_text_of_its_own(make: Make) -> None:
@@ -400,6 +426,21 @@ def test_a_template_without_answers_ends_them_with_nothing(make: Make) -> None:
     assert templates.end_of_turn(tokenizer) is None
     row = {"messages": QUESTIONS["messages"][:2]}
     assert left_out(row, tokenizer) == "message 2, of the assistant"
+
+
+def test_an_end_inside_a_text_is_found_special_or_not(tiny: Path, tmp_path: Path) -> None:
+    """It would end the answer there, and only half of that be learned."""
+    folder = kinds.build("r1-distill-qwen", tiny, tmp_path / "model")
+    path = folder / "tokenizer.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for token in settings["added_tokens"]:
+        token["special"] = False
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    files.write_json(path, files.read_json(path) | {"eos_token": None})
+    found = special_tokens(models.load_tokenizer(folder))
+    assert found is not None
+    assert found.findall("<think>答<｜end▁of▁sentence｜>") == ["<｜end▁of▁sentence｜>"]
 
 
 def test_a_row_is_shown_as_it_is_learned(make: Make) -> None:

@@ -93,9 +93,11 @@ def supervise(
     ends = tokenizer.eos_token_ids
     if row.starts is None:
         if not ids or ids[-1] not in ends:
-            ids.append(tokenizer.eos_token_id)
+            # Some tokenizers name no end: their model's config does.
+            own = tokenizer.eos_token_id
+            ids.append(own if own is not None else min(ends) if end is None else end)
         return Tokens(ids, [True] * len(ids))
-    firsts = [_token_at(encoding, start, tokenizer) for start in row.starts]
+    firsts = [_token_at(encoding, ids, start, tokenizer) for start in row.starts]
     asked = row.asked
     if asked and not _asks(row, encoding, ids, firsts, tokenizer):
         ids, firsts, asked = _in_pieces(row, ids, firsts, tokenizer)
@@ -239,7 +241,9 @@ def _in_pieces(
     return whole, firsts, False
 
 
-def _token_at(encoding: "Encoding", place: int, tokenizer: "TokenizerWrapper") -> int:
+def _token_at(
+    encoding: "Encoding", ids: list[int], place: int, tokenizer: "TokenizerWrapper"
+) -> int:
     """The first token that ends behind a place in the text, where it is no special token's end.
 
     Some special tokens take the white space behind them, and so that of an answer's start.
@@ -247,8 +251,9 @@ def _token_at(encoding: "Encoding", place: int, tokenizer: "TokenizerWrapper") -
     found = encoding.char_to_token(place)
     if found is None:  # white space that the tokenizer drops, or the end of the text
         return bisect_right(encoding.offsets, place, key=lambda offset: offset[1])
-    inside = encoding.offsets[found][0] < place
-    return int(found) + (inside and encoding.ids[found] in _special_ids(tokenizer))
+    if place > 0 and ids[found] in _special_ids(tokenizer):
+        return int(found) + (encoding.char_to_token(place - 1) == found)
+    return int(found)
 
 
 @lru_cache(maxsize=1)

@@ -468,9 +468,10 @@ def shares(origins: list[Origin], config: DataConfig) -> dict[str, float]:
 
 
 def special_tokens(tokenizer: "TokenizerWrapper") -> re.Pattern[str] | None:
-    """Finds any of a tokenizer's special tokens in a text."""
-    added = tokenizer.added_tokens_decoder.values()
-    texts = sorted((str(token) for token in added if token.special), key=len, reverse=True)
+    """Finds any of a tokenizer's special tokens in a text, and whatever else ends an answer."""
+    added, ends = tokenizer.added_tokens_decoder, tokenizer.eos_token_ids
+    special = (str(token) for id, token in added.items() if token.special or id in ends)
+    texts = sorted(special, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
