@@ -62,9 +62,10 @@ def fuse_and_compare(
             fuse(base, adapters, folder, end=end, dequantize=plain)
             report = parity.compare(trained, folder, max_difference)
         if report.cause is not None:
+            remedy = "; fuse.dequantize=true keeps it" if quantized and not plain else ""
             raise UserError(
                 f"the fused model is not the trained one and was not written: {report.cause} "
-                f"({report.summary()})"
+                f"({report.summary()}){remedy}"
             )
     return report, plain
 

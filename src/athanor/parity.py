@@ -354,7 +354,7 @@ def _drowned(changes: list[_Change], share_lost: float | None) -> str:
         f"{rounded / wanted if wanted else math.inf:.2g} times the adapters"
     )
     if any(one.quantized for one in trained):
-        return f"quantizing the fused weights {drowned}; fuse.dequantize=true keeps it"
+        return f"quantizing the fused weights {drowned}"
     return f"rounding the fused weights to the base's dtype {drowned}"
 
 
