@@ -415,12 +415,14 @@ def test_what_cannot_become_a_gguf_is_named_before_training(
     folder = Path(shutil.copytree(tiny, tmp_path / "other"))
     config = files.read_json(folder / "config.json")
     files.write_json(folder / "config.json", config | {"model_type": "olmo2"})
+    said = r"fuse\.gguf: .*olmo2.*fuse\.gguf=null goes without"
     stages("config", overrides=(f"model.path={folder}",))
-    for stage in ("prepare", "train"):
-        with pytest.raises(UserError, match=r"fuse\.gguf: .*olmo2.*fuse\.gguf=null goes without"):
-            stages(stage)
+    with pytest.raises(UserError, match=said):
+        stages("prepare")
     stages("config", overrides=(f"model.path={folder}", "fuse.gguf=null"))
     stages("prepare")
+    with pytest.raises(UserError, match=said):
+        stages("train", overrides=("fuse.gguf=f16",))
 
 
 def test_rows_with_nothing_to_learn_stop_before_training(stages: Stages) -> None:
