@@ -7,6 +7,7 @@ one asks with a thought that no finished answer has (R1), the text has it too, a
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import zip_longest
@@ -124,23 +125,25 @@ def dropped(row: Message, rendered: list[Rendered], tokenizer: "TokenizerWrapper
     shape = tuple((m["role"], bool(m["content"]), len(m.get("tool_calls", ()))) for m in messages)
     if shape and (lost := _left_out(shape, "tools" in row, tokenizer)) is not None:
         return lost
-    answers = [
-        one.text[start:following]
-        for one in rendered
-        for start, following in zip_longest(one.starts or (), (one.starts or ())[1:])
-    ]
     for number, message in enumerate(messages, 1):
         said, role = str(message.get("content") or "").strip(), message["role"]
         if role in ("system", "user") and said not in text:
             return f"message {number}, of the {role}"
         thought = _thought(message) if role == "assistant" else ""
-        if thought and not any(thought in answer for answer in answers):
+        if thought and not any(thought in answer for answer in _answers(rendered)):
             return f"the thought of message {number}"
     for tool in row.get("tools", ()):
         name = tool.get("function", tool).get("name")
         if name is not None and str(name) not in text:
             return f"the tool {name}"
     return None
+
+
+def _answers(rendered: list[Rendered]) -> Iterator[str]:
+    for one in rendered:
+        starts = one.starts or []
+        for start, following in zip_longest(starts, starts[1:]):
+            yield one.text[start:following]
 
 
 @lru_cache(maxsize=1024)

@@ -384,8 +384,11 @@ class FirstPass:
                 for text, encoding in zip(candidate.rendered, encodings, strict=True)
             ]
             length = max(map(len, texts))
-            kept = sum(sum(text.cut(limit).supervised[1:]) for text in texts)
-            end_cut = any(behind > limit for text in texts for _, behind in text.answers)
+            spans = [span for text in texts for span in text.answers]
+            # The first token of a text is never predicted.
+            counted = (behind - max(first, 1) for first, behind in spans if behind <= limit)
+            kept = sum(counted) if self.mask_prompt else min(length, limit) - 1
+            end_cut = any(behind > limit for _, behind in spans)
             self._check_turns(candidate, texts)
         cut = max(length - limit, 0)
         if not kept:
