@@ -203,8 +203,9 @@ def _report_saying(
         found(
             "the base can say it",
             FAULT,
-            f"no ({untrained[end]}), and no adapter teaches it: choose train.end_token=base or "
-            "train (with train.method=lora), or the model's instruct version",
+            f"no ({untrained[end]}), and adapters of the layers may never teach it: choose "
+            "train.end_token=base or train (with train.method=lora), or the model's instruct "
+            "version",
         )
 
 

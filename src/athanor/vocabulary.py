@@ -2,7 +2,8 @@
 
 A token that was never trained on keeps the row that it was initialised with, or is where weight
 decay and the other tokens' gradients have pushed all unused rows (Land and Bartolo 2024, "Fishing
-for Magikarp"). No adapter of the layers makes a model say such a token.
+for Magikarp"). Adapters of the layers may not make a model say such a token, and where another
+token has the very same row they can't.
 """
 
 import re
