@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm import lora as peer_lora
+from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 import kinds
 from athanor import chat, files, models, settings, supervision, vocabulary
@@ -375,6 +376,18 @@ def test_rows_of_a_token_are_trained_in_models_of_other_makes(tmp_path: Path) ->
         adapted = dict(model.named_modules())
         outside = [name for name in adapted if "lora_a" in adapted[name] and ".h." not in name]
         assert sorted(name for name in outside if ".layers." not in name) == ends
+
+
+def test_untrained_tokens_are_seen_in_few_bits_too(base: Path, tmp_path: Path) -> None:
+    end = 6143
+    for factor, found in ((1.0, []), (0.0, [end])):
+        rows(base, lambda w, factor=factor: np.concatenate([w[:end], w[end:] * factor]))  # type: ignore[misc]
+        model, config = quantize_model(*load_model(base), group_size=64, bits=4)
+        folder = tmp_path / f"four-bits-{factor}"
+        folder.mkdir()
+        save_model(folder, model)
+        save_config(config, folder / "config.json")
+        assert list(vocabulary.untrained(folder, 6144, [end, 5000]) or ()) == found
 
 
 def test_doctor_is_a_command(base: Path, tiny: Path, tmp_path: Path) -> None:

@@ -44,13 +44,12 @@ class Finding:
 class Contract:
     """What prepare settled.
 
-    `end` is the token that answers are trained to end with, and `ends_as_written` whether that is
-    what the template writes there. `trains_end` is whether that token's rows of the embedding and
-    the head are trained too. Generation stops at each of `stops`. `report` is what was found.
+    `end` is the token that answers are trained to end with, `trains_end` whether its rows of the
+    embedding and the head are trained too. Generation stops at each of `stops`. `report` is what
+    was found.
     """
 
     end: int
-    ends_as_written: bool
     trains_end: bool
     stops: list[int]
     report: list[Finding]
@@ -128,7 +127,7 @@ def settle(folder: Path, tokenizer: "TokenizerWrapper", choice: str) -> Contract
         found("generation stops at", NOTE, listed + added_text)
     else:
         found("generation stops at", OK, listed)
-    return Contract(end, end == written, trains_end, stops, report)
+    return Contract(end, trains_end, stops, report)
 
 
 def _report_template(tokenizer: "TokenizerWrapper", found: Found) -> None:

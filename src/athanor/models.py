@@ -253,6 +253,36 @@ def stored_weights(folder: Path) -> "dict[str, mx.array]":
     return found
 
 
+def dequantized(
+    weights: "dict[str, mx.array]", name: str, config: dict[str, Any]
+) -> "mx.array | None":
+    """The stored weight `name`, unpacked to float32 if mlx quantized it; None if it is not so.
+
+    `config` is the model's config.json, which says how.
+
+    Raises:
+        UserError: where it does not say.
+    """
+    import mlx.core as mx
+
+    layer, _, part = name.rpartition(".")
+    if part != "weight" or f"{layer}.scales" not in weights:
+        return None
+    usual = config.get("quantization") or config.get("quantization_config") or {}
+    how = usual.get(layer) or usual
+    if "bits" not in how:
+        raise UserError(f"{name} is quantized, and config.json does not say how")
+    return mx.dequantize(
+        weights[name],
+        weights[f"{layer}.scales"],
+        weights.get(f"{layer}.biases"),
+        how["group_size"],
+        how["bits"],
+        how.get("mode", "affine"),
+        dtype=mx.float32,
+    )
+
+
 def stored_dtypes(folder: Path) -> "dict[str, mx.Dtype]":
     """The dtype that each weight has on disk, by its name there."""
     return {name: value.dtype for name, value in stored_weights(folder).items()}

@@ -70,8 +70,6 @@ def untrained(folder: Path, size: int, tokens: Iterable[int]) -> dict[int, str] 
 
 def _head(folder: Path) -> "mx.array | None":
     """The matrix that gives the logits, tokens × width; weights in few bits are unpacked."""
-    import mlx.core as mx
-
     if not list(folder.glob("model*.safetensors")):
         return None
     found = models.stored_weights(folder)
@@ -81,20 +79,8 @@ def _head(folder: Path) -> "mx.array | None":
         )
         if name is None:
             continue
-        scales = found.get(name.replace(".weight", ".scales"))
-        if scales is None:
-            return found[name]
-        config = sources.read_config(folder)
-        how = config.get("quantization", {})
-        how = how | (how.get(name.removesuffix(".weight")) or {})
-        return mx.dequantize(
-            found[name],
-            scales,
-            found.get(name.replace(".weight", ".biases")),
-            group_size=how["group_size"],
-            bits=how["bits"],
-            mode=how.get("mode", "affine"),
-        )
+        unpacked = models.dequantized(found, name, sources.read_config(folder))
+        return found[name] if unpacked is None else unpacked
     return None
 
 

@@ -534,31 +534,13 @@ def _tensors(model: Path, config: dict[str, Any]) -> "Iterator[tuple[str, mx.arr
 
 def _dequantized(model: Path, config: dict[str, Any]) -> "Iterator[tuple[str, mx.array]]":
     """The weights in a folder's files; those that mlx quantized as float32."""
-    import mlx.core as mx
-
     weights = models.stored_weights(model)
-    usual = config.get("quantization") or config.get("quantization_config") or {}
     for name, tensor in weights.items():
         layer, _, part = name.rpartition(".")
-        quantized = f"{layer}.scales" in weights
-        if quantized and part == "weight":
-            settings = usual.get(layer) or usual
-            if "bits" not in settings:
-                raise UserError(f"{model}: {name} is quantized, config.json does not say how")
-            yield (
-                name,
-                mx.dequantize(
-                    tensor,
-                    weights[f"{layer}.scales"],
-                    weights.get(f"{layer}.biases"),
-                    settings["group_size"],
-                    settings["bits"],
-                    settings.get("mode", "affine"),
-                    dtype=mx.float32,
-                ),
-            )
-        elif not (quantized and part in ("scales", "biases")):
-            yield name, tensor
+        if part in ("scales", "biases") and f"{layer}.scales" in weights:
+            continue
+        unpacked = models.dequantized(weights, name, config)
+        yield name, tensor if unpacked is None else unpacked
 
 
 def _interleaved(tensor: "mx.array", heads: int) -> "mx.array":
