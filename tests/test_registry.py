@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from athanor import files, registry, tracking
+from athanor import files
 from athanor.paths import OUTBOX
+from athanor.record import registry, tracking
 from athanor.supervision import Tokens
 from conftest import Stages
 

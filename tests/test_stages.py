@@ -9,17 +9,9 @@ from typing import Any
 
 import pytest
 
-from athanor import (
-    chat,
-    evaluation,
-    files,
-    models,
-    registry,
-    sources,
-    supervision,
-    templates,
-)
+from athanor import chat, evaluation, files, models, sources, supervision, templates
 from athanor.console import UserError
+from athanor.record import registry
 from conftest import Stages
 
 

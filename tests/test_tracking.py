@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from athanor import store, tracking
-from athanor.journal import Journal
 from athanor.paths import OUTBOX
+from athanor.record import store, tracking
+from athanor.record.journal import Journal
 
 
 @pytest.fixture

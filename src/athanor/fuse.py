@@ -16,21 +16,11 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-from athanor import (
-    chat,
-    console,
-    files,
-    fusing,
-    models,
-    registry,
-    settings,
-    sources,
-    supervision,
-    tracking,
-)
+from athanor import chat, console, files, fusing, models, settings, sources, supervision
 from athanor.console import UserError
 from athanor.export import gguf_file, modelfile, peft_adapters
 from athanor.paths import FUSED, PREPARED, TRAINED
+from athanor.record import registry, tracking
 from athanor.schema import Config, FuseConfig
 from athanor.templates import Message
 

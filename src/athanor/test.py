@@ -22,20 +22,10 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.markup import escape
 
-from athanor import (
-    chat,
-    console,
-    files,
-    models,
-    scores,
-    settings,
-    sources,
-    supervision,
-    templates,
-    tracking,
-)
+from athanor import chat, console, files, models, scores, settings, sources, supervision, templates
 from athanor.evaluation import Answer, answers, mean_loss
 from athanor.paths import PREPARED, SPLITS, TESTED, TRAINED
+from athanor.record import tracking
 from athanor.supervision import Tokens
 
 Line = dict[str, Any]

@@ -30,14 +30,30 @@ from athanor import (
     settings,
     sources,
     supervision,
-    tracking,
 )
 from athanor.batches import Batches
 from athanor.paths import CHECKPOINTS, PARAMS, PREPARED, SPLITS, TRAINED, root
+from athanor.record import lineage, tracking
 from athanor.schema import Config
 from athanor.supervision import Tokens
 from athanor.training import LESS_MEMORY, Point, Stopped, Trainer
 
+# The modules that decide what is trained: this stage's deps in dvc.yaml.
+DECIDING = (
+    "batches",
+    "chat",
+    "checkpoints",
+    "evaluation",
+    "files",
+    "models",
+    "optimizers",
+    "sources",
+    "supervision",
+    "templates",
+    "train",
+    "training",
+    "vocabulary",
+)
 # What depends on the machine's mood and so is in metrics.json and MLflow, not in history.csv.
 MEASURED = {"iterations_per_second", "tokens_per_second", "peak_memory", "active_memory"}
 
@@ -63,7 +79,7 @@ def main() -> None:
     with tracking.start(
         run_name(cfg),
         params,
-        {**tracking.lineage(), **_model_tags(source), "device": models.device()},
+        {**lineage.tags(), **_model_tags(source), "device": models.device()},
         [
             tracking.Dataset(
                 f"{PREPARED}/{split}.jsonl",
@@ -217,7 +233,7 @@ def what_decides(params: dict[str, Any], source: sources.Source) -> dict[str, An
         "train.save_every": None,  # when it is saved decides nothing
         "data": files.digest([PREPARED / f"{split}.jsonl" for split in ("train", "valid")]),
         "model": [source.path, source.commit, source.digest],
-        "code": files.digest(Path(__file__).parent.glob("*.py")),
+        "code": files.digest(Path(__file__).with_name(f"{name}.py") for name in DECIDING),
         "libraries": [
             f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "numpy", "transformers")
         ],

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from athanor import console, registry
-from athanor.journal import Said
+from athanor import console
 from athanor.paths import root
+from athanor.record import registry
+from athanor.record.journal import Said
 
 EXPERIMENT = os.environ.get("MLFLOW_EXPERIMENT_NAME", "athanor")
 METRICS_A_CALL = 500

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from athanor import console
-from athanor.journal import link
+from athanor.record.journal import link
 
 if TYPE_CHECKING:
     from athanor.supervision import Tokens

@@ -8,27 +8,21 @@ died. Sending twice leaves one record, so none of it depends on how far the send
 store refuses is set aside, and does not hold up the rest.
 """
 
-import getpass
-import os
 import queue
-import subprocess
-import sys
 import threading
 import time
 import uuid
 from collections import deque
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import yaml
-
-from athanor import __version__, console, registry, store
-from athanor.journal import Journal, Said, beside
+from athanor import console
 from athanor.paths import OUTBOX, root
-from athanor.store import Sender
+from athanor.record import registry, store
+from athanor.record.journal import Journal, Said, beside
+from athanor.record.store import Sender
 
 SECONDS_BETWEEN_TRIES = 30
 SECONDS_FOR_A_LOCK = 120
@@ -290,29 +284,6 @@ def resume(run: str, run_id: str | None) -> Run:
     return Run(Journal(beside(run)), opening)
 
 
-def lineage() -> dict[str, str]:
-    """Tags that say which code, data and libraries a run was made with."""
-    tags = {
-        "mlflow.user": _user(),
-        "mlflow.source.type": "LOCAL",
-        "mlflow.source.name": f"athanor.{Path(sys.argv[0]).stem}",
-        "athanor.version": __version__,
-        "mlx.version": version("mlx"),
-        "mlx_lm.version": version("mlx-lm"),
-    }
-    commit = _git("rev-parse", "HEAD")
-    if commit:
-        outputs = (":(exclude)params.yaml", ":(exclude)dvc.lock")
-        tags["mlflow.source.git.commit"] = commit
-        tags["git.dirty"] = str(bool(_git("status", "--porcelain", "--", ".", *outputs))).lower()
-    tracked = Path("data.dvc")
-    if tracked.exists():
-        tags["dvc.data"] = yaml.safe_load(tracked.read_text(encoding="utf-8"))["outs"][0]["md5"]
-    if experiment := os.environ.get("DVC_EXP_NAME"):
-        tags["dvc.experiment"] = experiment
-    return tags
-
-
 def _refusal(refused: list[str], folder: Path) -> str:
     return (
         f"MLflow at {store.name()} did not take {', '.join(refused)}; it is kept in {folder}, and "
@@ -320,21 +291,6 @@ def _refusal(refused: list[str], folder: Path) -> str:
     )
 
 
-def _git(*arguments: str) -> str:
-    try:
-        found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return found.stdout.strip()
-
-
 def _now() -> int:
     """Milliseconds, as MLflow counts them; taken when a thing happens, not when it is written."""
     return int(time.time() * 1000)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user that has no name
-        return ""
