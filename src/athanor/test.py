@@ -14,18 +14,21 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.markup import escape
 
-from athanor import chat, console, files, models, scores, settings, sources, supervision, templates
+from athanor import console, files, models, prepared, scores, settings, templates
 from athanor.evaluation import Answer, answers, mean_loss
-from athanor.paths import PREPARED, SPLITS, TESTED, TRAINED
+from athanor.paths import SPLITS, TESTED, TRAINED
+from athanor.prepared import Prepared, Row
 from athanor.record import tracking
+from athanor.schema import Config
 from athanor.supervision import Tokens
 
 Line = dict[str, Any]
@@ -52,10 +55,14 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Split:
-    """What is asked of a model on one split: the loss on `tokens`, answers to `questions`."""
+    """What is asked of a model on one split: the loss on `tokens`, answers to `questions`.
+
+    `labels` are those of a classification's rows.
+    """
 
     tokens: list[Tokens]
-    questions: list[dict[str, Any]]
+    questions: list[Row]
+    labels: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -262,46 +269,83 @@ def main() -> None:
     cfg = settings.load(sys.argv[1:])
     trained = files.read_json(TRAINED / "run.json")
     with tracking.resume(trained["run"], trained["run_id"]) as run:
-        source = sources.Source.read(PREPARED / "model.json")
-        end = chat.Contract.read(PREPARED / "chat.json").end
-        model, tokenizer = models.load(source.folder())
-        splits = {}
-        found_labels: set[str] = set()
-        for name in SPLITS:
-            rows = files.read_jsonl(PREPARED / f"{name}.jsonl")
-            questions = [row for row in rows if "text" not in row]
-            found_labels.update(label_of(row) for row in rows if "label" in row)
-            splits[name] = Split(
-                supervision.tokenize_all(
-                    rows, tokenizer, cfg.train.mask_prompt, cfg.train.max_seq_length, end
-                ),
-                questions[: None if cfg.test.max_rows == -1 else cfg.test.max_rows],
-            )
-        how: dict[str, Any] = {
-            "batch_size": cfg.test.batch_size,
-            "max_tokens": cfg.test.max_tokens,
-            "temp": cfg.test.temp,
-            "seed": cfg.seed,
-        }
-        base = examine(model, tokenizer, splits, who="base", **how)
+        base = Prepared.read(cfg)
+        model, tokenizer = base.load()
+        splits = splits_of(cfg, base, tokenizer, prepared.rows(SPLITS))
+        before = examine(model, tokenizer, splits, who="base", **how(cfg))
         models.load_adapters(model, TRAINED / "adapters")
-        tuned = examine(model, tokenizer, splits, who="tuned", **how)
+        after = examine(model, tokenizer, splits, who="tuned", **how(cfg))
+        examined = Examined.of(splits, before, after, tokenizer)
+        examined.write(TESTED)
+        record(run, TESTED, examined, trained["iteration"])
+    _show(examined.metrics, examined.lines, examined.labels)
 
-        labels = sorted(found_labels)
+
+def splits_of(
+    cfg: Config, base: Prepared, tokenizer: TokenizerWrapper, rows: dict[str, list[Row]]
+) -> dict[str, Split]:
+    """What is asked on each split: the loss on all of its rows, answers to test.max_rows."""
+    count = None if cfg.test.max_rows == -1 else cfg.test.max_rows
+    return {
+        name: Split(
+            base.tokens(found, tokenizer, cfg),
+            [row for row in found if "text" not in row][:count],
+            {label_of(row) for row in found if "label" in row},
+        )
+        for name, found in rows.items()
+    }
+
+
+def how(cfg: Config) -> dict[str, Any]:
+    """How models are examined, for `examine`."""
+    return {
+        "batch_size": cfg.test.batch_size,
+        "max_tokens": cfg.test.max_tokens,
+        "temp": cfg.test.temp,
+        "seed": cfg.seed,
+    }
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What came out: a line a question with both models' answers, the figures, the labels."""
+
+    lines: list[Line]
+    metrics: dict[str, float]
+    labels: list[str]
+
+    @classmethod
+    def of(
+        cls,
+        splits: dict[str, Split],
+        base: dict[str, Outcome],
+        tuned: dict[str, Outcome],
+        tokenizer: TokenizerWrapper,
+    ) -> "Examined":
+        """Base and tuned model side by side on the same splits."""
+        labels = sorted(set[str]().union(*(split.labels for split in splits.values())))
         lines = predictions(splits, base, tuned, tokenizer)
         metrics = figures(base, lines, "base", labels) | figures(tuned, lines, "tuned", labels)
-        files.write_jsonl(TESTED / "predictions.jsonl", lines)
-        files.write_json(TESTED / "metrics.json", metrics)
-        files.write_text(TESTED / "labels.csv", labels_csv(lines, labels))
-        run.metrics(trained["iteration"], metrics)
-        run.artifact(TESTED / "predictions.jsonl", "test")
-        if lines:
-            run.table(as_columns(lines), "test/answers.json")
-        if with_labels(lines):
-            _, head, counts = confusion_table(lines, labels, "tuned")
-            run.artifact(TESTED / "labels.csv", "test")
-            run.text(as_csv(head, counts), "test/confusion.csv")
-    _show(metrics, lines, labels)
+        return cls(lines, metrics, labels)
+
+    def write(self, out: Path) -> None:
+        """Writes predictions.jsonl, labels.csv and metrics.json."""
+        files.write_jsonl(out / "predictions.jsonl", self.lines)
+        files.write_json(out / "metrics.json", self.metrics)
+        files.write_text(out / "labels.csv", labels_csv(self.lines, self.labels))
+
+
+def record(run: tracking.Run, out: Path, examined: Examined, iteration: int) -> None:
+    """Adds what was written to `out` to a training's run, at the iteration of its adapters."""
+    lines = examined.lines
+    run.metrics(iteration, examined.metrics)
+    run.artifact(out / "predictions.jsonl", "test")
+    if lines:
+        run.table(as_columns(lines), "test/answers.json")
+    if with_labels(lines):
+        _, head, counts = confusion_table(lines, examined.labels, "tuned")
+        run.artifact(out / "labels.csv", "test")
+        run.text(as_csv(head, counts), "test/confusion.csv")
 
 
 def _show(metrics: dict[str, float], lines: list[Line], labels: list[str]) -> None:

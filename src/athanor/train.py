@@ -14,6 +14,7 @@ import csv
 import io
 import sys
 import uuid
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -21,22 +22,23 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from athanor import (
-    chat,
     checkpoints,
     console,
     files,
     models,
     optimizers,
+    prepared,
     settings,
-    sources,
     supervision,
 )
 from athanor.batches import Batches
 from athanor.paths import CHECKPOINTS, PARAMS, PREPARED, SPLITS, TRAINED, root
+from athanor.prepared import Prepared, Row
 from athanor.record import lineage, tracking
 from athanor.schema import Config
+from athanor.sources import Source
 from athanor.supervision import Tokens
-from athanor.training import LESS_MEMORY, Point, Stopped, Trainer
+from athanor.training import LESS_MEMORY, Point, Stopped, Trainer, fits
 
 # The modules that decide what is trained: this stage's deps in dvc.yaml.
 DECIDING = (
@@ -47,6 +49,7 @@ DECIDING = (
     "files",
     "models",
     "optimizers",
+    "prepared",
     "sources",
     "supervision",
     "templates",
@@ -61,85 +64,25 @@ MEASURED = {"iterations_per_second", "tokens_per_second", "peak_memory", "active
 def main() -> None:
     cfg = settings.load(sys.argv[1:])
     settings.say_what_is_not_in_conf(cfg)
-    source = sources.Source.read(PREPARED / "model.json")
-    if (source.path, source.revision) != (cfg.model.path, cfg.model.revision):
-        raise console.UserError(
-            f"prepare was run for {source.path} at {source.revision}, and now the model is "
-            f"{cfg.model.path} at {cfg.model.revision}: `uv run dvc repro prepare`"
+    base = Prepared.read(cfg)
+    rows = prepared.rows(("train", "valid"))
+    kept = checkpoints.Checkpoints(root() / CHECKPOINTS, what_decides(cfg, base))
+    with start(cfg, base, rows, run_name(cfg), kept.folder.name, _run_of(kept.folder)) as run:
+        model, tokenizer = base.load()
+        tokens = {split: base.tokens(rows[split], tokenizer, cfg) for split in rows}
+        for split in rows:
+            name_what_is_left_out(split, len(rows[split]), tokens[split])
+        metrics = fit(
+            cfg,
+            base,
+            model,
+            tokens,
+            TRAINED,
+            kept,
+            on_point=lambda point: run.metrics(point.iteration, point.metrics, once=True),
+            say=console.out.print,
         )
-    folder = source.folder()
-    settings.refuse_misfits(cfg, folder)
-    contract = chat.Contract.read(PREPARED / "chat.json")
-    prepared = {
-        split: files.read_jsonl(PREPARED / f"{split}.jsonl") for split in ("train", "valid")
-    }
-    params = settings.flat(cfg) | {"train.optimizer_config": optimizer_options(cfg)}
-    decides = what_decides(params, source) | {"end": [contract.end, contract.trains_end]}
-    kept = checkpoints.Checkpoints(root() / CHECKPOINTS, decides)
-    with tracking.start(
-        run_name(cfg),
-        params,
-        {**lineage.tags(), **_model_tags(source), "device": models.device()},
-        [
-            tracking.Dataset(
-                f"{PREPARED}/{split}.jsonl",
-                context,
-                files.digest([PREPARED / f"{split}.jsonl"]),
-                len(prepared[split]),
-            )
-            for split, context in (("train", "training"), ("valid", "validation"))
-        ],
-        run=_run_of(kept.folder),
-    ) as run:
-        run.text(OmegaConf.to_yaml(cfg), PARAMS.name)  # with the overrides of this command
-        _record_data(run)
-        model, tokenizer = models.load(folder)
-        tokens = {
-            split: supervision.tokenize_all(
-                rows, tokenizer, cfg.train.mask_prompt, cfg.train.max_seq_length, contract.end
-            )
-            for split, rows in prepared.items()
-        }
-        for split, rows in tokens.items():
-            _name_what_is_left_out(split, len(prepared[split]), {row.line for row in rows})
-        trained_end = contract.end if contract.trains_end else None
-        if trained_end is not None and cfg.train.method != "lora":
-            raise console.UserError(
-                f"the base can't say what its answers end with ({trained_end}), and the rows of a "
-                "token are trained by train.method=lora only; `uv run python -m athanor.chat` says "
-                "more"
-            )
-        models.make_trainable(model, cfg.train, cfg.seed, trained_end)
-        with console.progress() as bar:
-            task = bar.add_task("train")
-
-            def on_point(point: Point) -> None:
-                run.metrics(point.iteration, point.metrics, once=True)
-                bar.console.print(_line(point))
-
-            trainer = build(
-                cfg,
-                model,
-                tokens["train"],
-                tokens["valid"],
-                checkpoints=kept,
-                on_point=on_point,
-                on_iteration=lambda iteration: bar.update(task, completed=iteration),
-            )
-            bar.update(task, total=trainer.iters)
-            _say_what_begins(cfg, trainer, tokens["train"], kept.folder)
-            for point in trainer.state.points:
-                run.metrics(point.iteration, point.metrics, once=True)
-            try:
-                trainer.run()
-            except Stopped as stopped:
-                raise Stopped(f"{stopped}; the same command goes on from there") from None
-        metrics = _write(cfg, trainer, source)
-        best = {"best_val_loss": metrics["best_val_loss"]}
-        run.metrics(trainer.state.best_iteration, best, once=True)
-        run.artifact(TRAINED / "adapters", "adapters")
-        run.artifact(TRAINED / "other_adapters", "other_adapters")
-        run.artifact(TRAINED / "history.csv")
+        record(run, TRAINED, metrics)
         files.write_json(
             TRAINED / "run.json",
             {"run": run.name, "run_id": run.opened(), "iteration": metrics["kept_iteration"]},
@@ -157,6 +100,112 @@ def main() -> None:
             "MLflow run": run.shown(),
         },
     )
+
+
+def start(
+    cfg: Config,
+    base: Prepared,
+    rows: dict[str, list[Row]],
+    name: str,
+    point: str,
+    run: str,
+    parent: str | None = None,
+) -> tracking.Run:
+    """Opens the MLflow run of a training, with all that decides it.
+
+    `point` is the digest of that; `run` is our own name for the run, and `parent` a sweep's.
+    """
+    opened = tracking.start(
+        name,
+        _params(cfg),
+        {
+            **lineage.tags(),
+            **_model_tags(base.source),
+            "device": models.device(),
+            "athanor.point": point,
+        },
+        [
+            tracking.Dataset(
+                f"{PREPARED}/{split}.jsonl",
+                context,
+                files.digest([PREPARED / f"{split}.jsonl"]),
+                len(rows[split]),
+            )
+            for split, context in (("train", "training"), ("valid", "validation"))
+        ],
+        run=run,
+        parent=parent,
+    )
+    opened.text(OmegaConf.to_yaml(cfg), PARAMS.name)  # with the overrides of this command
+    _record_data(opened)
+    return opened
+
+
+def fit(
+    cfg: Config,
+    base: Prepared,
+    model: Any,
+    tokens: dict[str, list[Tokens]],
+    out: Path,
+    kept: checkpoints.Checkpoints,
+    *,
+    on_point: Callable[[Point], None],
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    """Trains `model` in place, and writes adapters, history.csv and metrics.json to `out`.
+
+    Goes on from `kept`, where there is something; `on_point` is told of the metrics from before,
+    too. Returns the last of every metric.
+
+    Raises:
+        UserError: when the training diverges or does not fit into the memory.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM and a checkpoint.
+    """
+    trained_end = base.contract.end if base.contract.trains_end else None
+    if trained_end is not None and cfg.train.method != "lora":
+        raise console.UserError(
+            f"the base can't say what its answers end with ({trained_end}), and the rows of a "
+            "token are trained by train.method=lora only; `uv run python -m athanor.chat` says "
+            "more"
+        )
+    with fits():
+        models.make_trainable(model, cfg.train, cfg.seed, trained_end)
+    with console.progress() as bar:
+        task = bar.add_task("train")
+
+        def told(point: Point) -> None:
+            on_point(point)
+            say(_line(point))
+
+        trainer = build(
+            cfg,
+            model,
+            tokens["train"],
+            tokens["valid"],
+            checkpoints=kept,
+            on_point=told,
+            on_iteration=lambda iteration: bar.update(task, completed=iteration),
+        )
+        bar.update(task, total=trainer.iters)
+        _begin(cfg, trainer, tokens["train"], kept.folder, say)
+        for point in trainer.state.points:
+            on_point(point)
+        try:
+            trainer.run()
+        except Stopped as stopped:
+            raise Stopped(f"{stopped}; the same command goes on from there") from None
+    return _write(cfg, trainer, base.source, out)
+
+
+def record(run: tracking.Run, out: Path, metrics: dict[str, float]) -> None:
+    """Adds what a training left in `out` to its run."""
+    best, kept = (int(metrics[f"{which}_iteration"]) for which in ("best", "kept"))
+    run.metrics(best, {"best_val_loss": metrics["best_val_loss"]}, once=True)
+    run.metrics(kept, {"kept_val_loss": metrics["kept_val_loss"]}, once=True)
+    run.metrics(int(metrics["iterations"]), {"train_seconds": metrics["train_seconds"]}, once=True)
+    run.artifact(out / "adapters", "adapters")
+    run.artifact(out / "other_adapters", "other_adapters")
+    run.artifact(out / "history.csv")
 
 
 def build(
@@ -225,11 +274,16 @@ def optimizer_options(cfg: Config) -> dict[str, Any]:
     return dict(given.get(cfg.train.optimizer, {}))
 
 
-def what_decides(params: dict[str, Any], source: sources.Source) -> dict[str, Any]:
+def _params(cfg: Config) -> dict[str, Any]:
+    """The configuration by dotted keys; of optimizers' options those of the chosen one."""
+    return settings.flat(cfg) | {"train.optimizer_config": optimizer_options(cfg)}
+
+
+def what_decides(cfg: Config, base: Prepared) -> dict[str, Any]:
     """Everything that the result depends on: a training goes on from no other's checkpoint."""
-    deciding = ("seed", "train.")
+    deciding, source = ("seed", "train."), base.source
     return {
-        **{key: value for key, value in params.items() if key.startswith(deciding)},
+        **{key: value for key, value in _params(cfg).items() if key.startswith(deciding)},
         "train.save_every": None,  # when it is saved decides nothing
         "data": files.digest([PREPARED / f"{split}.jsonl" for split in ("train", "valid")]),
         "model": [source.path, source.commit, source.digest],
@@ -238,6 +292,7 @@ def what_decides(params: dict[str, Any], source: sources.Source) -> dict[str, An
             f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "numpy", "transformers")
         ],
         "device": models.device(),
+        "end": [base.contract.end, base.contract.trains_end],
     }
 
 
@@ -260,7 +315,9 @@ def _run_of(folder: Path) -> str:
     return str(files.read_json(path)["run"])
 
 
-def _name_what_is_left_out(split: str, count: int, there: set[int]) -> None:
+def name_what_is_left_out(split: str, count: int, found: list[Tokens]) -> None:
+    """Says which of a split's `count` rows have no token to learn."""
+    there = {row.line for row in found}
     missing = [f"{PREPARED}/{split}.jsonl:{i}" for i in range(1, count + 1) if i not in there]
     if missing:
         console.warn(
@@ -269,7 +326,14 @@ def _name_what_is_left_out(split: str, count: int, there: set[int]) -> None:
         )
 
 
-def _say_what_begins(cfg: Config, trainer: Trainer, rows: list[Tokens], folder: Path) -> None:
+def _begin(
+    cfg: Config,
+    trainer: Trainer,
+    rows: list[Tokens],
+    folder: Path,
+    say: Callable[[str], None],
+) -> None:
+    """Says what the training is, and goes on from its checkpoint where there is one."""
     import mlx.core as mx
 
     trainable, total = models.parameter_counts(trainer.model)
@@ -277,7 +341,7 @@ def _say_what_begins(cfg: Config, trainer: Trainer, rows: list[Tokens], folder: 
     peak = trainer.predicted_peak(max(rows, key=len), min(cfg.train.batch_size, len(rows)))
     # What one iteration frees, the next can have; more than that is kept from others for nothing.
     mx.set_cache_limit(peak)
-    console.out.print(
+    say(
         f"train {cfg.train.method}: {trainable:,} of {total:,} parameters, "
         f"{trainer.iters} iterations, on {models.device()}; the longest batch needs about "
         f"{peak / 1e9:.2f} of {limit / 1e9:.1f} GB"
@@ -288,16 +352,16 @@ def _say_what_begins(cfg: Config, trainer: Trainer, rows: list[Tokens], folder: 
             f"{limit / 1e9:.1f} GB; {LESS_MEMORY}"
         )
     if iteration := trainer.resume():
-        console.out.print(f"goes on after iteration {iteration}, from {folder}")
+        say(f"goes on after iteration {iteration}, from {folder}")
     others = [path for path in checkpoints.unfinished(folder.parent) if path != folder]
     if others:
-        console.out.print(
+        say(
             f"{folder.parent} holds checkpoints of {len(others)} interrupted trainings with other "
             "settings: run with those they go on; if they are not wanted, remove them"
         )
 
 
-def _write(cfg: Config, trainer: Trainer, source: sources.Source) -> dict[str, float]:
+def _write(cfg: Config, trainer: Trainer, source: Source, out: Path) -> dict[str, float]:
     """Writes what the training left; returns the metrics."""
     state = trainer.state
     last = {key: value for point in state.points for key, value in point.metrics.items()}
@@ -308,7 +372,7 @@ def _write(cfg: Config, trainer: Trainer, source: sources.Source) -> dict[str, f
     for name, which in (("adapters", keep), ("other_adapters", other)):
         models.save_adapters(
             weights[which],
-            TRAINED / name,
+            out / name,
             cfg.train,
             source,
             model=trainer.model,
@@ -329,9 +393,12 @@ def _write(cfg: Config, trainer: Trainer, source: sources.Source) -> dict[str, f
         "best_val_loss": state.best_loss,
         "best_iteration": iterations["best"],
         "kept_iteration": iterations[keep],
+        "kept_val_loss": state.best_loss if keep == "best" else last["val_loss"],
+        "iterations": state.iteration,
+        "train_seconds": state.seconds,
     }
-    files.write_text(TRAINED / "history.csv", history(state.points))
-    files.write_json(TRAINED / "metrics.json", metrics)
+    files.write_text(out / "history.csv", history(state.points))
+    files.write_json(out / "metrics.json", metrics)
     return metrics
 
 
@@ -364,7 +431,7 @@ def run_name(cfg: Config) -> str:
     )
 
 
-def _model_tags(source: sources.Source) -> dict[str, str]:
+def _model_tags(source: Source) -> dict[str, str]:
     tags = {"model.path": source.path, "model.digest": source.digest}
     return tags | ({"model.commit": source.commit} if source.commit else {})
 

@@ -47,7 +47,10 @@ class Point:
 
 @dataclass
 class State:
-    """Where a training stands, besides its arrays. The window is what the next report is about."""
+    """Where a training stands, besides its arrays. The window is what the next report is about.
+
+    `seconds` are those that it took, all told.
+    """
 
     iteration: int = 0
     trained_tokens: int = 0
@@ -59,6 +62,7 @@ class State:
     best_loss: float = math.inf
     best_iteration: int = 0
     not_better: int = 0
+    seconds: float = 0.0
     points: list[Point] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -205,6 +209,7 @@ class Trainer:
         maybe_set_recommended_wired_limit()  # Metal: keep a large model from being paged out
         mx.reset_peak_memory()
         state = self.state
+        began = time.perf_counter() - state.seconds
         self._watch = Stopwatch()
         self._saved = state.iteration
         self.model.train()
@@ -220,6 +225,7 @@ class Trainer:
                         ended = True
                         if state.window_tokens:
                             self._report()
+                    state.seconds = time.perf_counter() - began
                     # At the end, too: writing the results can still be interrupted.
                     if ended or (self.save_every and state.iteration % self.save_every == 0):
                         self._save()

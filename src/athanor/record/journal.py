@@ -61,13 +61,8 @@ class Journal:
         return str(kept.relative_to(self.folder))
 
     def lines(self) -> Iterator[Said]:
-        """What was said; a last line that a kill cut off was not."""
-        path = self.folder / "journal.jsonl"
-        for line in path.read_bytes().split(b"\n") if path.exists() else []:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
+        """What was said."""
+        return said_in(self.folder)
 
     def set_aside(self) -> None:
         """Leaves what is in it to whoever speaks to its own store, under another name."""
@@ -87,6 +82,16 @@ class Journal:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def said_in(folder: Path) -> Iterator[Said]:
+    """What a journal's folder holds; a last line that a kill cut off was not said."""
+    path = folder / "journal.jsonl"
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
 
 
 def beside(name: str) -> str:

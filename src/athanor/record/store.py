@@ -95,6 +95,7 @@ class Sender:
             self.client.set_terminated(self.run, first["status"], first["time"])
 
     def _open(self, said: Said) -> None:
+        parent = self._parent(said)
         before, found = self.run, self._find(said)
         if found is None and said["do"] == "start":
             self._there = set()
@@ -103,7 +104,7 @@ class Sender:
                     _experiment(self.client, said["experiment"]),
                     start_time=said["time"],
                     run_name=said["name"],
-                    tags=said["tags"],
+                    tags=said["tags"] | parent,
                 ).info.run_id
             )
             self._describe(said)
@@ -130,8 +131,19 @@ class Sender:
                     self._describe(said)
                 if "failure" in found.data.tags:
                     self.client.delete_tag(self.run, "failure")
+                for key, value in parent.items():  # another one, where a person deleted the first
+                    self.client.set_tag(self.run, key, value)
         if before is not None and before != self.run:  # it goes on in another experiment
             self.client.set_terminated(before, "KILLED")
+
+    def _parent(self, said: Said) -> dict[str, str]:
+        """The tag that makes a run part of another; none where that was deleted."""
+        if said.get("parent") is None:
+            return {}
+        found = self._find({"run": said["parent"], "experiment": said["experiment"]})
+        if found is None and (self._folder.parent / said["parent"]).is_dir():
+            raise RuntimeError("the sweep's own record is not there yet")
+        return {} if found is None else {"mlflow.parentRunId": str(found.info.run_id)}
 
     def _find(self, said: Said) -> Any:
         from mlflow.exceptions import MlflowException

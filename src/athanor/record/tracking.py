@@ -21,7 +21,7 @@ from typing import Any, Self
 from athanor import console
 from athanor.paths import OUTBOX, root
 from athanor.record import registry, store
-from athanor.record.journal import Journal, Said, beside
+from athanor.record.journal import Journal, Said, beside, said_in
 from athanor.record.store import Sender
 
 SECONDS_BETWEEN_TRIES = 30
@@ -200,11 +200,17 @@ def send_what_was_left() -> None:
     One that the store refuses stays, and that is said; a store that is away raises its own error.
     """
     store.client().search_experiments(max_results=1)
-    for folder in sorted(path for path in (root() / OUTBOX).glob("*") if path.is_dir()):
+    left = [path for path in (root() / OUTBOX).glob("*") if path.is_dir()]
+    # What is part of another run comes after that; else in the order of their names.
+    for folder in sorted(left, key=lambda path: (_is_part(path), path)):
         try:
             _send_left(folder)
         except OSError as error:  # another person's, say
             console.warn(f"{folder} can't be sent: {store.short(error)}")
+
+
+def _is_part(folder: Path) -> bool:
+    return any(one.get("parent") for one in said_in(folder) if one["do"] == "start")
 
 
 def _send_left(folder: Path) -> None:
@@ -240,8 +246,12 @@ def start(
     tags: dict[str, Any],
     datasets: list[Dataset],
     run: str | None = None,
+    parent: str | None = None,
 ) -> Run:
-    """Opens the run of a training: a new one, or the one that it had before as `run`."""
+    """Opens the run of a training: a new one, or the one that it had before as `run`.
+
+    `parent` is our name for the run that this is a part of.
+    """
     run = run or uuid.uuid4().hex
     journal = Journal(run)
     deadline = time.monotonic() + SECONDS_FOR_A_LOCK
@@ -264,6 +274,7 @@ def start(
         "params": {key: str(value) for key, value in params.items()},
         "tags": {key: str(value) for key, value in tags.items()} | {"athanor.run": run},
         "datasets": [asdict(dataset) for dataset in datasets],
+        "parent": parent,
     }
     return Run(journal, opening)
 
