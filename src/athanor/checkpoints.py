@@ -47,8 +47,7 @@ class Checkpoints:
     """
 
     def __init__(self, root: Path, about: dict[str, Any]) -> None:
-        text = json.dumps(about, sort_keys=True, ensure_ascii=False)
-        self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.folder = root / key(about)
         self._lock = files.lock(self.folder / "lock")
         if self._lock is None:
             raise console.UserError(
@@ -121,6 +120,12 @@ class Checkpoints:
         """The checkpoints' folders, the latest first."""
         found = (path for path in self.folder.iterdir() if path.name.isdigit())
         return sorted(found, key=lambda path: int(path.name), reverse=True)
+
+
+def key(about: dict[str, Any]) -> str:
+    """The digest of what decides a training's result."""
+    text = json.dumps(about, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def unfinished(root: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Base models in memory: loading them, what is trained on them, and how that is kept."""
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -52,6 +53,15 @@ def load_tokenizer(folder: Path) -> "TokenizerWrapper":
     if end is not None:
         tokenizer.eos_token_ids = tokenizer.eos_token_ids | {end}
     return tokenizer
+
+
+def fresh(model: "nn.Module") -> "nn.Module":
+    """A model of its own with the same weights, which are shared: arrays never change in place."""
+    import mlx.core as mx
+
+    arrays = (value for part in model.modules() for value in part.values())
+    shared = {id(array): array for array in arrays if isinstance(array, mx.array)}
+    return copy.deepcopy(model, dict(shared))
 
 
 def on_cpu() -> bool:

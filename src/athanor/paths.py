@@ -11,6 +11,9 @@ TRAINED = Path("artifacts/train")
 TESTED = Path("artifacts/test")
 FUSED = Path("artifacts/fuse")
 
+# Below root().
+SWEPT = Path("artifacts/sweep")
+
 # Below root(); beside train's outs, not in them: DVC deletes a stage's outs before it runs it.
 CHECKPOINTS = Path("artifacts/train/checkpoints")
 OUTBOX = Path("mlruns/outbox")

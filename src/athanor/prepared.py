@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+# What its keys begin with on which `prepare` depends: its params in dvc.yaml.
+DECIDED_BY = ("model.", "data.", "train.max_seq_length", "train.mask_prompt", "train.end_token")
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -44,17 +44,31 @@ def compose(conf: Path, overrides: list[str]) -> Config:
         raise console.UserError(
             f"there is no {conf}/config.yaml in {Path.cwd()}: run this in the repository's folder"
         )
-    groups = {
+    values, chosen, problems = _split(overrides, groups(conf))
+    tree, hydra = _compose(conf, "config", ["~schema", *chosen, *values.values()])
+    choices = {str(group): str(option) for group, option in hydra["runtime"]["choices"].items()}
+    places = _places(conf, choices) | {
+        key: f"command line: {text[2:]}" for key, text in values.items()
+    }
+    return checked(tree, places, problems)
+
+
+def groups(conf: Path) -> dict[str, list[str]]:
+    """The groups of conf/, and their options."""
+    return {
         folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
         for folder in sorted(conf.iterdir())
         if folder.is_dir()
     }
-    values, chosen, problems = _split(overrides, groups)
-    tree, choices = _compose(conf, "config", ["~schema", *chosen, *values.values()])
-    places = _places(conf, choices) | {
-        key: f"command line: {text[2:]}" for key, text in values.items()
-    }
-    return _checked(tree, places, problems)
+
+
+def sweeper(conf: Path, overrides: list[str]) -> dict[str, Any]:
+    """The configuration of Hydra's sweeper, as conf/ and overrides of Hydra's own keys have it.
+
+    Raises:
+        ConfigError: where Hydra can't compose it.
+    """
+    return dict(_compose(conf, "config", ["~schema", *overrides])[1]["sweeper"])
 
 
 def load(overrides: list[str], params: Path = PARAMS) -> Config:
@@ -71,7 +85,7 @@ def load(overrides: list[str], params: Path = PARAMS) -> Config:
     values, _, problems = _split(overrides, {})
     tree, _ = _compose(params.parent.resolve(), params.stem, list(values.values()))
     places = _lines(params, "") | {key: f"command line: {text[2:]}" for key, text in values.items()}
-    return _checked(tree, places, problems)
+    return checked(tree, places, problems)
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -155,24 +169,28 @@ def _split(
 
 def _compose(
     folder: Path, name: str, overrides: list[str]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Hydra's composition as a plain tree, and which option each group took."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Hydra's composition as a plain tree, and its own part: sweeper, and what each group took."""
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
             config = hydra_compose(name, overrides, return_hydra_config=True)
-        choices = {str(k): str(v) for k, v in config.hydra.runtime.choices.items()}
+        hydra = {
+            "runtime": {"choices": config.hydra.runtime.choices},
+            "sweeper": OmegaConf.to_container(config.hydra.sweeper, resolve=True),
+        }
         tree = OmegaConf.to_container(
             OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]), resolve=True
         )
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError([" ".join(str(error).split())]) from error
-    return cast(dict[str, Any], tree), choices
+    return cast(dict[str, Any], tree), hydra
 
 
-def _checked(tree: dict[str, Any], places: dict[str, str], problems: list[str]) -> Config:
+def checked(tree: dict[str, Any], places: dict[str, str], problems: list[str]) -> Config:
     """Turns a plain tree into a Config, or raises ConfigError with all that is wrong.
 
-    `problems` are those that were found on the way to the tree; they are reported with the rest.
+    `places` says where keys got their values; `problems` are those that were found on the way to
+    the tree; they are reported with the rest.
     """
 
     def report(key: str, text: str) -> None:

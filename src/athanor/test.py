@@ -275,7 +275,8 @@ def main() -> None:
         before = examine(model, tokenizer, splits, who="base", **how(cfg))
         models.load_adapters(model, TRAINED / "adapters")
         after = examine(model, tokenizer, splits, who="tuned", **how(cfg))
-        examined = Examined.of(splits, before, after, tokenizer)
+        labels = set[str]().union(*(split.labels for split in splits.values()))
+        examined = Examined.of(splits, before, after, tokenizer, labels)
         examined.write(TESTED)
         record(run, TESTED, examined, trained["iteration"])
     _show(examined.metrics, examined.lines, examined.labels)
@@ -321,9 +322,10 @@ class Examined:
         base: dict[str, Outcome],
         tuned: dict[str, Outcome],
         tokenizer: TokenizerWrapper,
+        labels: Iterable[str],
     ) -> "Examined":
-        """Base and tuned model side by side on the same splits."""
-        labels = sorted(set[str]().union(*(split.labels for split in splits.values())))
+        """Base and tuned model side by side on the same splits; `labels` are all that there are."""
+        labels = sorted(labels)
         lines = predictions(splits, base, tuned, tokenizer)
         metrics = figures(base, lines, "base", labels) | figures(tuned, lines, "tuned", labels)
         return cls(lines, metrics, labels)
@@ -335,10 +337,15 @@ class Examined:
         files.write_text(out / "labels.csv", labels_csv(self.lines, self.labels))
 
 
-def record(run: tracking.Run, out: Path, examined: Examined, iteration: int) -> None:
-    """Adds what was written to `out` to a training's run, at the iteration of its adapters."""
+def record(
+    run: tracking.Run, out: Path, examined: Examined, iteration: int, once: bool = False
+) -> None:
+    """Adds what was written to `out` to a training's run, at the iteration of its adapters.
+
+    With `once` only the figures that have no value there yet.
+    """
     lines = examined.lines
-    run.metrics(iteration, examined.metrics)
+    run.metrics(iteration, examined.metrics, once=once)
     run.artifact(out / "predictions.jsonl", "test")
     if lines:
         run.table(as_columns(lines), "test/answers.json")

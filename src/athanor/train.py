@@ -124,21 +124,26 @@ def start(
             "device": models.device(),
             "athanor.point": point,
         },
-        [
-            tracking.Dataset(
-                f"{PREPARED}/{split}.jsonl",
-                context,
-                files.digest([PREPARED / f"{split}.jsonl"]),
-                len(rows[split]),
-            )
-            for split, context in (("train", "training"), ("valid", "validation"))
-        ],
+        datasets(rows),
         run=run,
         parent=parent,
     )
     opened.text(OmegaConf.to_yaml(cfg), PARAMS.name)  # with the overrides of this command
     _record_data(opened)
     return opened
+
+
+def datasets(rows: dict[str, list[Row]]) -> list[tracking.Dataset]:
+    """What a training reads, for its run."""
+    return [
+        tracking.Dataset(
+            f"{PREPARED}/{split}.jsonl",
+            context,
+            files.digest([PREPARED / f"{split}.jsonl"]),
+            len(rows[split]),
+        )
+        for split, context in (("train", "training"), ("valid", "validation"))
+    ]
 
 
 def fit(

@@ -31,6 +31,11 @@ from athanor.supervision import Tokens
 
 Arrays = dict[str, mx.array]
 
+# So many updates without any gradient end a training, unless its loss in nats says that there is
+# nothing left to learn.
+DEAD_UPDATES = 5
+LEARNED = 1e-4
+
 LESS_MEMORY = (
     "try a smaller train.batch_size (with more train.grad_accumulation_steps), a smaller "
     "train.max_seq_length, fewer train.num_layers, or train.grad_checkpoint=true"
@@ -63,6 +68,7 @@ class State:
     best_iteration: int = 0
     not_better: int = 0
     seconds: float = 0.0
+    dead_updates: int = 0
     points: list[Point] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -267,6 +273,8 @@ class Trainer:
         if norm is not None:
             state.grad_norm = _number(norm)
         self._refuse_nan(iteration, batch, _number(loss), state.grad_norm or 0.0)
+        if norm is not None:
+            self._refuse_dead(iteration, _number(loss) / max(batch.tokens, 1))
 
         state.iteration = iteration
         state.window_loss += _number(loss)
@@ -347,6 +355,20 @@ class Trainer:
             f"iteration {iteration}: {what}, so the training diverged and was stopped\n"
             f"  rows of this batch: {rows}\n  look at them, and {self._try()}"
         )
+
+    def _refuse_dead(self, iteration: int, loss: float) -> None:
+        """Stops where nothing is learned any more, as after a far too great learning rate.
+
+        A model whose weights have grown beyond measure says the same to everything: its gradient is
+        0 to the last bit, and its loss, often not the worst, stays for good.
+        """
+        dead = self.state.grad_norm == 0.0 and loss > LEARNED
+        self.state.dead_updates = self.state.dead_updates + 1 if dead else 0
+        if self.state.dead_updates == DEAD_UPDATES:
+            raise UserError(
+                f"iteration {iteration}: {DEAD_UPDATES} updates in a row had a gradient of 0 at a "
+                f"loss of {loss:.4f}, so the training diverged and was stopped; {self._try()}"
+            )
 
     def _try(self) -> str:
         rate = _number(self.optimizer.learning_rate)

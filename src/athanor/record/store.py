@@ -273,6 +273,20 @@ def client() -> Any:
     return client
 
 
+def finished_parts(run_id: str) -> list[str]:
+    """Our names for the runs that are part of another one, and ended well."""
+    by = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'FINISHED'"
+    known = client()
+    experiment = known.get_run(run_id).info.experiment_id
+    found: list[str] = []
+    token = None
+    while True:
+        page = known.search_runs([experiment], filter_string=by, page_token=token)
+        found += [run.data.tags["athanor.run"] for run in page if "athanor.run" in run.data.tags]
+        if not (token := page.token):
+            return found
+
+
 def _experiment(client: Any, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:

@@ -1,0 +1,390 @@
+"""The points of a sweep: each trained and tested once, and kept by the digest of what decides it.
+
+    artifacts/sweep/points/<digest>/     a training's results, whichever sweeps it is a point of
+        adapters/ other_adapters/ history.csv metrics.json
+        trained.json                     all that was measured; written last
+        test-<digest>/                   what came of testing it so
+    artifacts/sweep/<key>/               a sweep
+        sweep.json params.yaml base.json what its points share
+        points/<digest>.json             where each point stands
+
+Hydra calls `run` for each point: in this process, in others side by side (joblib), or on other
+machines (submitit). What the points share is loaded once a process.
+"""
+
+import gc
+import hashlib
+import json
+import math
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from athanor import checkpoints, console, files, models, prepared, scores, settings, test, train
+from athanor.console import UserError
+from athanor.evaluation import Answer
+from athanor.paths import CHECKPOINTS, PREPARED, SPLITS, SWEPT, root
+from athanor.prepared import Prepared, Row
+from athanor.record import lineage, tracking
+from athanor.schema import Config
+from athanor.supervision import Tokens
+from athanor.sweeping import results, summary
+from athanor.test import Examined, Outcome, Split
+from athanor.training import Point
+
+# Where the processes of a sweep find it.
+FOLDER = "ATHANOR_SWEEP"
+CURVES = ("train_loss", "val_loss")
+# What a point is examined on; the rows of `test` are for the one that is chosen.
+SEEN = ("train", "valid")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the points of a sweep have in common.
+
+    `run` is our name for its MLflow run; `keys` are swept; `recorded` are the names of those of its
+    points' runs that the store has whole; `command` is one start of it.
+    """
+
+    folder: Path
+    run: str
+    keys: list[str]
+    total: int
+    recorded: list[str]
+    command: str
+
+    def write(self) -> None:
+        """Writes sweep.json, and tells the processes of this sweep where."""
+        files.write_json(self.folder / "sweep.json", asdict(self) | {"folder": str(self.folder)})
+        os.environ[FOLDER] = str(self.folder)
+
+    @classmethod
+    def here(cls) -> "Sweep":
+        """The sweep that this process is part of."""
+        found = files.read_json(Path(os.environ[FOLDER]) / "sweep.json")
+        return cls(**found | {"folder": Path(found["folder"])})
+
+    def run_of(self, digest: str) -> str:
+        """Our name for a point's MLflow run: the same whenever the sweep goes on."""
+        return hashlib.sha256(f"{self.run} {digest}".encode()).hexdigest()[:32]
+
+    def note(self, digest: str) -> Path:
+        """The file that says where a point stands."""
+        return self.folder / "points" / f"{digest}.json"
+
+    def notes(self) -> list[dict[str, Any]]:
+        """Where the points stand, in their order."""
+        found = [files.read_json(path) for path in (self.folder / "points").glob("*.json")]
+        return sorted(found, key=lambda note: note["number"])
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the points share in memory; nothing here is changed by one of them."""
+
+    base: Prepared
+    model: Any
+    tokenizer: Any
+    rows: dict[str, list[Row]]
+    tokens: dict[str, list[Tokens]]
+    splits: dict[str, Split]
+    outcomes: dict[str, Outcome]
+
+    @property
+    def labels(self) -> set[str]:
+        """The labels of all classification rows."""
+        return set[str]().union(*(split.labels for split in self.splits.values()))
+
+
+@lru_cache(1)
+def loaded(folder: Path) -> Loaded:
+    """Loads what the points of the sweep in `folder` share; the base is examined by the first."""
+    cfg = settings.load([], folder / "params.yaml")
+    base = Prepared.read(cfg)
+    rows = prepared.rows(SPLITS)
+    model, tokenizer = base.load()
+    splits = test.splits_of(cfg, base, tokenizer, rows)
+    tokens = {split: splits[split].tokens for split in SEEN}
+    path = folder / "base.json"
+    if path.exists():
+        outcomes = {
+            split: Outcome(said["loss"], [Answer(**answer) for answer in said["answers"]])
+            for split, said in files.read_json(path).items()
+        }
+    else:
+        for split in SEEN:
+            train.name_what_is_left_out(split, len(rows[split]), tokens[split])
+        outcomes = test.examine(model, tokenizer, splits, who="base", **test.how(cfg))
+        files.write_json(path, {split: asdict(outcome) for split, outcome in outcomes.items()})
+    return Loaded(base, model, tokenizer, rows, tokens, splits, outcomes)
+
+
+def run(composed: DictConfig) -> float:
+    """Trains and tests a point, unless that was done; Hydra's task.
+
+    Returns the validation loss of the adapters that are kept, in nats a token; inf where the
+    training failed, which is noted, so that the sweep goes on.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C or SIGTERM; the point goes on from its checkpoint.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    sweep = Sweep.here()
+    hydra = HydraConfig.get()
+    tree: Any = OmegaConf.to_container(composed, resolve=True)
+    overrides = dict(text.lstrip("+").split("=", 1) for text in hydra.overrides.task)
+    shared = loaded(sweep.folder)
+    try:
+        cfg = settings.checked(tree, {}, [])
+    except UserError as error:  # of values that are right by themselves only
+        values: dict[str, Any] = {key: overrides.get(key) for key in sweep.keys}
+        digest = checkpoints.key(tree)
+        note = {"number": hydra.job.num, "digest": digest, "values": values}
+        note |= {"run": sweep.run_of(digest), "label": results.called(values)}
+        fail(sweep, note, str(error))
+        return math.inf
+    values = {key: _value(cfg, key, overrides) for key in sweep.keys}
+    return _point(sweep, hydra.job.num, values, cfg, shared)
+
+
+def _value(cfg: Config, key: str, overrides: dict[str, str]) -> Any:
+    flat = settings.flat(cfg)
+    return flat[key] if key in flat else overrides[key]
+
+
+def _point(sweep: Sweep, number: int, values: dict[str, Any], cfg: Config, shared: Loaded) -> float:
+    decides = train.what_decides(cfg, shared.base)
+    digest = checkpoints.key(decides)
+    folder = points() / digest
+    tested = folder / test_key(cfg)
+    name, label = sweep.run_of(digest), results.called(values)
+    note = {"number": number, "digest": digest, "run": name, "values": values, "label": label}
+    with _alone(folder):
+        path = sweep.note(digest)
+        before = files.read_json(path) if path.exists() else {}
+        note |= {key: before[key] for key in ("number", "deaths") if key in before}
+        note["seed"], note["tested"] = cfg.seed, tested.name
+        if before.get("status") == "FAILED" and before["command"] == sweep.command:
+            return math.inf
+        done = (folder / "trained.json").exists() and (tested / "metrics.json").exists()
+        if done and name in sweep.recorded:
+            files.write_json(path, note | {"status": "FINISHED"})
+            _say(sweep, number, label, folder, "was trained before")
+            return float(files.read_json(folder / "metrics.json")["kept_val_loss"])
+        files.write_json(path, note | {"status": "RUNNING"})
+        kept = checkpoints.Checkpoints(root() / CHECKPOINTS, decides)
+        try:
+            with train.start(
+                cfg, shared.base, shared.rows, label, digest, name, parent=sweep.run
+            ) as opened:
+                metrics = _train(cfg, shared, folder, kept, opened)
+                examined = _examined(cfg, shared, folder, tested, SEEN)
+                iteration = int(metrics["kept_iteration"])
+                finished = note | {"status": "FINISHED", "run_id": opened.opened()}
+                test.record(opened, tested, examined, iteration, once=True)
+                opened.tags({"mlflow.note.content": summary.note(measured(finished, tested))})
+        except KeyboardInterrupt:
+            files.write_json(path, note | {"status": "KILLED"})
+            raise
+        except Exception as error:
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            kept.close()
+            _note_failure(sweep, note, _reason(error))
+            return math.inf
+        finally:
+            _let_go()
+        kept.clear()
+        files.write_json(path, finished)
+        _say(sweep, number, label, folder, "done")
+        return float(metrics["kept_val_loss"])
+
+
+def _train(
+    cfg: Config,
+    shared: Loaded,
+    folder: Path,
+    kept: checkpoints.Checkpoints,
+    opened: tracking.Run,
+) -> dict[str, float]:
+    """Trains the point and says so to its run; or says again what an earlier training said."""
+    path = folder / "trained.json"
+
+    def on_point(point: Point) -> None:
+        opened.metrics(point.iteration, point.metrics, once=True)
+
+    if path.exists():
+        found = files.read_json(path)
+        for point in found["points"]:
+            on_point(Point(**point))
+    else:
+        told: list[Point] = []
+
+        def tell(point: Point) -> None:
+            told.append(point)
+            on_point(point)
+
+        metrics = train.fit(
+            cfg,
+            shared.base,
+            models.fresh(shared.model),
+            shared.tokens,
+            folder,
+            kept,
+            on_point=tell,
+            say=lambda text: None,
+        )
+        found = {"metrics": metrics, "points": [asdict(point) for point in told]}
+        files.write_json(path, found)
+    train.record(opened, folder, found["metrics"])
+    return dict(found["metrics"])
+
+
+def _examined(
+    cfg: Config, shared: Loaded, folder: Path, tested: Path, names: tuple[str, ...]
+) -> Examined:
+    """Tests the adapters of a point on some splits; or reads what came of it before."""
+    if not (tested / "metrics.json").exists():
+        model = models.fresh(shared.model)
+        models.load_adapters(model, folder / "adapters")
+        splits = {name: shared.splits[name] for name in names}
+        before = {name: shared.outcomes[name] for name in names}
+        after = test.examine(model, shared.tokenizer, splits, who="tuned", **test.how(cfg))
+        Examined.of(splits, before, after, shared.tokenizer, shared.labels).write(tested)
+    lines = files.read_jsonl(tested / "predictions.jsonl")
+    return Examined(lines, files.read_json(tested / "metrics.json"), sorted(shared.labels))
+
+
+def test_chosen(sweep: Sweep, note: dict[str, Any]) -> results.Point:
+    """Tests the chosen point's adapters on the rows of `test`, too, and adds that to its run."""
+    cfg = settings.load([f"seed={note['seed']}"], sweep.folder / "params.yaml")
+    shared = loaded(sweep.folder)
+    folder = points() / note["digest"]
+    seen = _examined(cfg, shared, folder, folder / note["tested"], SEEN)
+    out = folder / f"{note['tested']}-chosen"
+    last = _examined(cfg, shared, folder, out, ("test",))
+    both = Examined(seen.lines + last.lines, seen.metrics | last.metrics, last.labels)
+    iteration = int(files.read_json(folder / "metrics.json")["kept_iteration"])
+    with tracking.resume(note["run"], note.get("run_id")) as opened:
+        test.record(opened, out, both, iteration, once=True)
+    return measured(note, folder / note["tested"], out)
+
+
+test_chosen.__test__ = False  # type: ignore[attr-defined]  # pytest, look elsewhere
+
+
+def mark_dead(sweep: Sweep, cause: str) -> list[dict[str, Any]]:
+    """Finds what was under way when a process died; returns the notes of those that failed.
+
+    One that was alone, or that dies again, failed; of several, any can have been the cause.
+
+    Raises:
+        UserError: where none was under way: starting again would end in the same way.
+    """
+    under_way = [note for note in sweep.notes() if note["status"] == "RUNNING"]
+    if not under_way:
+        raise UserError(f"the sweep was ended by {cause} while no point was under way")
+    for note in under_way:
+        note["deaths"] = note.get("deaths", 0) + 1
+        files.write_json(sweep.note(note["digest"]), note)
+    return [note for note in under_way if len(under_way) == 1 or note["deaths"] > 1]
+
+
+def fail(sweep: Sweep, note: dict[str, Any], reason: str) -> None:
+    """Notes that a point failed that is not under way, and ends its run so."""
+    parameters = {key: results.override(value) for key, value in note["values"].items()}
+    with (
+        suppress(UserError),
+        tracking.start(
+            note["label"], parameters, lineage.tags(), [], run=note["run"], parent=sweep.run
+        ) as opened,
+    ):
+        opened.tags({"mlflow.note.content": f"failed: {reason}"})
+        raise UserError(reason)
+    _note_failure(sweep, note, reason)
+
+
+def _note_failure(sweep: Sweep, note: dict[str, Any], reason: str) -> None:
+    failed = {"status": "FAILED", "reason": reason[:2000], "command": sweep.command}
+    files.write_json(sweep.note(note["digest"]), note | failed)
+    console.warn(f"{note['label']} failed, and the sweep goes on: {reason}")
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def measured(note: dict[str, Any], *tests: Path) -> results.Point:
+    """A point with all that was measured of it, and by the tests in some folders."""
+    path = points() / note["digest"] / "trained.json"
+    done = note["status"] == "FINISHED"
+    found = files.read_json(path) if done else {"metrics": {}, "points": []}
+    metrics = dict(found["metrics"])
+    history: dict[int, dict[str, float]] = {}
+    for point in found["points"]:
+        row = history.setdefault(point["iteration"], {"iteration": point["iteration"]})
+        row |= {key: point["metrics"][key] for key in CURVES if key in point["metrics"]}
+    for folder in tests:
+        metrics |= files.read_json(folder / "metrics.json")
+    return results.Point(
+        note["number"],
+        note["values"],
+        note["status"],
+        note.get("reason"),
+        metrics,
+        list(history.values()),
+    )
+
+
+def points() -> Path:
+    """Where the results of points are, of all sweeps."""
+    return root() / SWEPT / "points"
+
+
+def test_key(cfg: Config) -> str:
+    """The name of the folder for what came of testing as `cfg` says."""
+    how = {key: value for key, value in settings.flat(cfg).items() if key.startswith("test.")}
+    rows = files.digest(PREPARED / f"{split}.jsonl" for split in SPLITS)
+    code = files.digest(Path(str(module.__file__)) for module in (test, scores))
+    return "test-" + hashlib.sha256(json.dumps([how, rows, code]).encode()).hexdigest()[:8]
+
+
+test_key.__test__ = False  # type: ignore[attr-defined]
+
+
+def _say(sweep: Sweep, number: int, label: str, folder: Path, how: str) -> None:
+    metrics = files.read_json(folder / "metrics.json")
+    console.out.print(
+        f"{number + 1:>3} of {sweep.total}  {label}  validation loss "
+        f"{metrics['kept_val_loss']:.4f}  {metrics['train_seconds']:.1f} s  {how}",
+        highlight=False,
+    )
+
+
+def _let_go() -> None:
+    """Frees what the point had in memory, for the next."""
+    import mlx.core as mx
+
+    gc.collect()
+    mx.clear_cache()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While the block runs no other process is at the same point; others wait."""
+    while (lock := files.lock(folder / "lock")) is None:
+        time.sleep(0.5)
+    try:
+        yield
+    finally:
+        os.close(lock)

@@ -1,0 +1,137 @@
+"""A sweep from its first point to its summary, in one process or with Hydra's launchers in many."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import OmegaConf
+
+from athanor import checkpoints, console, files, models, prepared, settings, train
+from athanor.console import UserError
+from athanor.paths import CONF, SWEPT, root
+from athanor.prepared import Prepared
+from athanor.record import lineage, store, tracking
+from athanor.sweep import COMMAND, ENDED_BY
+from athanor.sweeping import points, results, summary
+from athanor.sweeping.points import Sweep
+from athanor.sweeping.space import Space, refuse_unprepared, space
+
+WRITTEN = ("summary.html", "points.csv", "heatmap.svg", "curves.svg")
+TOO_MUCH = "most likely the memory did not suffice"
+
+
+def main(arguments: list[str]) -> None:
+    """Runs a sweep, as far as it has not been run before."""
+    found = space(CONF, arguments)
+    refuse_unprepared(found)
+    about = _about(found)
+    folder = root() / SWEPT / checkpoints.key(about)
+    lock = files.lock(folder / "lock")
+    if lock is None:
+        raise UserError(f"another process is at this very sweep ({folder}): wait for it, or end it")
+    files.write_json(folder / "about.json", about)
+    files.write_text(folder / "params.yaml", OmegaConf.to_yaml(found.base))
+    sweep = Sweep(
+        folder,
+        run=folder.name,
+        keys=list(found.swept),
+        total=found.total,
+        recorded=[],
+        command=os.environ[COMMAND],
+    )
+    cause = os.environ.get(ENDED_BY)
+    dead = points.mark_dead(sweep, cause) if cause else []
+    with _start(sweep, found) as run:
+        for note in dead:
+            points.fail(sweep, note, f"its process was ended by {cause}: {TOO_MUCH}")
+        points.loaded(folder)
+        if (run_id := run.opened()) is not None:
+            sweep = Sweep(**vars(sweep) | {"recorded": store.finished_parts(run_id)})
+        sweep.write()
+        _run_points(found, arguments, folder)
+        measured = _measured(sweep)
+        model = Path(found.base.model.path).name
+        summary.write(folder, measured, found.fixed, model)
+        for name in WRITTEN:
+            if (folder / name).exists():
+                run.artifact(folder / name)
+        run.metrics(0, {f"points_{k}": v for k, v in _counts(measured).items()}, once=False)
+        run.tags({"mlflow.note.content": summary.markdown(measured, found.fixed)})
+        summary.show(measured, found.fixed)
+        if not any(point.measured for point in measured):
+            raise UserError("no point finished; what each failed of stands above")
+    console.done(
+        "",
+        {
+            "wrote": f"{folder.relative_to(root())}/: {', '.join(WRITTEN)}",
+            "MLflow run": run.shown(),
+        },
+    )
+
+
+def _measured(sweep: Sweep) -> list[results.Point]:
+    """All points with what was measured of them; the chosen one on the rows of `test`, too."""
+    notes = {note["number"]: note for note in sweep.notes()}
+    found = {
+        number: points.measured(note, points.points() / note["digest"] / note["tested"])
+        if note["status"] == "FINISHED"
+        else points.measured(note)
+        for number, note in notes.items()
+    }
+    chosen = results.choose(found.values()).run
+    if chosen is not None:
+        found[chosen.number] = points.test_chosen(sweep, notes[chosen.number])
+    return list(found.values())
+
+
+def _counts(measured: list[results.Point]) -> dict[str, int]:
+    finished = sum(point.measured for point in measured)
+    return {"finished": finished, "failed": len(measured) - finished}
+
+
+def _run_points(found: Space, arguments: list[str], folder: Path) -> None:
+    """Lets Hydra call points.run for each point, with its sweeper and its launcher."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here as they are
+    added = [text for text in found.hydra if text not in arguments]
+    sys.argv = [
+        "sweep",
+        "--multirun",
+        "hydra/job_logging=disabled",
+        "hydra/hydra_logging=disabled",
+        "hydra.output_subdir=null",
+        f"hydra.sweep.dir={folder / 'hydra'}",
+        "hydra.job.name=sweep",
+        *arguments,
+        *added,
+    ]
+    task = hydra.main(config_path=str(CONF.resolve()), config_name="config", version_base="1.3")
+    task(points.run)()
+
+
+def _about(found: Space) -> dict[str, Any]:
+    """What makes this sweep the same as one that was started before."""
+    base = Prepared.read(found.base)
+    decides = train.what_decides(found.base, base)
+    flat = settings.flat(found.base)
+    return {
+        "swept": found.swept,
+        "sweeper": json.loads(json.dumps(found.sweeper | {"params": None}, default=str)),
+        **{key: value for key, value in decides.items() if key not in found.swept},
+        **{key: value for key, value in flat.items() if key.startswith("test.")},
+    }
+
+
+def _start(sweep: Sweep, found: Space) -> tracking.Run:
+    """Opens the sweep's own run."""
+    base = Prepared.read(found.base)
+    keys = " × ".join(results.names(sweep.keys).values())
+    return tracking.start(
+        f"sweep {keys}: {Path(base.source.path).name} {found.base.train.method}",
+        {f"sweep.{key}": ",".join(values) for key, values in found.swept.items()},
+        {**lineage.tags(), "device": models.device(), "athanor.sweep": sweep.run},
+        train.datasets(prepared.rows(points.SEEN)),
+        run=sweep.run,
+    )
