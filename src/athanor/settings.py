@@ -88,6 +88,16 @@ def load(overrides: list[str], params: Path = PARAMS) -> Config:
     return checked(tree, places, problems)
 
 
+def read(path: Path) -> Config:
+    """Reads a file like params.yaml, as it is; also where Hydra is at work, which `load` needs.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    return checked(cast(dict[str, Any], tree), _lines(path, ""), [])
+
+
 def flat(config: Config) -> dict[str, Any]:
     """The values by dotted key, in the order of the dataclasses."""
     tree = cast(Any, OmegaConf.to_container(cast(Any, config)))

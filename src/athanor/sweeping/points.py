@@ -108,7 +108,7 @@ class Loaded:
 @lru_cache(1)
 def loaded(folder: Path) -> Loaded:
     """Loads what the points of the sweep in `folder` share; the base is examined by the first."""
-    cfg = settings.load([], folder / "params.yaml")
+    cfg = settings.read(folder / "params.yaml")
     base = Prepared.read(cfg)
     rows = prepared.rows(SPLITS)
     model, tokenizer = base.load()
@@ -173,13 +173,14 @@ def _point(sweep: Sweep, number: int, values: dict[str, Any], cfg: Config, share
         path = sweep.note(digest)
         before = files.read_json(path) if path.exists() else {}
         note |= {key: before[key] for key in ("number", "deaths") if key in before}
-        note["seed"], note["tested"] = cfg.seed, tested.name
+        note |= {"seed": cfg.seed, "tested": tested.name, "command": sweep.command}
         if before.get("status") == "FAILED" and before["command"] == sweep.command:
             return math.inf
         done = (folder / "trained.json").exists() and (tested / "metrics.json").exists()
         if done and name in sweep.recorded:
-            files.write_json(path, note | {"status": "FINISHED"})
-            _say(sweep, number, label, folder, "was trained before")
+            if before.get("command") != sweep.command:  # else that was said
+                _say(sweep, number, label, folder, "was trained before")
+            files.write_json(path, note | {"status": "FINISHED", "run_id": before.get("run_id")})
             return float(files.read_json(folder / "metrics.json")["kept_val_loss"])
         files.write_json(path, note | {"status": "RUNNING"})
         kept = checkpoints.Checkpoints(root() / CHECKPOINTS, decides)
@@ -267,7 +268,8 @@ def _examined(
 
 def test_chosen(sweep: Sweep, note: dict[str, Any]) -> results.Point:
     """Tests the chosen point's adapters on the rows of `test`, too, and adds that to its run."""
-    cfg = settings.load([f"seed={note['seed']}"], sweep.folder / "params.yaml")
+    cfg = settings.read(sweep.folder / "params.yaml")
+    cfg.seed = note["seed"]
     shared = loaded(sweep.folder)
     folder = points() / note["digest"]
     seen = _examined(cfg, shared, folder, folder / note["tested"], SEEN)

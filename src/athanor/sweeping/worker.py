@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from athanor.console import UserError
 from athanor.paths import CONF, SWEPT, root
 from athanor.prepared import Prepared
 from athanor.record import lineage, store, tracking
-from athanor.sweep import COMMAND, ENDED_BY
+from athanor.sweep import COMMAND, ENDED_BY, LOST
 from athanor.sweeping import points, results, summary
 from athanor.sweeping.points import Sweep
 from athanor.sweeping.space import Space, refuse_unprepared, space
@@ -51,7 +52,13 @@ def main(arguments: list[str]) -> None:
         if (run_id := run.opened()) is not None:
             sweep = Sweep(**vars(sweep) | {"recorded": store.finished_parts(run_id)})
         sweep.write()
-        _run_points(found, arguments, folder)
+        try:
+            _run_points(found, arguments, folder)
+        except Exception:
+            if all(note["status"] != "RUNNING" for note in sweep.notes()):
+                raise
+            traceback.print_exc()  # a launcher's, of which a process was killed
+            sys.exit(LOST)
         measured = _measured(sweep)
         model = Path(found.base.model.path).name
         summary.write(folder, measured, found.fixed, model)
