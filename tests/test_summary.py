@@ -16,7 +16,6 @@ from xml.etree import ElementTree
 import pytest
 from dvc.utils.cli_parse import to_path_overrides
 from dvc.utils.hydra import compose_and_dump, to_hydra_overrides
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from markdown_it import MarkdownIt
 
 from athanor import settings
@@ -389,8 +388,8 @@ def test_the_terminal_shows_all_of_it(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_wide_table_keeps_every_column_on_the_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    figures = {"train_loss": 1.1, "train_seconds": 99.0, "peak_memory": 1.25}
-    exact = {"test_valid_exact_match": 0.5, "test_train_exact_match": 1.0}
+    figures: dict[str, Any] = {"train_loss": 1.1, "train_seconds": 99.0, "peak_memory": 1.25}
+    exact: dict[str, Any] = {"test_valid_exact_match": 0.5, "test_train_exact_match": 1.0}
     points = [
         point(
             n,
@@ -730,11 +729,3 @@ def test_drawing_leaves_matplotlibs_settings_alone() -> None:
     before = dict(matplotlib.rcParams)
     picture(grid([1e-4, 3e-4], [2, -1]))
     assert dict(matplotlib.rcParams) == before
-
-
-def test_overrides_of_the_grammar_alone() -> None:
-    """What quotes are for: without them Hydra would take each of these for something else."""
-    parser = OverridesParser.create()
-    for value in ("1,2", "true", "3", "null"):
-        raw = parser.parse_override(f"key={value}")
-        assert raw.is_sweep_override() or raw.value() != value

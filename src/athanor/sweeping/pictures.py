@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -542,7 +543,9 @@ def _scale(axis: Any, choice: Choice, key: str) -> Any:
     if low > 0 and (key == LEARNING_RATE or several_decades):
         name = "set_xscale" if axis.axis_name == "x" else "set_yscale"
         getattr(axis.axes, name)("log")
-        ticks = values if len(values) <= 8 else _round_ticks(low, high)
+        nearest = min((b / a for a, b in pairwise(values)), default=high)
+        apart = math.log(nearest) > 0.07 * math.log(high / low) if high > low else True
+        ticks = values if apart else _round_ticks(low, high)
         axis.set_ticks(ticks, [shown(key, float(tick)) for tick in ticks])
         axis.set_ticks([], minor=True)
     elif len(values) <= 8:
