@@ -138,6 +138,7 @@ def page(choice: Choice, fixed: list[str], model: str, drawn: dict[str, str | No
         test=_of_the_chosen(choice),
         faults=[(called(p.values), _status(p), _reason(p)) for p in _faulty(choice)],
         runs=_runs(choice),
+        coloured=len(pictures.swept(choice)) > 1,
         over=[plain(short[key]) for key in grid.over] if grid else [],
         drawn={name: _inline(picture) for name, picture in drawn.items() if picture},
         called=called,
