@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -30,7 +31,7 @@ from athanor.sweeping.results import (
     shown,
 )
 
-# The house's colours, as in data/page.html; the page puts its own in their place at night.
+# The house's colours, as in data/page.html by day; at night the summary's page turns them round.
 PAPER, WASH, LINE, INK, SOFT, ACCENT = (
     "#ffffff",
     "#f4f6f7",
@@ -125,7 +126,7 @@ def text_on(colour: str) -> str:
     """The colour of text that is readable on another: at least 4.5 to 1 (WCAG AA) on the ramp."""
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in _shares(colour)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "#fdfefe" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.0567 else "#10161a"
+    return "#ffffff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000000"
 
 
 def heatmap(choice: Choice) -> str | None:
@@ -163,7 +164,7 @@ def curves(choice: Choice) -> str | None:
     look, legends = _looks(choice)
     many = len(runs) > 10
     with _drawing():
-        picture = _figure(9.6, 4.3 if not legends else 4.6)
+        picture = _figure(11.2, 4.8)
         axes = picture.subplots(1, 2, sharey=True)
         tops = []
         for axis, (name, title) in zip(
@@ -542,7 +543,9 @@ def _scale(axis: Any, choice: Choice, key: str) -> Any:
     if low > 0 and (key == LEARNING_RATE or several_decades):
         name = "set_xscale" if axis.axis_name == "x" else "set_yscale"
         getattr(axis.axes, name)("log")
-        ticks = values if len(values) <= 8 else _round_ticks(low, high)
+        nearest = min((b / a for a, b in pairwise(values)), default=high)
+        apart = math.log(nearest) > 0.07 * math.log(high / low) if high > low else True
+        ticks = values if apart else _round_ticks(low, high)
         axis.set_ticks(ticks, [shown(key, float(tick)) for tick in ticks])
         axis.set_ticks([], minor=True)
     elif len(values) <= 8:
@@ -573,7 +576,8 @@ def _bar(picture: Any, axis: Any, low: float, high: float, losses: list[float]) 
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
-    steps = [shade(at / 255, 0.0, 1.0) for at in range(256)]
+    # Fewer than fifty, of which matplotlib would make a raster.
+    steps = [shade(at / 47, 0.0, 1.0) for at in range(48)]
     beyond = any(math.isfinite(loss) and loss > high for loss in losses)
     bar = picture.colorbar(
         ScalarMappable(Normalize(low, high if high > low else low + 1e-9), ListedColormap(steps)),
@@ -584,6 +588,7 @@ def _bar(picture: Any, axis: Any, low: float, high: float, losses: list[float]) 
         pad=0.03,
     )
     bar.outline.set_visible(False)
+    bar.solids.set_edgecolor("face")
     bar.set_ticks([low, high] if high > low else [low])
     bar.set_ticklabels([figure(tick) for tick in bar.get_ticks()])
     bar.ax.tick_params(length=0)

@@ -243,9 +243,10 @@ def figure(value: float | None) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that any file and page can hold: control characters as their pictures."""
+    """Text that any file, page and SVG can hold: control characters as their pictures."""
     safe = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return safe.translate({code: 0x2400 + code for code in range(32)} | {127: 0x2421})
+    pictures = {code: 0x2400 + code for code in range(32)} | {127: 0x2421}
+    return safe.translate(pictures | dict.fromkeys((0xFFFE, 0xFFFF), 0xFFFD))
 
 
 def _candidates(points: Iterable[Point]) -> list[Candidate]:

@@ -49,15 +49,6 @@ FIRST_METRICS = (
     "peak_memory",
     "trained_tokens",
 )
-# What the pictures' colours are called in the page, which has others at night.
-VARIABLES = {
-    pictures.PAPER: "paper",
-    pictures.WASH: "wash",
-    pictures.LINE: "line",
-    pictures.INK: "ink",
-    pictures.SOFT: "soft",
-    pictures.FAULT: "fault",
-}
 
 
 def show(points: list[Point], fixed: Iterable[str]) -> None:
@@ -67,10 +58,12 @@ def show(points: list[Point], fixed: Iterable[str]) -> None:
     """
     choice = choose(points)
     head, rows = _table(choice)
-    table = Table(box=box.SIMPLE_HEAD, title="sweep", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title="sweep", title_justify="left", collapse_padding=True)
     swept = len(_keys(choice))
     for number, name in enumerate(head):
-        table.add_column(escape(name), justify="left" if number < swept else "right")
+        # Headers are broken, so that no figure has to be.
+        header = escape(name).replace(" ", "\n")
+        table.add_column(header, justify="left" if number < swept else "right")
     for candidate, row in zip(choice.candidates, rows, strict=True):
         table.add_row(*map(escape, row), style="bold" if candidate is choice.best else None)
     console.out.print(table)
@@ -114,7 +107,13 @@ def page(choice: Choice, fixed: list[str], model: str, drawn: dict[str, str | No
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"figure": figure, "plain": plain, "time": _time, "share": _share}
+    environment.filters |= {
+        "figure": figure,
+        "plain": plain,
+        "lines": _lines,
+        "time": _time,
+        "share": _share,
+    }
     template = environment.from_string(
         Path(__file__).with_name("summary.html").read_text(encoding="utf-8")
     )
@@ -132,12 +131,14 @@ def page(choice: Choice, fixed: list[str], model: str, drawn: dict[str, str | No
         rows=rows,
         keys=len(_keys(choice)),
         points=points,
+        lacking=any(found.losses and not found.complete for found in choice.candidates),
         finished=sum(point.measured for point in points),
         seconds=sum(seconds) if seconds else None,
         costs=_costs(choice),
         test=_of_the_chosen(choice),
-        faults=[(called(p.values), _status(p), p.reason or p.fault) for p in _faulty(choice)],
+        faults=[(called(p.values), _status(p), _reason(p)) for p in _faulty(choice)],
         runs=_runs(choice),
+        coloured=len(pictures.swept(choice)) > 1,
         over=[plain(short[key]) for key in grid.over] if grid else [],
         drawn={name: _inline(picture) for name, picture in drawn.items() if picture},
         called=called,
@@ -298,6 +299,14 @@ def _faulty(choice: Choice) -> list[Point]:
     return sorted(points, key=lambda point: point.number)
 
 
+def _reason(point: Point) -> str:
+    return (point.reason or "").strip() or point.fault or ""
+
+
+def _lines(text: str) -> str:
+    return "\n".join(map(plain, text.splitlines()))
+
+
 def _show_grid(choice: Choice) -> None:
     """The heatmap on the terminal: a cell for a candidate, in the colour of its loss."""
     grid = pictures.grid(choice)
@@ -305,13 +314,12 @@ def _show_grid(choice: Choice) -> None:
         return
     low, high = pictures.span(cell.loss for cell in grid.cells.values())
     short = names([grid.across, grid.down, *grid.over])
-    table = Table(box=None, padding=(0, 0), title_justify="left", show_edge=False)
+    table = Table(box=None, padding=(0, 1), title_justify="left", pad_edge=False)
     table.title = escape(f"validation loss, {_by(grid, short)}")
     table.add_column(escape(plain(short[grid.down])), justify="right", style="dim")
     for value in grid.columns:
-        table.add_column(
-            escape(f"{plain(short[grid.across])} {shown(grid.across, value)}"), justify="center"
-        )
+        title = f"{plain(short[grid.across])} {shown(grid.across, value)}"
+        table.add_column(escape(title), justify="center")
     for row in reversed(range(len(grid.rows))):
         cells = []
         for column in range(len(grid.columns)):
@@ -324,7 +332,7 @@ def _show_grid(choice: Choice) -> None:
             text = f"*{figure(cell.loss)}*" if best else f" {figure(cell.loss)} "
             style = f"{'bold ' if best else ''}{pictures.text_on(colour)} on {colour}"
             cells.append(Text(f" {text} ", style=style))
-        table.add_row(escape(shown(grid.down, grid.rows[row])) + " ", *cells)
+        table.add_row(escape(shown(grid.down, grid.rows[row])), *cells)
     console.out.print(table)
     console.out.print()
 
@@ -390,14 +398,13 @@ def _runs(choice: Choice) -> list[list[str]]:
 
 
 def _inline(picture: str) -> str:
-    """A picture for the page: its colours are the page's."""
+    """A picture for the page, no wider than it was drawn."""
     from markupsafe import Markup
 
-    for colour, name in VARIABLES.items():
-        picture = re.sub(rf"(?<=[:\"] ){colour}|(?<=[:\"]){colour}", f"var(--{name})", picture)
-    width = re.search(r'<svg [^>]*?width="([\d.]+)pt"', picture)
-    most = f'style="max-width: {float(width[1]) * 4 / 3:.0f}px" ' if width else ""
-    return Markup(picture.replace("<svg ", f"<svg {most}", 1))
+    points = re.search(r'width="([\d.]+)pt"', picture)
+    assert points is not None
+    wide = float(points[1]) * 4 / 3
+    return Markup(picture.replace("<svg ", f'<svg style="max-width: {wide:.0f}px" ', 1))
 
 
 def _row(cells: list[str], bold: bool = False, markup: bool = False) -> str:
