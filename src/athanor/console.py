@@ -25,12 +25,19 @@ err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() el
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+GOES_ON = "the same command goes on from there"
+CHECKOUT = "what this stage wrote before comes back with `uv run dvc checkout`"
+
+
 class UserError(Exception):
     """Something that the person at the keyboard can mend; its text says how."""
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a stage's main; an error that a person can mend ends in its text alone."""
+def run(main: Callable[[], None], after_a_stop: str = CHECKOUT) -> None:
+    """Runs a stage's main; an error that a person can mend ends in its text alone.
+
+    `after_a_stop` says what to do after Ctrl-C or SIGTERM.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
@@ -40,8 +47,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as interrupt:
         then = f"{interrupt}; " if str(interrupt) else ""
         err.print(
-            f"[bold red]stopped[/] by Ctrl-C or SIGTERM; {_plain(then)}what this stage wrote "
-            "before comes back with `uv run dvc checkout`",
+            f"[bold red]stopped[/] by Ctrl-C or SIGTERM; {_plain(then)}{after_a_stop}",
             soft_wrap=True,
         )
         sys.exit(130)

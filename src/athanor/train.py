@@ -38,7 +38,7 @@ from athanor.record import lineage, tracking
 from athanor.schema import Config
 from athanor.sources import Source
 from athanor.supervision import Tokens
-from athanor.training import LESS_MEMORY, Point, Stopped, Trainer, fits
+from athanor.training import LESS_MEMORY, Point, Trainer, fits
 
 # The modules that decide what is trained: this stage's deps in dvc.yaml.
 DECIDING = (
@@ -195,10 +195,7 @@ def fit(
         _begin(cfg, trainer, tokens["train"], kept.folder, say)
         for point in trainer.state.points:
             on_point(point)
-        try:
-            trainer.run()
-        except Stopped as stopped:
-            raise Stopped(f"{stopped}; the same command goes on from there") from None
+        trainer.run()
     return _write(cfg, trainer, base.source, out)
 
 
@@ -453,4 +450,4 @@ def _line(point: Point) -> str:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, f"{console.GOES_ON}; {console.CHECKOUT}")

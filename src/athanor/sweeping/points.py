@@ -183,8 +183,9 @@ def _point(sweep: Sweep, number: int, values: dict[str, Any], cfg: Config, share
             files.write_json(path, note | {"status": "FINISHED", "run_id": before.get("run_id")})
             return float(files.read_json(folder / "metrics.json")["kept_val_loss"])
         files.write_json(path, note | {"status": "RUNNING"})
-        kept = checkpoints.Checkpoints(root() / CHECKPOINTS, decides)
+        kept: checkpoints.Checkpoints | None = None
         try:
+            kept = checkpoints.Checkpoints(root() / CHECKPOINTS, decides)
             with train.start(
                 cfg, shared.base, shared.rows, label, digest, name, parent=sweep.run
             ) as opened:
@@ -200,7 +201,8 @@ def _point(sweep: Sweep, number: int, values: dict[str, Any], cfg: Config, share
         except Exception as error:
             if not isinstance(error, UserError):
                 traceback.print_exc()
-            kept.close()
+            if kept is not None:
+                kept.close()
             _note_failure(sweep, note, _reason(error))
             return math.inf
         finally:

@@ -4,6 +4,8 @@ import json
 import os
 import sys
 import traceback
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,9 @@ def main(arguments: list[str]) -> None:
             points.fail(sweep, note, f"its process was ended by {cause}: {TOO_MUCH}")
         points.loaded(folder)
         if (run_id := run.opened()) is not None:
-            sweep = Sweep(**vars(sweep) | {"recorded": store.finished_parts(run_id)})
+            # Where it is away again, what it has already is said to it once more.
+            with suppress(Exception):
+                sweep = replace(sweep, recorded=store.finished_parts(run_id))
         sweep.write()
         try:
             _run_points(found, arguments, folder)
