@@ -25,7 +25,7 @@ def work(number: int) -> None:
         params = {f"train.key_{i}": i for i in range(30)}
         with tracking.start(f"run {number}", params, {"number": number}, [rows]) as run:
             for step in range(1, STEPS + 1):
-                run.metrics(step, {key: number * 1000 + step for key in KEYS}, once=True)
+                run.metrics(step, dict.fromkeys(KEYS, number * 1000 + step), once=True)
                 if step == STEPS // 2:
                     run.tags({"half": "way"})
             run.text(f"seed: {number}", "params.yaml")
