@@ -1,6 +1,7 @@
 """What was said to MLflow arrives there once, however often it took to get it there."""
 
 import json
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,47 @@ def test_a_store_that_comes_back_gets_all_of_it(away: Path) -> None:
     points = client.get_metric_history(found.info.run_id, "train_loss")
     assert [(point.step, point.value) for point in points] == [(1, 3.0), (2, 2.0)]
     assert waiting() == []
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many metrics each call to the store brought."""
+    found: list[int] = []
+    really = MlflowClient.log_batch
+
+    def log_batch(self: MlflowClient, run_id: str, metrics: Any = (), **more: Any) -> None:
+        if metrics:
+            found.append(len(metrics))
+        really(self, run_id, metrics, **more)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+    return found
+
+
+def test_what_waited_goes_in_few_calls(away: Path, calls: list[int]) -> None:
+    with start() as run:
+        assert run.opened() is None
+        for step in range(1, 1001):
+            run.metrics(step, {"train_loss": 1.0, "grad_norm": 1.0, "peak_memory": 1.0})
+        calls.clear()
+        away.unlink()
+    assert sum(calls) == 3000
+    assert len(calls) == 6
+
+
+def test_sending_takes_its_share_of_a_processor_and_no_more(
+    away: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away.unlink()
+    monkeypatch.setattr(tracking, "SHARE", 1e-9)  # so little that it rests till the end
+    with start() as run:
+        assert run.opened()
+        for step in range(1, 51):
+            run.metrics(step, {"train_loss": 1.0})
+            time.sleep(0.01)
+        assert len(calls) <= 1
+    assert sum(calls) == 50
+    assert len(calls) <= 2
 
 
 def test_a_training_that_goes_on_says_nothing_twice(away: Path) -> None:

@@ -62,9 +62,11 @@ class Sender:
             try:
                 self._send(together)
             except Exception as error:
-                # A place for files can be away, or closed to us, where the store is not.
                 if together[0]["do"] not in ("artifact", "text", "table", "model"):
                     raise
+                # A place for files can be away, or closed to us, where the store is not; where both
+                # are away this raises, and the file is sent again.
+                self.client.search_experiments(max_results=1)
                 name = together[0].get("name") or Path(together[0]["path"]).name
                 self.refused.append(f"{name} ({short(error)})")
             for _ in together:
@@ -255,8 +257,10 @@ def client() -> Any:
     A schema whose making was cut off can't be mended, so it gets its name when it is whole.
     """
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    # The journal is what tries again: MLflow's own client would create a run once more where only
+    # the answer was lost. A server answers when it has written a file to wherever it keeps files.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     from mlflow import MlflowClient
 
     if not uri().startswith("sqlite:///"):
@@ -295,7 +299,13 @@ def _experiment(client: Any, name: str) -> str:
     place = (root() / "mlruns" / "artifacts").as_uri() if embedded else None
     # Without its kind MLflow's UI opens an experiment as one of prompts and traces.
     tags = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(name, artifact_location=place, tags=tags))
+    try:
+        return str(client.create_experiment(name, artifact_location=place, tags=tags))
+    except Exception:
+        # Of several that start at once on a server, one makes it.
+        if (found := client.get_experiment_by_name(name)) is None:
+            raise
+        return str(found.experiment_id)
 
 
 def _together(waiting: "deque[Said]") -> list[Said]:

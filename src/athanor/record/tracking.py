@@ -24,8 +24,11 @@ from athanor.record import registry, store
 from athanor.record.journal import Journal, Said, beside, said_in
 from athanor.record.store import Sender
 
-SECONDS_BETWEEN_TRIES = 30
+SECONDS_BETWEEN_TRIES = 30  # at most; the first is 1, and each is twice the one before
 SECONDS_FOR_A_LOCK = 120
+# What sending may take of a processor: the thread rests in between, and sends more at a time.
+SHARE = 0.01
+SECONDS_OF_REST = 10  # at most: a person may be looking on
 
 
 @dataclass(frozen=True)
@@ -169,26 +172,35 @@ class Run:
 
     def _work(self) -> None:
         waiting: deque[Said] = deque()
-        sender, not_before, more = Sender(self._journal.folder, goes_on=True), 0.0, True
+        sender, more = Sender(self._journal.folder, goes_on=True), True
         self._refused = sender.refused
-        swept = False
+        swept, failures, not_before = False, 0, 0.0
         while more:
-            said = self._said.get()
-            more = said is not None
-            if said is not None:
-                waiting.append(said)
-            if more and (not self._said.empty() or time.monotonic() < not_before):
-                continue
+            pause = max(0.0, not_before - time.monotonic()) if waiting else None
+            try:
+                said = self._said.get(timeout=pause)
+            except queue.Empty:
+                pass  # nothing was said since: time to send what waits
+            else:
+                more = said is not None
+                if said is not None:
+                    waiting.append(said)
+                if more and (not self._said.empty() or time.monotonic() < not_before):
+                    continue
             try:
                 if not swept:
                     # First, because a training's record may be among it, to which this one adds.
                     send_what_was_left()
                     swept = True
+                began = time.thread_time()
                 sender.send(waiting)
-                self.failure = None
+                self.failure, failures = None, 0
+                rest = min((time.thread_time() - began) / SHARE, SECONDS_OF_REST)
+                not_before = time.monotonic() + rest
             except Exception as error:
                 self.failure = error
-                not_before = time.monotonic() + SECONDS_BETWEEN_TRIES
+                not_before = time.monotonic() + min(2**failures, SECONDS_BETWEEN_TRIES)
+                failures += 1
             finally:
                 self.id, self._registered = sender.run, sender.registered
                 self._opened.set()

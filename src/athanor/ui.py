@@ -1,0 +1,182 @@
+"""MLflow's UI on the store that runs are recorded in, for this machine alone.
+
+    uv run python -m athanor.ui                 # all runs
+    uv run python -m athanor.ui 3f2a            # one, by its id or the beginning of it
+    uv run python -m athanor.ui 3f2a 77b1       # several side by side
+
+Serves the store in mlruns/, or the database in MLFLOW_TRACKING_URI, on the loopback address until
+Ctrl-C, after what waits in mlruns/outbox/ was sent there. Where MLFLOW_TRACKING_URI is a server's
+address, its link is all that is needed.
+"""
+
+import argparse
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import webbrowser
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from athanor import console
+from athanor.console import UserError
+from athanor.paths import root
+from athanor.record import store, tracking, views
+
+# Not MLflow's own 5000, which macOS has its AirPlay receiver on.
+PORT = 5199
+SECONDS_TO_START = 120
+
+
+def page(base: str, beginnings: Sequence[str]) -> str:
+    """The link to what a person asked for, on the server at `base`.
+
+    Raises:
+        UserError: where the store has no runs, or not one that begins so, or several.
+    """
+    client = store.client()
+    experiment = client.get_experiment_by_name(store.EXPERIMENT)
+    if experiment is None:
+        raise UserError(f"{store.name()} has no runs yet: `uv run dvc repro --pull` makes one")
+    found = [_run(client, experiment.experiment_id, beginning) for beginning in beginnings]
+    if not found:
+        query = views.runs_view(client, experiment.experiment_id)
+        return views.link(base, experiment.experiment_id, query=query)
+    if len(found) == 1:
+        return views.link(base, experiment.experiment_id, found[0])
+    return views.compare_link(base, experiment.experiment_id, found)
+
+
+def _run(client: Any, experiment_id: str, beginning: str) -> str:
+    if not re.fullmatch("[0-9a-f]+", beginning):
+        raise UserError(f"{beginning!r} is no beginning of a run's id, which is of 0-9 and a-f")
+    filtered = f"attributes.run_id LIKE '{beginning}%'"
+    runs = client.search_runs([experiment_id], filtered, max_results=6)
+    if len(runs) == 1:
+        return str(runs[0].info.run_id)
+    what = "several runs begin" if runs else "no run begins"
+    runs = runs or client.search_runs([experiment_id], max_results=5)
+    listed = "\n".join(f"  {run.info.run_id}  {run.info.run_name}" for run in runs)
+    raise UserError(f"{what} with {beginning} in {store.name()}; there are\n{listed}")
+
+
+def free_port(first: int) -> int:
+    """The first port from there on that nothing on this machine listens at."""
+    for port in range(first, min(first + 100, 65536)):
+        with socket.socket() as tried, suppress(OSError):
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(("127.0.0.1", port))
+            return port
+    raise UserError(f"no port from {first} on is free: `--port` chooses another")
+
+
+def serve(port: int, log: Path) -> "subprocess.Popen[bytes]":
+    """Starts MLflow's server on the store, and waits until it answers.
+
+    Raises:
+        UserError: with the end of its log, where it does not start.
+    """
+    # By variables, because anyone on this machine can read a command.
+    env = os.environ | {
+        "MLFLOW_BACKEND_STORE_URI": store.uri(),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        env["MLFLOW_DEFAULT_ARTIFACT_ROOT"] = (root() / "mlruns" / "artifacts").as_uri()
+    options = ("--host", "127.0.0.1", "--port", str(port), "--workers", "1")
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *options],
+            env=env,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for us, who stop it
+        )
+    deadline = time.monotonic() + SECONDS_TO_START
+    try:
+        while server.poll() is None and time.monotonic() < deadline:
+            with suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                return server
+            time.sleep(0.1)
+    except BaseException:
+        stop(server)
+        raise
+    stop(server)
+    said = store.without_password(log.read_text("utf-8", errors="replace"))
+    end = "\n".join(said.splitlines()[-15:])
+    raise UserError(f"MLflow's server did not start on {store.name()}:\n{end}")
+
+
+def stop(server: "subprocess.Popen[bytes]") -> None:
+    """Ends the server and all that it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=5)
+
+
+def opens_a_browser() -> bool:
+    """Whether there is a browser to open, and a person who sees it open."""
+    if not sys.stdout.isatty():
+        return False
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
+        return False  # what Python finds there would take the terminal
+    try:
+        webbrowser.get()
+    except webbrowser.Error:
+        return False
+    return True
+
+
+def show(link: str, browser: bool) -> None:
+    """Prints a link, and opens it where that can be done."""
+    console.out.print(link, soft_wrap=True, highlight=False, markup=False)
+    if browser and opens_a_browser():
+        webbrowser.open(link)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m athanor.ui", description="MLflow's UI on the store of the runs."
+    )
+    parser.add_argument("runs", nargs="*", metavar="run", help="an id, or the beginning of one")
+    parser.add_argument("--port", type=int, default=PORT, help=f"else {PORT}, or the next free one")
+    parser.add_argument("--no-browser", action="store_true", help="print the link, open nothing")
+    args = parser.parse_args()
+    signal.signal(signal.SIGHUP, signal.default_int_handler)  # a terminal that is closed
+    try:
+        tracking.send_what_was_left()
+        if store.uri().startswith(("http://", "https://")):
+            show(page(store.name(), args.runs), not args.no_browser)
+            return
+        port = free_port(args.port)
+        link = page(f"http://127.0.0.1:{port}", args.runs)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise UserError(f"MLflow at {store.name()}: {store.short(error)}") from error
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            server = serve(port, Path(folder) / "log")
+            try:
+                console.out.print(f"{store.name()}, until Ctrl-C:", soft_wrap=True, markup=False)
+                show(link, not args.no_browser)
+                server.wait()
+            finally:
+                stop(server)
+        except KeyboardInterrupt:
+            return
+    raise UserError(f"MLflow's server ended by itself, with status {server.returncode}")
+
+
+if __name__ == "__main__":
+    console.run(main)
