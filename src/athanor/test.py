@@ -20,11 +20,12 @@ from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from omegaconf import OmegaConf
 from rich.markup import escape
 
 from athanor import chat, console, files, models, scores, settings, sources, supervision, templates
 from athanor.evaluation import Answer, answers, mean_loss
-from athanor.paths import PREPARED, SPLITS, TESTED, TRAINED
+from athanor.paths import PARAMS, PREPARED, SPLITS, TESTED, TRAINED
 from athanor.record import tracking
 from athanor.supervision import Tokens
 
@@ -294,6 +295,7 @@ def main() -> None:
         files.write_json(TESTED / "metrics.json", metrics)
         files.write_text(TESTED / "labels.csv", labels_csv(lines, labels))
         run.metrics(trained["iteration"], metrics)
+        run.text(OmegaConf.to_yaml(cfg), f"test/{PARAMS.name}")  # it may run again with others
         run.artifact(TESTED / "predictions.jsonl", "test")
         if lines:
             run.table(as_columns(lines), "test/answers.json")

@@ -93,6 +93,7 @@ def main() -> None:
     ) as run:
         run.text(OmegaConf.to_yaml(cfg), PARAMS.name)  # with the overrides of this command
         _record_data(run)
+        lineage.record(run)
         model, tokenizer = models.load(folder)
         tokens = {
             split: supervision.tokenize_all(
@@ -135,6 +136,7 @@ def main() -> None:
             except Stopped as stopped:
                 raise Stopped(f"{stopped}; the same command goes on from there") from None
         metrics = _write(cfg, trainer, source)
+        run.tags({"adapters.digest": lineage.adapters_digest(TRAINED / "adapters")})
         best = {"best_val_loss": metrics["best_val_loss"]}
         run.metrics(trainer.state.best_iteration, best, once=True)
         run.artifact(TRAINED / "adapters", "adapters")
