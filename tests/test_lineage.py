@@ -1,14 +1,17 @@
 """What a run keeps of what it was made from, and how two records are compared."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+import yaml
 
+from athanor import files, reproduce
 from athanor.console import UserError
-from athanor.record import compared, lineage, store, tracking
+from athanor.record import compared, lineage, restored, store, tracking
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -199,3 +202,133 @@ def test_a_training_keeps_what_it_was_made_from(
     assert again.tags["code.patch"] == "none"
     assert again.tags["code.digest"] == made.tags["code.digest"]
     assert again.tags["mlflow.source.git.commit"] == git(tree, "rev-parse", "HEAD").strip()
+
+
+SAME = {"val_loss": (2.0, 2.0), "test_exact_match": (1.0, 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("then", "both", "same_rows", "elsewhere", "said"),
+    [
+        ("a", SAME, True, False, "match: the same bytes, the same metrics"),
+        ("a", SAME, True, True, "match: the same bytes, the same metrics"),
+        ("a", {}, True, False, "no match: the run keeps no metrics"),
+        ("", SAME, True, False, "no match: the run keeps no adapters"),
+        ("", {}, True, True, "no match: the run keeps no adapters and no metrics"),
+        ("b", {}, True, False, "differs: adapters"),
+        ("b", SAME, True, False, "differs: adapters"),
+        ("b", SAME | {"val_loss": (2.0, 2.01)}, True, True, "close: "),
+        ("b", SAME | {"val_loss": (2.0, 2.1)}, True, True, "differs: adapters, 1 of 2 metrics"),
+        ("b", SAME | {"val_loss": (2.0, 2.01)}, False, True, "differs: rows, adapters, 1 of 2"),
+        ("b", {"test_exact_match": (1.0, 0.5)}, True, True, "differs: adapters, 1 of 1 metrics"),
+        ("a", SAME | {"val_loss": (2.0, 2.01)}, True, False, "differs: 1 of 2 metrics"),
+    ],
+)
+def test_only_the_same_bytes_and_metrics_are_a_match(
+    then: str,
+    both: dict[str, tuple[float, float]],
+    same_rows: bool,
+    elsewhere: bool,
+    said: str,
+) -> None:
+    match, text = reproduce.verdict(then, "a", both, same_rows, elsewhere)
+    assert text.startswith(said)
+    assert match == said.startswith("match")
+
+
+def test_a_run_without_a_result_is_not_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
+    client = store.client()
+    experiment = client.get_experiment_by_name(store.EXPERIMENT).experiment_id
+    run_id = client.create_run(experiment, run_name="a run").info.run_id
+
+    def refusal() -> str:
+        with pytest.raises(UserError) as caught:
+            reproduce.reproduce(compared.find(run_id, tmp_path), keep=False)
+        return str(caught.value)
+
+    assert "(a run) is RUNNING; only one that is FINISHED" in refusal()
+    client.set_tag(run_id, "failure", "the loss is nan")
+    client.set_terminated(run_id, "FAILED")
+    assert "is FAILED: the loss is nan; only" in refusal()
+    client.set_terminated(run_id, "FINISHED")
+    assert "keeps no params.yaml" in refusal()
+
+
+def made(tmp_path: Path, **tags: str) -> compared.Made:
+    return compared.Made("1", "a run", "FINISHED", tags, {}, {}, {}, tmp_path)
+
+
+def test_data_comes_from_a_remote_where_the_cache_lacks_it(
+    repo: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, tree = tmp_path / "here", tmp_path / "tree"
+    tree.mkdir()
+    shutil.copytree(repo / ".dvc/demo-remote", here / ".dvc/demo-remote")
+    shutil.copyfile(repo / ".dvc/config", here / ".dvc/config")
+    (here / ".dvc/config.local").write_text("[core]\nno_scm = true\n", encoding="utf-8")
+    (here / "data").mkdir()
+    (here / "data/train.jsonl").touch()
+    monkeypatch.chdir(here)
+    tracked = yaml.safe_load((repo / "data.dvc").read_text(encoding="utf-8"))
+    md5 = tracked["outs"][0]["md5"]
+    assert list(restored.data(made(tmp_path, **{"dvc.data": md5}), tree)) == []
+    assert files.digest((tree / "data").iterdir()) == files.digest(data.iterdir())
+    assert yaml.safe_load((tree / "data.dvc").read_text("utf-8"))["outs"][0]["md5"] == md5
+    # One that nobody has: that is said, and the rows are those of now.
+    [said] = restored.data(made(tmp_path, **{"dvc.data": f"{'0' * 32}.dir"}), tree)
+    assert "in neither DVC's cache nor the remote demo" in said
+    assert [path.name for path in (tree / "data").iterdir()] == ["train.jsonl"]
+
+
+def test_worktree_goes_and_what_it_links_to_stays(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on an error; hooks of the person's are not run in it."""
+    monkeypatch.chdir(tree)
+    hook = tree / ".git/hooks/post-checkout"
+    hook.write_text("#!/bin/sh\ntouch hooked\n", encoding="utf-8")
+    hook.chmod(0o755)
+    model = tree / "models/own/config.json"
+    model.parent.mkdir(parents=True)
+    model.write_text("{}", encoding="utf-8")
+    with (
+        pytest.raises(ZeroDivisionError),
+        restored.worktree(tree, "HEAD", keep=False) as there,
+    ):
+        restored.link("models/own", there)
+        assert (there / "models/own/config.json").read_text(encoding="utf-8") == "{}"
+        assert not (there / "hooked").exists()
+        raise ZeroDivisionError
+    assert not there.parent.exists()
+    assert model.exists()
+    assert git(tree, "worktree", "list", "--porcelain").count("worktree ") == 1
+    with restored.worktree(tree, "HEAD", keep=True) as there:
+        pass
+    assert (there / "src/athanor/a.py").exists()
+    git(tree, "worktree", "remove", "--force", str(there))
+
+
+def test_what_of_the_code_can_not_be_restored_is_said(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tree)
+    head = git(tree, "rev-parse", "HEAD").strip()
+    gone = {"mlflow.source.git.commit": "0" * 40}
+    assert restored.repository_of({"mlflow.source.git.commit": head}) == (tree, head)
+    assert restored.repository_of(gone) == (tree, None)
+    # Code that was not committed is part of the code as it is now.
+    (tree / "src/athanor/a.py").write_text("one = 11\n", encoding="utf-8")
+    with restored.worktree(tree, "HEAD", keep=False) as there:
+        [said] = restored.code(made(tmp_path, **gone), tree, None, there)
+        assert (there / "src/athanor/a.py").read_text(encoding="utf-8") == "one = 11\n"
+    assert f"commit {'0' * 40} is not in {tree}" in said
+    with restored.worktree(tree, "HEAD", keep=False) as there:
+        old = made(tmp_path, **{"git.dirty": "true"})
+        [said] = restored.code(old, tree, head, there)
+        assert "keeps no patch" in said
+        other = made(tmp_path, **{"code.patch": "none", "code.digest": "0"})
+        [said] = restored.code(other, tree, head, there)
+        assert "not the same as the run's" in said

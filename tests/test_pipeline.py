@@ -1,6 +1,7 @@
 """The pipeline in a real git and DVC repository: what runs, what does not, what comes out."""
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -179,10 +180,14 @@ def test_mlflow_holds_the_whole_run(finished: Workspace) -> None:
     assert tags["model.path"] == "models/tiny"
     assert tags["fused.digest"] == finished.json("artifacts/fuse/fused.json")["digest"]
     assert {"model.digest", "mlx.version", "mlx_lm.version", "device"} <= set(tags)
+    adapters = (finished.folder / "artifacts/train/adapters/adapters.safetensors").read_bytes()
+    assert tags["adapters.digest"] == hashlib.sha256(adapters).hexdigest()
+    assert tags["code.patch"] == "none"
     kept = {a.path for a in client.list_artifacts(run.info.run_id)}
-    assert {"adapters", "params.yaml", "history.csv", "test"} <= kept
+    assert {"adapters", "params.yaml", "history.csv", "test", "versions.json"} <= kept
     of_data = {a.path for a in client.list_artifacts(run.info.run_id, "data")}
-    assert of_data == {f"data/{name}" for name in ("chat.json", "report.html", "report.json")}
+    data = ("chat.json", "report.html", "report.json", "rows.npz")
+    assert of_data == {f"data/{name}" for name in data}
     assert (run.data.metrics["train_rows"], run.data.metrics["rejected_rows"]) == (6, 0)
     datasets = {d.dataset.name: d.tags[0].value for d in run.inputs.dataset_inputs}
     assert datasets["artifacts/prepare/train.jsonl"] == "training"
@@ -319,6 +324,12 @@ def test_queued_experiments_run_and_log_into_the_repositorys_store(clone: Worksp
     wait_while(waiting, seconds=180)
     clone.run("dvc", "queue", "stop")
     assert {"0.0001", "0.0005"} <= set(rates())
+    # The queue's folders have commits of their own, and the code that ran is this one's.
+    head = clone.run("git", "rev-parse", "HEAD").strip()
+    tags = [run.data.tags for run in client.search_runs([experiment.experiment_id])]
+    assert {found["mlflow.source.git.commit"] for found in tags if "dvc.experiment" in found} == {
+        head
+    }
     shown = clone.run("dvc", "exp", "show", "--csv")
     assert "0.0001" in shown
     assert "0.0005" in shown

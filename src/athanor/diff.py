@@ -64,12 +64,14 @@ def _places(lines: list[int], shown: int = 5) -> str:
 
 
 def _code(a: Made, b: Made) -> Iterator[str]:
-    digests = [made.tags.get("code.digest") for made in (a, b)]
-    commits = [made.tags.get("mlflow.source.git.commit") for made in (a, b)]
-    patches = [made.tags.get("code.patch", "none") for made in (a, b)]
+    digests, commits, patches = (
+        [made.tags.get(tag) for made in (a, b)]
+        for tag in ("code.digest", "mlflow.source.git.commit", "code.patch")
+    )
     if digests[0] is not None and digests[0] == digests[1]:
         return  # whatever was committed in between
-    if None not in digests or commits[0] != commits[1] or patches[0] != patches[1]:
+    unknown = any(made.tags.get("git.dirty") == "true" for made in (a, b)) and None in patches
+    if None not in digests or commits[0] != commits[1] or unknown:
         yield f"code: {_commit(a)} -> {_commit(b)}"
     if None not in commits and commits[0] != commits[1]:
         repository, _ = restored.repository_of(a.tags)
@@ -84,8 +86,12 @@ def _code(a: Made, b: Made) -> Iterator[str]:
 
 
 def _commit(made: Made) -> str:
-    dirty = " with changes" if made.tags.get("git.dirty") == "true" else ""
-    return f"{_short(made.tags.get('mlflow.source.git.commit'))}{dirty}"
+    changes = made.tags.get("code.patch")
+    if changes is None and made.tags.get("git.dirty") == "true":
+        said = " with changes, perhaps of its code, that this older run does not keep"
+    else:
+        said = " with changes" if changes not in (None, "none") else ""
+    return f"{_short(made.tags.get('mlflow.source.git.commit'))}{said}"
 
 
 def _patched(made: Made) -> list[str]:
@@ -107,15 +113,26 @@ def _short(digest: str | None) -> str:
     return _shown(digest and digest[:12])
 
 
-def _results(a: Made, b: Made) -> list[list[str]]:
-    """The results that differ, a row each; a metric that one of them lacks has no difference."""
+def _results(a: Made, b: Made) -> tuple[list[list[str]], str]:
+    """The results that differ, a row each, and in words what only one of the runs has."""
     first, second = compared.results(a.metrics), compared.results(b.metrics)
-    rows = []
-    for key, (x, y) in compared.values(first, second).items():
-        apart = f"{y - x:+.4g}" if x is not None and y is not None else ""
-        rows.append([key, *("–" if v is None else f"{v:.6g}" for v in (x, y)), apart])
+    rows = [
+        [key, f"{x:.6g}", f"{y:.6g}", f"{y - x:+.4g}"]
+        for key, (x, y) in compared.values(first, second).items()
+        if x is not None and y is not None
+    ]
     digests = [_short(made.tags.get("adapters.digest")) for made in (a, b)]
-    return rows + ([["adapters", *digests, ""]] if digests[0] != digests[1] else [])
+    if digests[0] != digests[1]:
+        rows.append(["adapters", *digests, ""])
+    alone = [
+        f"{len(only)} metrics only in the {name}: {', '.join(sorted(only, key=len)[:3])}, …"
+        for name, only in (
+            ("first", first.keys() - second.keys()),
+            ("second", second.keys() - first.keys()),
+        )
+        if only
+    ]
+    return rows, "; ".join(alone)
 
 
 def main() -> None:
@@ -132,8 +149,8 @@ def main() -> None:
             unfinished = "" if made.status == "FINISHED" else f" ({made.status})"
             console.out.print(f"{made.id[:8]}  {made.name}{unfinished}", soft_wrap=True)
         found = list(differences(a, b))
-        results = _results(a, b)
-    if not found and not results:
+        results, alone = _results(a, b)
+    if not found and not results and not alone:
         console.out.print("nothing differs")
         return
     if not found:
@@ -143,8 +160,10 @@ def main() -> None:
     if results:
         head = ["", a.id[:8], b.id[:8], "difference"]
         console.side_by_side("results", head, results)
-    else:
+    elif compared.results(a.metrics).keys() & compared.results(b.metrics).keys():
         console.out.print("the results are the same")
+    if alone:
+        console.out.print(alone, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -180,8 +180,8 @@ def _name_rows(split: str, found: Rows, tree: Path) -> None:
     if found.reordered:
         lines.append("rows that are in both come in another order")
     console.warn(
-        f"{name}: {len(found.only_b):,} rows are not in the record, {len(found.only_a):,} of then "
-        f"are gone, {found.same:,} are the same:\n  " + "\n  ".join(lines)
+        f"{name}: rows that are not in the record {len(found.only_b):,}, that are gone since "
+        f"{len(found.only_a):,}, the same {found.same:,}:\n  " + "\n  ".join(lines)
     )
 
 
@@ -215,35 +215,46 @@ def _compare(
     table.append(["adapters", then[:12] or "–", now[:12], _of_weights(then, now, kept, tree)])
     known = compared.results(made.metrics)
     both = {key: (known[key], metrics[key]) for key in metrics if key in known}
-    others = {key: pair for key, pair in both.items() if pair[0] != pair[1]}
     for key, (a, b) in both.items():
-        if key in others or key in ("train_loss", "val_loss", "test_loss"):
+        if a != b or key in ("train_loss", "val_loss", "test_loss"):
             table.append([key, f"{a:.6g}", f"{b:.6g}", f"{b - a:+.3g}" if a != b else "the same"])
     if quiet := len(both) - sum(row[0] in both for row in table):
         table.append([f"{quiet} other metrics", "", "", "the same"])
     console.side_by_side(f"run {made.id[:8]}", ["", "in the record", "made again", ""], table)
 
-    match = then == now and same_rows and not others and bool(both)
-    if match:
-        verdict = "match: the same bytes, the same metrics"
-    elif not then and not others:
-        verdict = "no match: the run keeps neither adapters nor their digest" + (
-            ", and what it keeps of metrics is the same" if both else ""
-        )
-    elif then == now and not both and same_rows:
-        verdict = "no match: the adapters are the same bytes, and there is no metric to compare"
-    elif elsewhere and same_rows and all(_near(*pair) for k, pair in both.items() if "loss" in k):
-        verdict = f"close: losses are within {RELATIVELY:.0%} of the record's, on another machine, "
-        verdict += "with other libraries, or on a GPU"
-    else:
-        what = [
-            *([] if same_rows else ["rows"]),
-            *([] if then == now else ["adapters"]),
-            *([f"{len(others)} of {len(both)} metrics"] if others else []),
-        ]
-        verdict = f"differs: {', '.join(what)}"
-    console.out.print(verdict, soft_wrap=True)
+    match, text = verdict(then, now, both, same_rows, elsewhere)
+    console.out.print(text, soft_wrap=True)
     return match
+
+
+def verdict(
+    then: str, now: str, both: dict[str, tuple[float, float]], same_rows: bool, elsewhere: bool
+) -> tuple[bool, str]:
+    """Whether a run made again is a match, and what to call it.
+
+    `then` and `now` are the adapters' digests, `then` empty where the run keeps none; `both` the
+    metrics that both have, then and now; `elsewhere` whether this is another machine, there are
+    other libraries, or it is a GPU, which computes nothing twice alike.
+    """
+    others = [key for key, (a, b) in both.items() if a != b]
+    if then == now and same_rows and both and not others:
+        return True, "match: the same bytes, the same metrics"
+    if then in ("", now) and same_rows and not others:
+        lacking = [*([] if then else ["no adapters"]), *([] if both else ["no metrics"])]
+        lacks = " and ".join(lacking)
+        return False, f"no match: the run keeps {lacks} to compare; nothing else differs"
+    losses = {key: pair for key, pair in both.items() if "loss" in key}
+    if elsewhere and same_rows and losses and all(_near(*pair) for pair in losses.values()):
+        return False, (
+            f"close: losses within {RELATIVELY:.0%} of the record's, on another machine, with "
+            "other libraries or on a GPU"
+        )
+    what = [
+        *([] if same_rows else ["rows"]),
+        *([] if then == now else ["adapters"]),
+        *([f"{len(others)} of {len(both)} metrics"] if others else []),
+    ]
+    return False, f"differs: {', '.join(what)}"
 
 
 def _of_weights(then: str, now: str, kept: Path | None, tree: Path) -> str:

@@ -5,6 +5,7 @@ function returns what can't be restored, in words, or nothing.
 """
 
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -147,6 +148,7 @@ def _check_out(md5: str, out: Path) -> str:
     from dvc_data.hashfile import load
     from dvc_data.hashfile.hash_info import HashInfo
 
+    logging.getLogger("dvc").setLevel(logging.ERROR)  # what is missing is said once, and here
     with Repo(str(root())) as repo:
         cache = repo.cache.local
         remotes = list(repo.config["remote"])
@@ -154,13 +156,15 @@ def _check_out(md5: str, out: Path) -> str:
             f"the remote {', '.join(remotes)}" if remotes else "a remote: none is named here"
         )
         # The list of the folder's files first: until it is there, nobody knows what they are.
-        if failures := _fetch(repo, [HashInfo("md5", md5)], remotes):
+        failures = _fetch(repo, [HashInfo("md5", md5)], remotes)
+        if not cache.exists(md5):
             return "; ".join([nowhere, *failures])
         tree = load(cache, HashInfo("md5", md5))
         listed = {"/".join(key): found for key, _, found in tree}
-        if failures := _fetch(repo, list(listed.values()), remotes):
-            gone = [name for name, found in listed.items() if not cache.exists(found.value)]
-            return "; ".join([f"{', '.join(gone[:3])} {nowhere}", *failures])
+        failures = _fetch(repo, list(listed.values()), remotes)
+        if gone := [name for name, found in listed.items() if not cache.exists(found.value)]:
+            some = f"{', '.join(gone[:3])}{', …' if len(gone) > 3 else ''}"
+            return "; ".join([f"{some} {nowhere}", *failures])
         for name, found in listed.items():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(cache.oid_to_path(found.value), out / name)
@@ -168,20 +172,20 @@ def _check_out(md5: str, out: Path) -> str:
 
 
 def _fetch(repo: Any, wanted: list[Any], remotes: list[str]) -> list[str]:
-    """Brings into the cache what lacks there; returns, where some still does, what went wrong."""
+    """Brings into the cache what is not there, from the first remote that has it.
+
+    Returns what went wrong on the way.
+    """
     failures = []
-
-    def lacking() -> list[Any]:
-        return [found for found in wanted if not repo.cache.local.exists(found.value)]
-
     for remote in remotes:
-        if not lacking():
+        lacking = [found for found in wanted if not repo.cache.local.exists(found.value)]
+        if not lacking:
             break
         try:
-            repo.cloud.pull(lacking(), remote=remote)
+            repo.cloud.pull(lacking, remote=remote)
         except Exception as error:  # each kind of remote has its own
             failures.append(f"{remote}: {type(error).__name__}: {error}")
-    return [*failures, f"{len(lacking())} lacking"] if lacking() else []
+    return failures
 
 
 def link(path: str, tree: Path) -> None:
