@@ -256,6 +256,12 @@ def test_a_run_without_a_result_is_not_made_again(
     client.set_terminated(run_id, "FINISHED")
     assert "keeps no params.yaml" in refusal()
 
+    # A model of a hub is the one of then, whatever its branch is at now.
+    client.log_text(run_id, "model: {path: owner/name, revision: main}\n", "params.yaml")
+    client.set_tag(run_id, "model.commit", "c0ffee")
+    config = reproduce.configuration(compared.find(run_id, tmp_path))
+    assert config == {"model": {"path": "owner/name", "revision": "c0ffee"}}
+
 
 def made(tmp_path: Path, **tags: str) -> compared.Made:
     return compared.Made("1", "a run", "FINISHED", tags, {}, {}, {}, tmp_path)

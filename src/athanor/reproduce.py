@@ -37,7 +37,7 @@ def reproduce(made: Made, keep: bool) -> bool:
     Raises:
         UserError: for a run that has no result, and where a stage fails.
     """
-    config = _config(made)
+    config = configuration(made)
     console.out.print(f"run {made.id}, {made.name}", soft_wrap=True)
     repository, commit = restored.repository_of(made.tags)
     notes: list[str] = []
@@ -49,8 +49,9 @@ def reproduce(made: Made, keep: bool) -> bool:
 
     with restored.worktree(repository, commit or "HEAD", keep) as tree:
         note(restored.code(made, repository, commit, tree))
-        if config["data"].get("dataset") is None:
-            note(restored.data(made, tree))
+        of_dvc = config["data"].get("dataset") is None
+        lost_data = list(restored.data(made, tree)) if of_dvc else []
+        note(lost_data)
         for path in (config["model"]["path"], config["data"].get("dataset")):
             if path is not None:
                 restored.link(path, tree)
@@ -63,8 +64,10 @@ def reproduce(made: Made, keep: bool) -> bool:
         model = files.read_json(tree / PREPARED / "model.json")["digest"]
         if model != made.tags.get("model.digest", model):
             note([f"the base {config['model']['path']} is not the one that the run had"])
+        other_files = _other_files(made, tree)
         if made.rows is None:
-            note([_of_an_older_run(made, tree)])
+            said = f"; others are in {', '.join(other_files)}" if other_files else ""
+            note([f"this older run keeps no digest of each row: none can be named{said}"])
         rows = {
             split: compared.rows(made.rows[split], now)
             for split, now in lineage.all_row_digests(tree / PREPARED).items()
@@ -72,6 +75,14 @@ def reproduce(made: Made, keep: bool) -> bool:
         }
         for split, found in rows.items():
             _name_rows(split, found, tree)
+        if of_dvc and not lost_data and any(found.differ() for found in rows.values()):
+            note(
+                [
+                    f"the run names the data {made.tags['dvc.data']}, which is here, but was not "
+                    "trained on its rows: data/ had been edited after `dvc add`, or prepare was "
+                    "run with other values"
+                ]
+            )
         _run("train", tree, variables)
         metrics = files.read_json(tree / TRAINED / "metrics.json")
         if any(key.startswith("test_") for key in compared.results(made.metrics)):
@@ -84,11 +95,12 @@ def reproduce(made: Made, keep: bool) -> bool:
         for text in notes:
             console.warn(text)
         gpu = made.tags.get("device", "").startswith("gpu")
-        return _compare(made, tree, rows, metrics, elsewhere=gpu or bool(others))
+        same_rows = not other_files and not any(found.differ() for found in rows.values())
+        return _compare(made, tree, rows, metrics, same_rows, elsewhere=gpu or bool(others))
 
 
-def _config(made: Made) -> dict[str, Any]:
-    """The run's configuration, its model at the commit that it had.
+def configuration(made: Made) -> dict[str, Any]:
+    """A run's configuration, its model at the commit that it had.
 
     Raises:
         UserError: for a run that has none, or no result.
@@ -143,19 +155,14 @@ def _run(stage: str, tree: Path, variables: dict[str, str]) -> None:
         )
 
 
-def _of_an_older_run(made: Made, tree: Path) -> str:
-    """What can be said of the rows of a run that keeps only the digests of their files."""
+def _other_files(made: Made, tree: Path) -> list[str]:
+    """Which files of rows have another digest than the run's datasets."""
     paths = {f"{PREPARED}/{split}.jsonl": tree / PREPARED / f"{split}.jsonl" for split in SPLITS}
-    others = [
+    return [
         name
         for name, then in made.datasets.items()
         if name in paths and files.digest([paths[name]])[:36] != then
     ]
-    return "this older run keeps no digest of each row: " + (
-        f"rows of {', '.join(others)} are others, which can't be said"
-        if others
-        else "those of train and valid are the same, of the test rows nothing is known"
-    )
 
 
 def _name_rows(split: str, found: Rows, tree: Path) -> None:
@@ -192,7 +199,12 @@ def _text(row: dict[str, Any], width: int = 80) -> str:
 
 
 def _compare(
-    made: Made, tree: Path, rows: dict[str, Rows], metrics: dict[str, float], elsewhere: bool
+    made: Made,
+    tree: Path,
+    rows: dict[str, Rows],
+    metrics: dict[str, float],
+    same_rows: bool,
+    elsewhere: bool,
 ) -> bool:
     """Prints what was made beside the record, and the verdict; returns whether it is a match."""
     table = [
@@ -206,7 +218,6 @@ def _compare(
         ]
         for split, found in rows.items()
     ]
-    same_rows = not any(found.differ() for found in rows.values())
     kept = made.artifact(ADAPTERS)
     then = made.tags.get("adapters.digest") or (
         lineage.adapters_digest(kept.parent) if kept else ""
