@@ -1,6 +1,7 @@
 """The pipeline in a real git and DVC repository: what runs, what does not, what comes out."""
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -12,107 +13,24 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
+import workspace
 from athanor import train
 from athanor.paths import SPLITS
 from prompts import PROMPTS
+from workspace import Workspace
 
 LORA = Path("conf/train/lora.yaml")
-
-
-class Workspace:
-    """A clone of this repository in a folder of its own, driven by commands."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def run(self, *command: str, check: bool = True) -> str:
-        """Runs a command and returns what it printed; a failure shows all of it."""
-        done = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=self.env(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert not check or done.returncode == 0, done.stdout
-        return done.stdout
-
-    @staticmethod
-    def env() -> dict[str, str]:
-        bin = str(Path(sys.executable).parent)
-        return os.environ | {"PATH": f"{bin}{os.pathsep}{os.environ['PATH']}", "SHELL": "/bin/sh"}
-
-    def dvc(self, *arguments: str) -> list[str]:
-        """Runs dvc and returns the stages that it ran, in order."""
-        printed = self.run("dvc", *arguments)
-        return [line.split("'")[1] for line in printed.splitlines() if "Running stage '" in line]
-
-    def edit(self, path: Path, old: str, new: str) -> None:
-        text = (self.folder / path).read_text(encoding="utf-8")
-        assert old in text
-        (self.folder / path).write_text(text.replace(old, new), encoding="utf-8")
-
-    def json(self, path: str) -> Any:
-        return json.loads((self.folder / path).read_text(encoding="utf-8"))
-
-    def predictions(self) -> list[dict[str, Any]]:
-        path = self.folder / "artifacts/test/predictions.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-    def params(self) -> Any:
-        return yaml.safe_load((self.folder / "params.yaml").read_text(encoding="utf-8"))
-
-    def mlflow_run(self, run_id: str | None = None) -> Any:
-        from mlflow import MlflowClient
-
-        client = MlflowClient(f"sqlite:///{self.folder}/mlruns/mlflow.db")
-        return client.get_run(run_id or self.json("artifacts/train/run.json")["run_id"])
-
-    def metric_steps(self, key: str) -> list[int]:
-        """The iterations at which the training's run has a metric."""
-        from mlflow import MlflowClient
-
-        client = MlflowClient(f"sqlite:///{self.folder}/mlruns/mlflow.db")
-        run_id = self.json("artifacts/train/run.json")["run_id"]
-        return [point.step for point in client.get_metric_history(run_id, key)]
-
-    def copy(self, folder: Path) -> "Workspace":
-        shutil.copytree(self.folder, folder, symlinks=True)
-        return Workspace(folder)
 
 
 @pytest.fixture(scope="module")
 def finished(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """What the README's first command leaves in a fresh clone."""
-    folder = tmp_path_factory.mktemp("clone") / "athanor"
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=repo,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in listed.stdout.split("\0"):
-        if name and (repo / name).is_file() and name != "dvc.lock":
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(repo / name, folder / name)
-    # As it was committed: what an experiment left in it is no default.
-    shown = ["git", "show", "HEAD:params.yaml"]
-    params = subprocess.run(shown, cwd=repo, capture_output=True, check=True).stdout
-    (folder / "params.yaml").write_bytes(params)
-    clone = Workspace(folder)
-    clone.run("git", "init", "-q", "-b", "main")
-    for key, value in (("user.name", "Tester"), ("user.email", "tester@localhost")):
-        clone.run("git", "config", key, value)
-    clone.run("git", "add", "-A")
-    clone.run("git", "commit", "-qm", "The repository as it is")
-    assert not (folder / "data").exists()
+    clone = workspace.of_the_repository(repo, tmp_path_factory.mktemp("clone") / "athanor")
+    assert not (clone.folder / "data").exists()
     assert clone.dvc("repro", "--pull") == ["config", "prepare", "train", "test", "fuse"]
     return clone
 
@@ -262,10 +180,14 @@ def test_mlflow_holds_the_whole_run(finished: Workspace) -> None:
     assert tags["model.path"] == "models/tiny"
     assert tags["fused.digest"] == finished.json("artifacts/fuse/fused.json")["digest"]
     assert {"model.digest", "mlx.version", "mlx_lm.version", "device"} <= set(tags)
+    adapters = (finished.folder / "artifacts/train/adapters/adapters.safetensors").read_bytes()
+    assert tags["adapters.digest"] == hashlib.sha256(adapters).hexdigest()
+    assert tags["code.patch"] == "none"
     kept = {a.path for a in client.list_artifacts(run.info.run_id)}
-    assert {"adapters", "params.yaml", "history.csv", "test"} <= kept
+    assert {"adapters", "params.yaml", "history.csv", "test", "versions.json"} <= kept
     of_data = {a.path for a in client.list_artifacts(run.info.run_id, "data")}
-    assert of_data == {f"data/{name}" for name in ("chat.json", "report.html", "report.json")}
+    data = ("chat.json", "report.html", "report.json", "rows.npz")
+    assert of_data == {f"data/{name}" for name in data}
     assert (run.data.metrics["train_rows"], run.data.metrics["rejected_rows"]) == (6, 0)
     datasets = {d.dataset.name: d.tags[0].value for d in run.inputs.dataset_inputs}
     assert datasets["artifacts/prepare/train.jsonl"] == "training"
@@ -392,6 +314,7 @@ def test_queued_experiments_run_and_log_into_the_repositorys_store(clone: Worksp
 
     for rate in ("1e-4", "5e-4"):
         clone.run("dvc", "exp", "run", "--queue", "-S", f"train.learning_rate={rate}")
+    clone.edit(Path("src/athanor/console.py"), "What a person sees", "What one sees")
     clone.run("dvc", "queue", "start", "--jobs", "2")
 
     def waiting() -> bool:
@@ -402,6 +325,11 @@ def test_queued_experiments_run_and_log_into_the_repositorys_store(clone: Worksp
     wait_while(waiting, seconds=180)
     clone.run("dvc", "queue", "stop")
     assert {"0.0001", "0.0005"} <= set(rates())
+    # What ran is this folder's code as it was then, not the queue's copy of it.
+    tags = [run.data.tags for run in client.search_runs([experiment.experiment_id])]
+    queued = [found for found in tags if "dvc.experiment" in found]
+    assert len(queued) == 2
+    assert "none" not in [found["code.patch"] for found in queued]
     shown = clone.run("dvc", "exp", "show", "--csv")
     assert "0.0001" in shown
     assert "0.0005" in shown

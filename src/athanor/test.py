@@ -21,11 +21,12 @@ from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from omegaconf import OmegaConf
 from rich.markup import escape
 
 from athanor import console, files, models, prepared, scores, settings, templates
 from athanor.evaluation import Answer, answers, mean_loss
-from athanor.paths import SPLITS, TESTED, TRAINED
+from athanor.paths import PARAMS, SPLITS, TESTED, TRAINED
 from athanor.prepared import Prepared, Row
 from athanor.record import tracking
 from athanor.schema import Config
@@ -278,6 +279,7 @@ def main() -> None:
         labels = set[str]().union(*(split.labels for split in splits.values()))
         examined = Examined.of(splits, before, after, tokenizer, labels)
         examined.write(TESTED)
+        run.text(OmegaConf.to_yaml(cfg), f"test/{PARAMS.name}")  # it may run again with others
         record(run, TESTED, examined, trained["iteration"])
     _show(examined.metrics, examined.lines, examined.labels)
 

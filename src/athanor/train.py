@@ -130,6 +130,7 @@ def start(
     )
     opened.text(OmegaConf.to_yaml(cfg), PARAMS.name)  # with the overrides of this command
     _record_data(opened)
+    lineage.record(opened)
     return opened
 
 
@@ -205,6 +206,7 @@ def record(run: tracking.Run, out: Path, metrics: dict[str, float]) -> None:
     run.metrics(best, {"best_val_loss": metrics["best_val_loss"]}, once=True)
     run.metrics(kept, {"kept_val_loss": metrics["kept_val_loss"]}, once=True)
     run.metrics(int(metrics["iterations"]), {"train_seconds": metrics["train_seconds"]}, once=True)
+    run.tags({"adapters.digest": lineage.adapters_digest(out / "adapters")})
     run.artifact(out / "adapters", "adapters")
     run.artifact(out / "other_adapters", "other_adapters")
     run.artifact(out / "history.csv")
