@@ -193,7 +193,7 @@ def _name_rows(split: str, found: Rows, tree: Path) -> None:
 
 
 def _text(row: dict[str, Any], width: int = 80) -> str:
-    said = [message.get("content") or "" for message in row.get("messages", ())]
+    said = [str(message.get("content") or "") for message in row.get("messages", ())]
     text = " ".join(" / ".join([*said, *filter(None, [row.get("text")])]).split())
     return text if len(text) <= width else text[: width - 1] + "…"
 

@@ -28,8 +28,7 @@ def worktree(repository: Path, commit: str, keep: bool) -> Iterator[Path]:
     Raises:
         UserError: where git can't make it.
     """
-    folder = Path(tempfile.mkdtemp(prefix="athanor-"))
-    tree = folder / "athanor"
+    tree = Path(tempfile.mkdtemp(prefix="athanor-"))
     # A hook of the person's, such as DVC's own, is for their folder.
     add = ("-c", "core.hooksPath=/dev/null", "worktree", "add", "--quiet", "--detach")
     try:
@@ -40,13 +39,13 @@ def worktree(repository: Path, commit: str, keep: bool) -> Iterator[Path]:
             raise console.UserError(f"git can't make a worktree of {commit}: {made.stderr.strip()}")
         yield tree
     finally:
-        if keep and tree.exists():
+        if keep:
             console.out.print(
                 f"kept in {tree}; `git worktree remove --force {tree}` removes it", soft_wrap=True
             )
         else:
             lineage.git(repository, "worktree", "remove", "--force", "--force", str(tree))
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(tree, ignore_errors=True)
 
 
 def repository_of(tags: dict[str, str]) -> tuple[Path, str | None]:
