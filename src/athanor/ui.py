@@ -1,7 +1,7 @@
 """MLflow's UI on the store that runs are recorded in, for this machine alone.
 
     uv run python -m athanor.ui                 # all runs
-    uv run python -m athanor.ui 3f2a            # one, by its id or the beginning of it
+    uv run python -m athanor.ui 3f2a            # one, by its id or the beginning of it; or a sweep
     uv run python -m athanor.ui 3f2a 77b1       # several side by side
 
 Serves the store in mlruns/, or the database in MLFLOW_TRACKING_URI, on the loopback address until
@@ -11,7 +11,6 @@ address, its link is all that is needed.
 
 import argparse
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -23,7 +22,6 @@ import webbrowser
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from athanor import console
 from athanor.console import UserError
@@ -45,26 +43,17 @@ def page(base: str, beginnings: Sequence[str]) -> str:
     experiment = client.get_experiment_by_name(store.EXPERIMENT)
     if experiment is None:
         raise UserError(f"{store.name()} has no runs yet: `uv run dvc repro --pull` makes one")
-    found = [_run(client, experiment.experiment_id, beginning) for beginning in beginnings]
+    found = [store.find(beginning) for beginning in beginnings]
     if not found:
         query = views.runs_view(client, experiment.experiment_id)
         return views.link(base, experiment.experiment_id, query=query)
-    if len(found) == 1:
-        return views.link(base, experiment.experiment_id, found[0])
-    return views.compare_link(base, experiment.experiment_id, found)
-
-
-def _run(client: Any, experiment_id: str, beginning: str) -> str:
-    if not re.fullmatch("[0-9a-f]+", beginning):
-        raise UserError(f"{beginning!r} is no beginning of a run's id, which is of 0-9 and a-f")
-    filtered = f"attributes.run_id LIKE '{beginning}%'"
-    runs = client.search_runs([experiment_id], filtered, max_results=6)
-    if len(runs) == 1:
-        return str(runs[0].info.run_id)
-    what = "several runs begin" if runs else "no run begins"
-    runs = runs or client.search_runs([experiment_id], max_results=5)
-    listed = "\n".join(f"  {run.info.run_id}  {run.info.run_name}" for run in runs)
-    raise UserError(f"{what} with {beginning} in {store.name()}; there are\n{listed}")
+    place = found[0].info.experiment_id
+    if len(found) > 1:
+        return views.compare_link(base, place, [run.info.run_id for run in found])
+    run_id = found[0].info.run_id
+    if "athanor.sweep" in found[0].data.tags:
+        return views.link(base, place, query=views.sweep_query(run_id))
+    return views.link(base, place, run_id)
 
 
 def free_port(first: int) -> int:

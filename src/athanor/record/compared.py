@@ -5,7 +5,6 @@ Reads the store; artifacts that are needed are fetched to a folder of the caller
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,14 +12,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from athanor.console import UserError
 from athanor.record import lineage, store
 
 if TYPE_CHECKING:
     import numpy as np
 
 # What depends on the machine's mood.
-MEASURED = {"iterations_per_second", "tokens_per_second", "peak_memory", "active_memory"}
+MEASURED = {
+    *("iterations_per_second", "tokens_per_second", "train_seconds"),
+    *("peak_memory", "active_memory"),
+}
 # Metrics that say of which rows they are, and nothing of what became of them.
 COUNTS = {"train_rows", "valid_rows", "test_rows", "rejected_rows"}
 
@@ -82,40 +83,12 @@ class Rows:
 
 
 def find(beginning: str, folder: Path) -> Made:
-    """The run whose id begins so, as git finds commits; `folder` is for its artifacts.
+    """The run whose id begins so; `folder` is for its artifacts.
 
     Raises:
-        UserError: where none or several do, or there is no store.
+        UserError: as store.find does.
     """
-    uri = store.uri()
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise UserError(
-            f"there are no runs yet: {store.name()} is not there; `uv run dvc repro --pull` makes "
-            "one, MLFLOW_TRACKING_URI names another store"
-        )
-    client = store.client()
-    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
-    by = f"attributes.run_id LIKE '{beginning}%'"
-    found = (
-        client.search_runs(everywhere, filter_string=by, max_results=5)
-        if re.fullmatch(r"\w+", beginning)
-        else []
-    )
-    if len(found) != 1:
-        latest = found or client.search_runs(
-            everywhere, max_results=5, order_by=["attributes.start_time DESC"]
-        )
-        said = (
-            f"several runs begin with {beginning}; type more of the id of one of them"
-            if found
-            else f"no run in {store.name()} begins with {beginning or 'nothing'}; the latest are"
-        )
-        raise UserError(
-            "\n  ".join([f"{said}:", *(_in_a_line(run) for run in latest)])
-            if latest
-            else f"there are no runs in {store.name()} yet: `uv run dvc repro --pull` makes one"
-        )
-    run = found[0]
+    run = store.find(beginning)
     return Made(
         id=run.info.run_id,
         name=run.info.run_name,
@@ -126,10 +99,6 @@ def find(beginning: str, folder: Path) -> Made:
         datasets={made.dataset.name: made.dataset.digest for made in run.inputs.dataset_inputs},
         folder=folder,
     )
-
-
-def _in_a_line(run: Any) -> str:
-    return f"{run.info.run_id}  {run.info.run_name} ({run.info.status})"
 
 
 def rows(a: "np.ndarray", b: "np.ndarray") -> Rows:

@@ -277,6 +277,43 @@ def client() -> Any:
     return client
 
 
+def find(beginning: str) -> Any:
+    """MLflow's run whose id begins so, as git finds commits.
+
+    Raises:
+        UserError: where none or several do, or there is no store.
+    """
+    if uri().startswith("sqlite:///") and not Path(uri().removeprefix("sqlite:///")).exists():
+        raise console.UserError(
+            f"there are no runs yet: {name()} is not there; `uv run dvc repro --pull` makes "
+            "one, MLFLOW_TRACKING_URI names another store"
+        )
+    known = client()
+    everywhere = [experiment.experiment_id for experiment in known.search_experiments()]
+    by = f"attributes.run_id LIKE '{beginning}%'"
+    found = (
+        known.search_runs(everywhere, filter_string=by, max_results=5)
+        if re.fullmatch(r"\w+", beginning)
+        else []
+    )
+    if len(found) == 1:
+        return found[0]
+    said = (
+        f"several runs begin with {beginning}; type more of the id of one of them"
+        if found
+        else f"no run in {name()} begins with {beginning or 'nothing'}; the latest are"
+    )
+    latest = found or known.search_runs(
+        everywhere, max_results=5, order_by=["attributes.start_time DESC"]
+    )
+    listed = [f"{one.info.run_id}  {one.info.run_name} ({one.info.status})" for one in latest]
+    raise console.UserError(
+        "\n  ".join([f"{said}:", *listed])
+        if listed
+        else f"there are no runs in {name()} yet: `uv run dvc repro --pull` makes one"
+    )
+
+
 def finished_parts(run_id: str) -> list[str]:
     """Our names for the runs that are part of another one, and ended well."""
     by = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'FINISHED'"

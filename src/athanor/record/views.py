@@ -88,7 +88,12 @@ def sweep_view(
     parent = client.get_run(parent_run_id).info
     key = f"sweep-{parent_run_id}"
     _save(client, experiment_id, key, parent.run_name, parent.start_time, state)
-    return f"viewStateShareKey={key}&compareRunsMode=CHART"
+    return sweep_query(parent_run_id)
+
+
+def sweep_query(parent_run_id: str) -> str:
+    """The query that opens what `sweep_view` set up."""
+    return f"viewStateShareKey=sweep-{parent_run_id}&compareRunsMode=CHART"
 
 
 def runs_view(client: Any, experiment_id: str) -> str:

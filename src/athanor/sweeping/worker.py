@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import traceback
 from contextlib import suppress
@@ -12,11 +13,11 @@ from typing import Any
 import hydra
 from omegaconf import OmegaConf
 
-from athanor import checkpoints, console, files, models, prepared, settings, train
+from athanor import checkpoints, console, files, models, prepared, settings, train, ui
 from athanor.console import UserError
 from athanor.paths import CONF, SWEPT, root
 from athanor.prepared import Prepared
-from athanor.record import lineage, store, tracking
+from athanor.record import lineage, store, tracking, views
 from athanor.sweep import COMMAND, ENDED_BY, LOST
 from athanor.sweeping import points, results, summary
 from athanor.sweeping.points import Sweep
@@ -27,7 +28,12 @@ TOO_MUCH = "most likely the memory did not suffice"
 
 
 def main(arguments: list[str]) -> None:
-    """Runs a sweep, as far as it has not been run before."""
+    """Runs a sweep, as far as it has not been run before.
+
+    Raises:
+        UserError: for what can't be swept, rows that are others by now, no point that finished.
+    """
+    fresh = _ask_dvc()
     found = space(CONF, arguments)
     refuse_unprepared(found)
     about = _about(found)
@@ -47,6 +53,7 @@ def main(arguments: list[str]) -> None:
     )
     cause = os.environ.get(ENDED_BY)
     dead = points.mark_dead(sweep, cause) if cause else []
+    _refuse_stale(fresh)
     with _start(sweep, found) as run:
         for note in dead:
             points.fail(sweep, note, f"its process was ended by {cause}: {TOO_MUCH}")
@@ -83,6 +90,26 @@ def main(arguments: list[str]) -> None:
     )
 
 
+def _show_link(run_id: str, found: Space) -> None:
+    """Sets up MLflow's pages for this sweep, and prints the link to them."""
+    flat = settings.flat(found.base)
+    keys = [key if key in flat else f"{key}.method" for key in found.swept]
+    try:
+        client = store.client()
+        place = client.get_run(run_id).info.experiment_id
+        query = views.sweep_view(client, place, run_id, keys, "kept_val_loss")
+    except Exception as error:  # the store may be away by now
+        console.warn(f"MLflow's pages can't be set up: {store.short(error)}")
+        return
+    served = store.uri().startswith(("http://", "https://"))
+    base = store.name() if served else f"http://127.0.0.1:{ui.PORT}"
+    console.out.print(
+        f"compare: {views.link(base, place, query=query)}", soft_wrap=True, highlight=False
+    )
+    if not served:
+        console.out.print(f"`uv run python -m athanor.ui {run_id[:8]}` opens that", highlight=False)
+
+
 def _measured(sweep: Sweep) -> list[results.Point]:
     """All points with what was measured of them; the chosen one on the rows of `test`, too."""
     notes = {note["number"]: note for note in sweep.notes()}
@@ -101,6 +128,32 @@ def _measured(sweep: Sweep) -> list[results.Point]:
 def _counts(measured: list[results.Point]) -> dict[str, int]:
     finished = sum(point.measured for point in measured)
     return {"finished": finished, "failed": len(measured) - finished}
+
+
+def _ask_dvc() -> "subprocess.Popen[str] | None":
+    """Asks DVC whether what prepare left is of the data, model and code as they are."""
+    if not Path("dvc.yaml").exists() or not Path(".dvc").exists():
+        return None
+    command = [sys.executable, "-m", "dvc", "status", "--json", "prepare"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _refuse_stale(asked: "subprocess.Popen[str] | None") -> None:
+    if asked is None:
+        return
+    said, complaint = asked.communicate()
+    try:
+        status = json.loads(said)
+    except ValueError:
+        lines = complaint.strip().splitlines()
+        console.warn(f"`dvc status prepare` can't say if it is up to date: {' '.join(lines[-1:])}")
+        return
+    if status:
+        changes = json.dumps([change for found in status.values() for change in found])
+        raise UserError(
+            f"what prepare left is not of what is there now: {changes}\n"
+            "`uv run dvc repro prepare` brings it up to date"
+        )
 
 
 def _run_points(found: Space, arguments: list[str], folder: Path) -> None:
