@@ -71,23 +71,25 @@ def main(arguments: list[str]) -> None:
             traceback.print_exc()  # a launcher's, of which a process was killed
             sys.exit(LOST)
         measured = _measured(sweep)
-        model = Path(found.base.model.path).name
-        summary.write(folder, measured, found.fixed, model)
-        for name in WRITTEN:
-            if (folder / name).exists():
-                run.artifact(folder / name)
-        run.metrics(0, {f"points_{k}": v for k, v in _counts(measured).items()}, once=False)
-        run.tags({"mlflow.note.content": summary.markdown(measured, found.fixed)})
-        summary.show(measured, found.fixed)
-        if not any(point.measured for point in measured):
-            raise UserError("no point finished; what each failed of stands above")
-    console.done(
-        "",
-        {
-            "wrote": f"{folder.relative_to(root())}/: {', '.join(WRITTEN)}",
-            "MLflow run": run.shown(),
-        },
-    )
+        _conclude(sweep, found, measured, run)
+    wrote = f"{folder.relative_to(root())}/: {', '.join(WRITTEN)}"
+    console.done("", {"wrote": wrote, "MLflow run": run.shown()})
+    if run.id is not None:
+        _show_link(run.id, found)
+
+
+def _conclude(sweep: Sweep, found: Space, measured: list[results.Point], run: tracking.Run) -> None:
+    """Writes the summary, adds it to the sweep's run, and shows it."""
+    summary.write(sweep.folder, measured, found.fixed, Path(found.base.model.path).name)
+    for name in WRITTEN:
+        if (sweep.folder / name).exists():
+            run.artifact(sweep.folder / name)
+    finished = sum(point.measured for point in measured)
+    run.metrics(0, {"points_finished": finished, "points_failed": len(measured) - finished})
+    run.tags({"mlflow.note.content": summary.markdown(measured, found.fixed)})
+    summary.show(measured, found.fixed)
+    if not finished:
+        raise UserError("no point finished; what each failed of stands above")
 
 
 def _show_link(run_id: str, found: Space) -> None:
@@ -123,11 +125,6 @@ def _measured(sweep: Sweep) -> list[results.Point]:
     if chosen is not None:
         found[chosen.number] = points.test_chosen(sweep, notes[chosen.number])
     return list(found.values())
-
-
-def _counts(measured: list[results.Point]) -> dict[str, int]:
-    finished = sum(point.measured for point in measured)
-    return {"finished": finished, "failed": len(measured) - finished}
 
 
 def _ask_dvc() -> "subprocess.Popen[str] | None":
