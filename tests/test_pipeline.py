@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import workspace
-from athanor import train
+from athanor import prepared, train
 from athanor.paths import SPLITS
 from prompts import PROMPTS
 from workspace import Workspace
@@ -301,19 +301,16 @@ def test_mistyped_experiment_is_refused_before_any_work(clone: Workspace) -> Non
     assert clone.params()["train"]["num_layers"] == -1
 
 
-def test_queued_experiments_run_and_log_into_the_repositorys_store(clone: Workspace) -> None:
+def test_a_sweep_and_queued_experiments_make_the_same_points(clone: Workspace) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{clone.folder}/mlruns/mlflow.db")
     experiment = client.get_experiment_by_name("athanor")
     assert experiment is not None
+    rates = "train.learning_rate=1e-4,5e-4"
+    printed = clone.run(sys.executable, "-m", "athanor.sweep", "-m", rates)
 
-    def rates() -> list[str]:
-        runs = client.search_runs([experiment.experiment_id])
-        return [r.data.params["train.learning_rate"] for r in runs if r.info.status == "FINISHED"]
-
-    for rate in ("1e-4", "5e-4"):
-        clone.run("dvc", "exp", "run", "--queue", "-S", f"train.learning_rate={rate}")
+    clone.run("dvc", "exp", "run", "--queue", "-S", rates)
     clone.edit(Path("src/athanor/console.py"), "What a person sees", "What one sees")
     clone.run("dvc", "queue", "start", "--jobs", "2")
 
@@ -324,15 +321,36 @@ def test_queued_experiments_run_and_log_into_the_repositorys_store(clone: Worksp
 
     wait_while(waiting, seconds=180)
     clone.run("dvc", "queue", "stop")
-    assert {"0.0001", "0.0005"} <= set(rates())
+    runs = client.search_runs([experiment.experiment_id])
+    queued, swept = (
+        [run for run in runs if tag in run.data.tags]
+        for tag in ("dvc.experiment", "mlflow.parentRunId")
+    )
+    points = [
+        {run.data.params["train.learning_rate"]: run.data.tags["athanor.point"] for run in found}
+        for found in (queued, swept)
+    ]
+    assert points[0] == points[1]
+    assert points[0].keys() == {"0.0001", "0.0005"}
+    weights = [{run.data.tags["adapters.digest"] for run in found} for found in (queued, swept)]
+    assert weights[0] == weights[1]
     # What ran is this folder's code as it was then, not the queue's copy of it.
-    tags = [run.data.tags for run in client.search_runs([experiment.experiment_id])]
-    queued = [found for found in tags if "dvc.experiment" in found]
-    assert len(queued) == 2
-    assert "none" not in [found["code.patch"] for found in queued]
+    assert "none" not in [run.data.tags["code.patch"] for run in queued]
     shown = clone.run("dvc", "exp", "show", "--csv")
     assert "0.0001" in shown
     assert "0.0005" in shown
+
+    promote = next(line.strip() for line in printed.splitlines() if "dvc exp run -S" in line)
+    clone.run(*shlex.split(promote.removeprefix("uv run ")))
+    losses = {run.data.metrics["kept_val_loss"]: run.data.tags["athanor.point"] for run in swept}
+    best = f"artifacts/sweep/points/{losses[min(losses)]}/adapters/adapters.safetensors"
+    promoted = clone.folder / "artifacts/train/adapters/adapters.safetensors"
+    assert promoted.read_bytes() == (clone.folder / best).read_bytes()
+    # The pipeline's own rows have changed: a sweep on what prepare made of others is refused.
+    with (clone.folder / "data/train.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"prompt": "新的问题", "completion": "新的回答"}\n')
+    refused = clone.run(sys.executable, "-m", "athanor.sweep", rates, check=False)
+    assert "uv run dvc repro prepare" in refused
 
 
 def test_result_that_was_pushed_is_pulled_in_a_clone(clone: Workspace, tmp_path: Path) -> None:
@@ -369,6 +387,10 @@ NO_OUTPUT = {"__init__", "console", "paths", "record", "schema", "settings"}
 
 def test_stages_name_the_code_they_run(repo: Path) -> None:
     stages = yaml.safe_load((repo / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert (
+        tuple(f"{key}." if key in ("model", "data") else key for key in stages["prepare"]["params"])
+        == prepared.DECIDED_BY
+    )
     for stage in ("prepare", "train", "test", "fuse"):
         named = {
             Path(dep).stem for dep in stages[stage]["deps"] if str(dep).startswith("src/athanor/")
