@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner import trainer as peer
 from mlx_lm.tuner.datasets import CacheDataset, create_dataset
 
-from athanor import files, models, optimizers, schema, settings, supervision, templates
+from athanor import files, models, optimizers, schema, settings, supervision, templates, train
 from athanor.batches import Batch, Batches, padded
 from athanor.checkpoints import Checkpoints
 from athanor.console import UserError
@@ -435,6 +435,50 @@ def test_a_loss_that_is_no_number_names_the_rows_and_keeps_the_last_good_state(
     assert latest is not None
     assert latest.iteration == 4
     assert all(mx.isfinite(array).all().item() for array in latest.arrays["adapters"].values())
+
+
+def test_a_training_that_can_learn_nothing_any_more_is_stopped(
+    trainer: Callable[..., Trainer],
+) -> None:
+    """Its loss is a number, and not even the highest; but what every row asks for is the same."""
+    one = trainer(learning_rate=1e3, iters=60, dropout=0.0)
+    with pytest.raises(UserError, match=r"a gradient of 0 at a loss of \d") as caught:
+        one.run()
+    assert one.state.iteration < 40
+    assert "smaller train.learning_rate (here it was 1000)" in str(caught.value)
+
+
+def test_what_was_learned_to_the_last_bit_is_no_such_training(
+    trainer: Callable[..., Trainer],
+) -> None:
+    def nothing_left(model: nn.Module, *batch: mx.array) -> mx.array:
+        return 0.0 * summed_loss(model, *batch)
+
+    one = trainer(loss=nothing_left, iters=8)
+    one.run()
+    assert one.state.iteration == 8
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_a_fresh_model_shares_weights_and_learns_alone(
+    tiny: Path, cfg: Config, tokens: list[Tokens], method: str
+) -> None:
+    base, _ = models.load(tiny)
+    before = {name: np.array(array) for name, array in tree_flatten(base.parameters())}
+    learned = []
+    for _ in range(2):
+        model = models.fresh(base)
+        shared = dict(tree_flatten(base.parameters()))
+        assert all(array is shared[name] for name, array in tree_flatten(model.parameters()))
+        cfg.train.method, cfg.train.iters, cfg.train.dropout = method, 3, 0.1
+        models.make_trainable(model, cfg.train, cfg.seed)
+        one = train.build(cfg, model, tokens[:4], tokens[:2])
+        one.run()
+        learned.append(arrays(one))
+    assert same(*learned)
+    after = dict(tree_flatten(base.parameters()))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], np.array(after[name])) for name in before)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
