@@ -22,7 +22,8 @@ LINES_OF_CODE = 12
 def differences(a: Made, b: Made) -> Iterator[str]:
     """Yields what two runs were made from otherwise, a thing a line."""
     for key, (first, second) in compared.values(a.params, b.params).items():
-        yield f"{key}: {_shown(first)} -> {_shown(second)}"
+        if key != "trained_layers":  # that follows from train.num_layers and the model
+            yield f"{key}: {_shown(first)} -> {_shown(second)}"
     yield from _data(a, b)
     for tag in ("model.path", "model.commit", "model.digest"):
         if tag not in a.params and a.tags.get(tag) != b.tags.get(tag):

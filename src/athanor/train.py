@@ -36,7 +36,7 @@ from athanor.paths import CHECKPOINTS, PARAMS, PREPARED, SPLITS, TRAINED, root
 from athanor.prepared import Prepared, Row
 from athanor.record import lineage, tracking
 from athanor.schema import Config
-from athanor.sources import Source
+from athanor.sources import Source, read_config
 from athanor.supervision import Tokens
 from athanor.training import LESS_MEMORY, Point, Trainer, fits
 
@@ -57,6 +57,9 @@ DECIDING = (
     "training",
     "vocabulary",
 )
+# The param that says how many layers are trained, where train.num_layers can be -1 for all.
+LAYERS = "trained_layers"
+
 # What depends on the machine's mood and so is in metrics.json and MLflow, not in history.csv.
 MEASURED = {"iterations_per_second", "tokens_per_second", "peak_memory", "active_memory"}
 
@@ -117,7 +120,7 @@ def start(
     """
     opened = tracking.start(
         name,
-        _params(cfg),
+        _params(cfg) | _trained_layers(cfg, base.folder),
         {
             **lineage.tags(),
             **_model_tags(base.source),
@@ -206,6 +209,8 @@ def record(run: tracking.Run, out: Path, metrics: dict[str, float]) -> None:
     run.metrics(best, {"best_val_loss": metrics["best_val_loss"]}, once=True)
     run.metrics(kept, {"kept_val_loss": metrics["kept_val_loss"]}, once=True)
     run.metrics(int(metrics["iterations"]), {"train_seconds": metrics["train_seconds"]}, once=True)
+    # Not first: the first metric is the one that MLflow's page for several runs compares them by.
+    _record_counts(run)
     run.tags({"adapters.digest": lineage.adapters_digest(out / "adapters")})
     run.artifact(out / "adapters", "adapters")
     run.artifact(out / "other_adapters", "other_adapters")
@@ -283,6 +288,14 @@ def _params(cfg: Config) -> dict[str, Any]:
     return settings.flat(cfg) | {"train.optimizer_config": optimizer_options(cfg)}
 
 
+def _trained_layers(cfg: Config, folder: Path) -> dict[str, int]:
+    """How many layers -1 is: pages that draw runs by their number know no other way."""
+    layers = read_config(folder).get("num_hidden_layers")
+    if not isinstance(layers, int):
+        return {}
+    return {LAYERS: layers if cfg.train.num_layers == -1 else cfg.train.num_layers}
+
+
 def what_decides(cfg: Config, base: Prepared) -> dict[str, Any]:
     """Everything that the result depends on: a training goes on from no other's checkpoint."""
     deciding, source = ("seed", "train."), base.source
@@ -305,6 +318,9 @@ def _record_data(run: tracking.Run) -> None:
     for name in ("report.html", "report.json", "chat.json"):
         if (PREPARED / name).exists():
             run.artifact(PREPARED / name, "data")
+
+
+def _record_counts(run: tracking.Run) -> None:
     if (PREPARED / "metrics.json").exists():
         counts = files.read_json(PREPARED / "metrics.json")
         rows = {f"{split}_rows": counts[split]["rows"] for split in SPLITS}

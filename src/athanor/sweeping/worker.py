@@ -95,7 +95,8 @@ def _conclude(sweep: Sweep, found: Space, measured: list[results.Point], run: tr
 def _show_link(run_id: str, found: Space) -> None:
     """Sets up MLflow's pages for this sweep, and prints the link to them."""
     flat = settings.flat(found.base)
-    keys = [key if key in flat else f"{key}.method" for key in found.swept]
+    numbers = {"train.num_layers": train.LAYERS}
+    keys = [numbers.get(key, key if key in flat else f"{key}.method") for key in found.swept]
     try:
         client = store.client()
         place = client.get_run(run_id).info.experiment_id
