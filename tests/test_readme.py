@@ -1,11 +1,13 @@
 """The READMEs stay true: what they point at exists, what they tell to type is understood."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from athanor import settings
+from athanor.sweeping.space import space
 
 
 @pytest.fixture(scope="module", params=["README.md", "README.zh.md"])
@@ -27,6 +29,15 @@ def test_overrides_compose(repo: Path, text: str, monkeypatch: pytest.MonkeyPatc
         key, _, values = option.partition("=")
         for value in values.split(","):
             settings.compose(Path("conf"), [f"{key}={value}"])
+
+
+def test_sweeps_can_be_run(repo: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repo)
+    commands = re.findall(r"^uv run python -m athanor\.sweep (.+)$", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        arguments = [one for one in shlex.split(command, comments=True) if one != "-m"]
+        assert space(Path("conf"), arguments).total > 1
 
 
 def test_tree_names_every_module(repo: Path) -> None:
