@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from contextlib import suppress
 from typing import Any
 
 from athanor import console
@@ -52,15 +53,18 @@ def watch(command: list[str]) -> int:
 
     def tell(number: int, frame: Any) -> None:
         asked.append(number)
-        # A terminal tells both of Ctrl-C by itself.
-        if process is not None and number == signal.SIGTERM:
-            process.send_signal(number)
+        if process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
 
     before = {number: signal.signal(number, tell) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         while True:
-            # It ends when this pipe does, however that came.
-            process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)
+            # It ends when this pipe does, however that came; signals reach it through us alone,
+            # so that one Ctrl-C is one.
+            process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, process_group=0
+            )
             status = process.wait()
             if asked or (status >= 0 and status != LOST):
                 return status if status >= 0 else 128 - status

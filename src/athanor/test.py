@@ -333,10 +333,10 @@ class Examined:
         return cls(lines, metrics, labels)
 
     def write(self, out: Path) -> None:
-        """Writes predictions.jsonl, labels.csv and metrics.json."""
+        """Writes predictions.jsonl, labels.csv and, last, metrics.json."""
         files.write_jsonl(out / "predictions.jsonl", self.lines)
-        files.write_json(out / "metrics.json", self.metrics)
         files.write_text(out / "labels.csv", labels_csv(self.lines, self.labels))
+        files.write_json(out / "metrics.json", self.metrics)
 
 
 def record(

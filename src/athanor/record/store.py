@@ -37,6 +37,10 @@ def of_journals() -> str:
     return name() if os.environ.get("MLFLOW_TRACKING_URI") else "embedded"
 
 
+class NotYet(Exception):
+    """What something is to be added to waits itself to be sent."""
+
+
 class Sender:
     """Sends what was said to the store; a thing that it has already is not there twice.
 
@@ -112,7 +116,7 @@ class Sender:
             self._describe(said)
         elif found is None:
             if (self._folder.parent / said["run"]).is_dir():
-                raise RuntimeError("the training's own record is not there yet")
+                raise NotYet("the training's own record is not there yet")
             self.run = None
             console.warn(
                 f"run {said['run_id'] or said['run']} is not in {name()}: it was deleted "
@@ -144,7 +148,7 @@ class Sender:
             return {}
         found = self._find({"run": said["parent"], "experiment": said["experiment"]})
         if found is None and (self._folder.parent / said["parent"]).is_dir():
-            raise RuntimeError("the sweep's own record is not there yet")
+            raise NotYet("the sweep's own record is not there yet")
         return {} if found is None else {"mlflow.parentRunId": str(found.info.run_id)}
 
     def _find(self, said: Said) -> Any:
@@ -257,6 +261,7 @@ def client() -> Any:
     A schema whose making was cut off can't be mended, so it gets its name when it is whole.
     """
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # The journal is what tries again: MLflow's own client would create a run once more where only
     # the answer was lost. A server answers when it has written a file to wherever it keeps files.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

@@ -242,6 +242,8 @@ def _send_left(folder: Path) -> None:
         try:
             if spoken_to is not None:  # else it was cut off before anything was said
                 sender.send(deque(said))
+        except store.NotYet:
+            return
         except Exception as error:
             sender.refused.append(store.short(error))
         if sender.refused:

@@ -26,9 +26,21 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from athanor import checkpoints, console, files, models, prepared, scores, settings, test, train
+from athanor import (
+    checkpoints,
+    console,
+    files,
+    models,
+    prepared,
+    schema,
+    scores,
+    settings,
+    test,
+    train,
+)
 from athanor.console import UserError
 from athanor.evaluation import Answer
 from athanor.paths import CHECKPOINTS, PREPARED, SPLITS, SWEPT, root
@@ -147,7 +159,7 @@ def run(composed: DictConfig) -> float:
     try:
         cfg = settings.checked(tree, {}, [])
     except UserError as error:  # of values that are right by themselves only
-        values: dict[str, Any] = {key: overrides.get(key) for key in sweep.keys}
+        values = {key: _parsed(key, overrides) for key in sweep.keys}
         digest = checkpoints.key(tree)
         note = {"number": hydra.job.num, "digest": digest, "values": values}
         note |= {"run": sweep.run_of(digest), "label": results.called(values)}
@@ -159,13 +171,46 @@ def run(composed: DictConfig) -> float:
 
 def _value(cfg: Config, key: str, overrides: dict[str, str]) -> Any:
     flat = settings.flat(cfg)
-    return flat[key] if key in flat else overrides[key]
+    return flat[key] if key in flat else _parsed(key, overrides)
+
+
+def _parsed(key: str, overrides: dict[str, str]) -> Any:
+    """The value of an override; the option's name for a group."""
+    return OverridesParser.create().parse_override(f"{key}={overrides[key]}").value()
+
+
+def _refuse_changed(sweep: Sweep, decides: dict[str, Any], cfg: Config) -> None:
+    """Stops where a file was changed while the sweep ran: rows and code in memory are the former.
+
+    Raises:
+        UserError: with what is other than when it began.
+    """
+    about = files.read_json(sweep.folder / "about.json")
+    changed = [
+        key
+        for key in ("data", "model", "code", "libraries", "device", "end")
+        if json.loads(json.dumps(decides[key])) != about[key]
+    ]
+    began = settings.flat(settings.read(sweep.folder / "params.yaml"))
+    if set(sweep.keys) <= {*schema.all_keys()}:  # of a group any key may have changed
+        changed += [
+            key
+            for key, value in settings.flat(cfg).items()
+            if key not in sweep.keys and value != began[key]
+        ]
+    if changed:
+        raise UserError(
+            f"{', '.join(changed)}: not what the sweep started with: files were changed while it "
+            "ran; the same command starts one of what is there now"
+        )
 
 
 def _point(sweep: Sweep, number: int, values: dict[str, Any], cfg: Config, shared: Loaded) -> float:
     decides = train.what_decides(cfg, shared.base)
+    _refuse_changed(sweep, decides, cfg)
     digest = checkpoints.key(decides)
     folder = points() / digest
+    resumed = root() / CHECKPOINTS / digest
     tested = folder / test_key(cfg)
     name, label = sweep.run_of(digest), results.called(values)
     note = {"number": number, "digest": digest, "run": name, "values": values, "label": label}
@@ -176,23 +221,26 @@ def _point(sweep: Sweep, number: int, values: dict[str, Any], cfg: Config, share
         note |= {"seed": cfg.seed, "tested": tested.name, "command": sweep.command}
         if before.get("status") == "FAILED" and before["command"] == sweep.command:
             return math.inf
-        done = (folder / "trained.json").exists() and (tested / "metrics.json").exists()
-        if done and name in sweep.recorded:
+        trained = (folder / "trained.json").exists()
+        if trained and (tested / "metrics.json").exists() and name in sweep.recorded:
             if before.get("command") != sweep.command:  # else that was said
                 _say(sweep, number, label, folder, "was trained before")
-            files.write_json(path, note | {"status": "FINISHED", "run_id": before.get("run_id")})
+            if resumed.exists():  # left by a process that ended in the last moment
+                checkpoints.Checkpoints(resumed.parent, decides).clear()
+            files.write_json(path, note | {"status": "FINISHED"})
             return float(files.read_json(folder / "metrics.json")["kept_val_loss"])
         files.write_json(path, note | {"status": "RUNNING"})
+        _wait_for(resumed / "lock")
         kept: checkpoints.Checkpoints | None = None
         try:
-            kept = checkpoints.Checkpoints(root() / CHECKPOINTS, decides)
+            kept = checkpoints.Checkpoints(resumed.parent, decides)
             with train.start(
                 cfg, shared.base, shared.rows, label, digest, name, parent=sweep.run
             ) as opened:
                 metrics = _train(cfg, shared, folder, kept, opened)
                 examined = _examined(cfg, shared, folder, tested, SEEN)
                 iteration = int(metrics["kept_iteration"])
-                finished = note | {"status": "FINISHED", "run_id": opened.opened()}
+                finished = note | {"status": "FINISHED"}
                 test.record(opened, tested, examined, iteration, once=True)
                 opened.tags({"mlflow.note.content": summary.note(measured(finished, tested))})
         except KeyboardInterrupt:
@@ -209,7 +257,7 @@ def _point(sweep: Sweep, number: int, values: dict[str, Any], cfg: Config, share
             _let_go()
         kept.clear()
         files.write_json(path, finished)
-        _say(sweep, number, label, folder, "done")
+        _say(sweep, number, label, folder, "was trained before" if trained else "done")
         return float(metrics["kept_val_loss"])
 
 
@@ -279,29 +327,46 @@ def test_chosen(sweep: Sweep, note: dict[str, Any]) -> results.Point:
     last = _examined(cfg, shared, folder, out, ("test",))
     both = Examined(seen.lines + last.lines, seen.metrics | last.metrics, last.labels)
     iteration = int(files.read_json(folder / "metrics.json")["kept_iteration"])
-    with tracking.resume(note["run"], note.get("run_id")) as opened:
-        test.record(opened, out, both, iteration, once=True)
+    together = folder / f"{note['tested']}-all"
+    both.write(together)
+    with tracking.resume(note["run"], None) as opened:  # by our name: it has an id in each store
+        test.record(opened, together, both, iteration, once=True)
     return measured(note, folder / note["tested"], out)
 
 
 test_chosen.__test__ = False  # type: ignore[attr-defined]  # pytest, look elsewhere
 
 
+def under_way(sweep: Sweep) -> list[dict[str, Any]]:
+    """The notes of points that this start of the sweep has begun, and not ended."""
+    return [
+        note
+        for note in sweep.notes()
+        if note["status"] == "RUNNING" and note["command"] == sweep.command
+    ]
+
+
 def mark_dead(sweep: Sweep, cause: str) -> list[dict[str, Any]]:
     """Finds what was under way when a process died; returns the notes of those that failed.
 
-    One that was alone, or that dies again, failed; of several, any can have been the cause.
+    One that was alone, or that dies again, failed; of several, any can have been the cause. One
+    whose work was done already is none of them.
 
     Raises:
         UserError: where none was under way: starting again would end in the same way.
     """
-    under_way = [note for note in sweep.notes() if note["status"] == "RUNNING"]
-    if not under_way:
+    found = under_way(sweep)
+    if not found:
         raise UserError(f"the sweep was ended by {cause} while no point was under way")
-    for note in under_way:
+    for note in found:
         note["deaths"] = note.get("deaths", 0) + 1
         files.write_json(sweep.note(note["digest"]), note)
-    return [note for note in under_way if len(under_way) == 1 or note["deaths"] > 1]
+    failed = [note for note in found if len(found) == 1 or note["deaths"] > 1]
+    return [
+        note
+        for note in failed
+        if not (points() / note["digest"] / note["tested"] / "metrics.json").exists()
+    ]
 
 
 def fail(sweep: Sweep, note: dict[str, Any], reason: str) -> None:
@@ -385,10 +450,17 @@ def _let_go() -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """While the block runs no other process is at the same point; others wait."""
+    """While the block runs no other process of a sweep is at the same point; others wait."""
     while (lock := files.lock(folder / "lock")) is None:
         time.sleep(0.5)
     try:
         yield
     finally:
         os.close(lock)
+
+
+def _wait_for(path: Path) -> None:
+    """Waits while another process holds this lock: the pipeline may be at the same training."""
+    while (lock := files.lock(path)) is None:
+        time.sleep(0.5)
+    os.close(lock)

@@ -23,12 +23,14 @@ class Space:
     """A sweep's points, as far as they are known before it runs.
 
     `swept` are its keys (or groups, as `train`), each with its values as Hydra texts, or with the
-    two ends of an interval; `fixed` are the command's other overrides; `hydra` those of Hydra's own
-    keys; `sweeper` is Hydra's configuration of what chooses the points; `total` their number.
+    two ends of an interval; `typed` are the command's own overrides of them, `fixed` its others,
+    `hydra` those of Hydra's own keys; `sweeper` is Hydra's configuration of what chooses the
+    points; `total` their number.
     """
 
     base: Config
     swept: dict[str, list[str]]
+    typed: list[str]
     fixed: list[str]
     hydra: list[str]
     sweeper: dict[str, Any]
@@ -43,9 +45,11 @@ def space(conf: Path, arguments: list[str]) -> Space:
     """
     parser = OverridesParser.create()
     problems: list[str] = []
+    typed: list[str] = []
     fixed: list[str] = []
     hydra: list[str] = []
     swept: dict[str, Override] = {}
+    groups = settings.groups(conf)
     for text in arguments:
         try:
             override = parser.parse_override(text)
@@ -57,6 +61,9 @@ def space(conf: Path, arguments: list[str]) -> Space:
             hydra.append(text)
         elif override.is_sweep_override():
             swept[key] = override
+            typed.append(text)
+        elif key in groups and override.value() is None and not override.is_delete():
+            fixed.append(f"~{key}")  # Hydra takes null for a group in a file only
         else:
             fixed.append(text)
     if problems:
@@ -80,6 +87,9 @@ def space(conf: Path, arguments: list[str]) -> Space:
         )
     values = {key: list(_values(override)) for key, override in swept.items()}
     _refuse_what_trains_nothing(values)
+    for key in groups:
+        if "null" in values.get(key, []):
+            raise UserError(f"{key}: Hydra can't sweep a group to null: make it two sweeps")
     _check(conf, base, fixed, values, arguments)
     if "sampler" in sweeper and sweeper["sampler"].get("seed", base.seed) is None:
         hydra.append(f"hydra.sweeper.sampler.seed={base.seed}")
@@ -94,7 +104,7 @@ def space(conf: Path, arguments: list[str]) -> Space:
                     "hydra/sweeper=optuna`"
                 )
             total *= len(values[key])
-    return Space(base, values, fixed, hydra, sweeper, total)
+    return Space(base, values, typed, fixed, hydra, sweeper, total)
 
 
 def refuse_unprepared(found: Space) -> None:
@@ -141,8 +151,11 @@ def _values(override: Override) -> Iterator[str]:
     value = override.value()
     if isinstance(value, IntervalSweep):
         yield from (str(value.start), str(value.end))
-    else:
+        return
+    try:
         yield from override.sweep_string_iterator()
+    except HydraException as error:  # glob(*)
+        raise UserError(f"{override.input_line}: name the values themselves: {error}") from error
 
 
 def _refuse_what_trains_nothing(values: dict[str, list[str]]) -> None:

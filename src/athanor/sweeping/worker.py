@@ -33,9 +33,9 @@ def main(arguments: list[str]) -> None:
     Raises:
         UserError: for what can't be swept, rows that are others by now, no point that finished.
     """
-    fresh = _ask_dvc()
     found = space(CONF, arguments)
     refuse_unprepared(found)
+    fresh = _ask_dvc()
     about = _about(found)
     folder = root() / SWEPT / checkpoints.key(about)
     lock = files.lock(folder / "lock")
@@ -64,9 +64,9 @@ def main(arguments: list[str]) -> None:
                 sweep = replace(sweep, recorded=store.finished_parts(run_id))
         sweep.write()
         try:
-            _run_points(found, arguments, folder)
+            _run_points(found, folder)
         except Exception:
-            if all(note["status"] != "RUNNING" for note in sweep.notes()):
+            if not points.under_way(sweep):
                 raise
             traceback.print_exc()  # a launcher's, of which a process was killed
             sys.exit(LOST)
@@ -74,6 +74,8 @@ def main(arguments: list[str]) -> None:
         _conclude(sweep, found, measured, run)
     wrote = f"{folder.relative_to(root())}/: {', '.join(WRITTEN)}"
     console.done("", {"wrote": wrote, "MLflow run": run.shown()})
+    with suppress(Exception):  # a store that came back in between has none of the points before
+        tracking.send_what_was_left()
     if run.id is not None:
         _show_link(run.id, found)
 
@@ -115,17 +117,18 @@ def _show_link(run_id: str, found: Space) -> None:
 
 def _measured(sweep: Sweep) -> list[results.Point]:
     """All points with what was measured of them; the chosen one on the rows of `test`, too."""
-    notes = {note["number"]: note for note in sweep.notes()}
-    found = {
-        number: points.measured(note, points.points() / note["digest"] / note["tested"])
+    notes = sweep.notes()
+    found = [
+        points.measured(note, points.points() / note["digest"] / note["tested"])
         if note["status"] == "FINISHED"
         else points.measured(note)
-        for number, note in notes.items()
-    }
-    chosen = results.choose(found.values()).run
+        for note in notes
+    ]
+    chosen = results.choose(found).run
     if chosen is not None:
-        found[chosen.number] = points.test_chosen(sweep, notes[chosen.number])
-    return list(found.values())
+        place = next(i for i, point in enumerate(found) if point is chosen)
+        found[place] = points.test_chosen(sweep, notes[place])
+    return found
 
 
 def _ask_dvc() -> "subprocess.Popen[str] | None":
@@ -154,20 +157,20 @@ def _refuse_stale(asked: "subprocess.Popen[str] | None") -> None:
         )
 
 
-def _run_points(found: Space, arguments: list[str], folder: Path) -> None:
+def _run_points(found: Space, folder: Path) -> None:
     """Lets Hydra call points.run for each point, with its sweeper and its launcher."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here as they are
-    added = [text for text in found.hydra if text not in arguments]
     sys.argv = [
         "sweep",
         "--multirun",
         "hydra/job_logging=disabled",
         "hydra/hydra_logging=disabled",
         "hydra.output_subdir=null",
-        f"hydra.sweep.dir={folder / 'hydra'}",
+        f"hydra.sweep.dir={results.override(str(folder / 'hydra'))}",
         "hydra.job.name=sweep",
-        *arguments,
-        *added,
+        *found.typed,
+        *found.fixed,
+        *found.hydra,
     ]
     task = hydra.main(config_path=str(CONF.resolve()), config_name="config", version_base="1.3")
     task(points.run)()
@@ -179,7 +182,7 @@ def _about(found: Space) -> dict[str, Any]:
     decides = train.what_decides(found.base, base)
     flat = settings.flat(found.base)
     return {
-        "swept": found.swept,
+        "swept": list(found.swept.items()),
         "sweeper": json.loads(json.dumps(found.sweeper | {"params": None}, default=str)),
         **{key: value for key, value in decides.items() if key not in found.swept},
         **{key: value for key, value in flat.items() if key.startswith("test.")},
