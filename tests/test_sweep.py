@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -69,6 +70,13 @@ def recorded(store: str) -> tuple[Any, list[Any]]:
     return parent, children
 
 
+def predictions(store: str, run: Any) -> list[str]:
+    from mlflow import MlflowClient
+
+    path = MlflowClient(store).download_artifacts(run.info.run_id, "test/predictions.jsonl")
+    return Path(path).read_text(encoding="utf-8").splitlines()
+
+
 def notes(folder: Path) -> list[dict[str, Any]]:
     found = folder.glob("artifacts/sweep/*/points/*.json")
     return [json.loads(path.read_text(encoding="utf-8")) for path in found]
@@ -82,6 +90,12 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") ->
         time.sleep(0.05)
 
 
+def worker_of(process: "subprocess.Popen[str]") -> int:
+    """The process that a sweep's work is done in, which leads a group of its own."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return int(found.stdout)
+
+
 def states(folder: Path) -> Counter[str]:
     return Counter(note["status"] for note in notes(folder))
 
@@ -89,7 +103,8 @@ def states(folder: Path) -> Counter[str]:
 def test_a_killed_sweep_goes_on_and_trains_no_point_twice(prepared: Path, store: str) -> None:
     process = start(*GRID)
     wait_for(lambda: states(prepared)["FINISHED"] >= 4 and states(prepared)["RUNNING"] > 0, process)
-    os.killpg(process.pid, signal.SIGKILL)
+    for leader in (process.pid, worker_of(process)):
+        os.killpg(leader, signal.SIGKILL)
     process.wait()
     trained = {
         path: (path.stat().st_ino, path.stat().st_mtime_ns)
@@ -120,6 +135,8 @@ def test_a_killed_sweep_goes_on_and_trains_no_point_twice(prepared: Path, store:
     tested = {c.info.run_name for c in children if "test_loss" in c.data.metrics}
     assert tested == {best}
     assert all("test_valid_loss" in child.data.metrics for child in children)
+    asked = {child.info.run_name: len(predictions(store, child)) for child in children}
+    assert asked == {name: 9 + 3 * (name == best) for name in names}
     assert best in parent.data.tags["mlflow.note.content"]
     assert "dvc exp run -S" in printed
     assert "summary.html" in {path.name for path in prepared.glob("artifacts/sweep/*/*")}
@@ -157,10 +174,7 @@ def test_a_process_that_is_killed_costs_its_point(prepared: Path, store: str) ->
         return bool(list(prepared.glob("artifacts/train/checkpoints/*/0*/manifest.json")))
 
     wait_for(under_way, process)
-    [child] = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
-    os.kill(int(child), signal.SIGKILL)
+    os.kill(worker_of(process), signal.SIGKILL)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     assert "lr 1e-4 failed, and the sweep goes on: its process was ended by SIGKILL" in printed
@@ -183,7 +197,7 @@ def test_ctrl_c_ends_a_sweep_that_the_same_command_goes_on_with(prepared: Path, 
         return found["FINISHED"] == 1 and found["RUNNING"] == 1
 
     wait_for(second, process)
-    os.killpg(process.pid, signal.SIGINT)
+    process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed
     assert "the same command goes on" in printed
@@ -268,6 +282,41 @@ def test_a_wider_sweep_trains_only_what_is_new(
     assert re.search(r"seeds? ", wider.data.tags["mlflow.note.content"])
 
 
+def test_rows_that_change_while_it_runs_stop_a_sweep(prepared: Path, store: str) -> None:
+    """What is in memory are the rows of before; a digest of others would name a lie."""
+    process = start("train.learning_rate=1e-4,2e-4,3e-4", "train.iters=20")
+    wait_for(lambda: states(prepared)["FINISHED"] == 1, process)
+    rows = prepared / "artifacts/prepare/train.jsonl"
+    rows.write_text("".join(rows.read_text("utf-8").splitlines(True)[:3]), encoding="utf-8")
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, printed
+    assert "data: not what the sweep started with" in printed
+    assert len(list(prepared.glob("artifacts/sweep/points/*/trained.json"))) < 3
+    assert recorded(store)[0].info.status == "FAILED"
+
+
+def test_the_line_that_promotes_says_what_was_typed(prepared: Path, store: str) -> None:
+    """Values inside of others, no experiment, and a folder whose name Hydra would read."""
+    odd = prepared / "a copy, of (it)=中"
+    odd.mkdir()
+    for name in ("conf", "data", "models", "artifacts", "params.yaml"):
+        (odd / name).symlink_to(prepared / name)
+    betas = "train.optimizer_config.adam.betas=[0.9,0.99],[0.8,0.99]"
+    process = subprocess.run(
+        [sys.executable, "-m", "athanor.sweep", betas, "experiment=null", "train.iters=2"],
+        cwd=odd,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    line = next(line for line in process.stdout.splitlines() if "dvc exp run" in line)
+    typed = [text for text in shlex.split(line)[5:] if text != "-S"]
+    assert typed[:2] == ["~experiment", "train.iters=2"]
+    promoted = settings.compose(Path("conf"), typed)
+    assert promoted.train.keep == "best"
+    assert promoted.train.optimizer_config["adam"]["betas"] in ([0.9, 0.99], [0.8, 0.99])
+
+
 @pytest.fixture
 def conf(prepared: Path) -> Iterator[Path]:
     yield Path("conf")
@@ -298,6 +347,8 @@ def test_a_sweep_is_sorted_before_it_runs(conf: Path) -> None:
         (["train.rank=4"], "a sweep needs a key with several values"),
         (["train.rank=4,"], "command line: train.rank=4,"),
         (["sweep=gird"], "gird"),
+        (["experiment=facts,null"], "Hydra can't sweep a group to null"),
+        (["train=glob(*)"], "name the values themselves"),
     ],
 )
 def test_what_no_sweep_can_go_over_is_refused_with_what_can(

@@ -15,6 +15,7 @@ import io
 import sys
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -131,9 +132,12 @@ def start(
         run=run,
         parent=parent,
     )
-    opened.text(OmegaConf.to_yaml(cfg), PARAMS.name)  # with the overrides of this command
-    _record_data(opened)
-    lineage.record(opened)
+    with ExitStack() as stack:
+        stack.push(opened)  # an interrupt ends the run here, too
+        opened.text(OmegaConf.to_yaml(cfg), PARAMS.name)  # with the overrides of this command
+        _record_data(opened)
+        lineage.record(opened)
+        stack.pop_all()
     return opened
 
 
