@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from athanor import settings, sweep
 from athanor.console import UserError
@@ -363,6 +364,16 @@ def test_a_sweep_on_other_rows_than_were_prepared_is_refused(conf: Path) -> None
     with pytest.raises(UserError, match=r"uv run dvc exp run -S data.valid_size=0.3 prepare"):
         refuse_unprepared(found)
     refuse_unprepared(space(conf, ["train.rank=4,8", "train.iters=3"]))
+
+
+def test_a_named_sweep_may_fix_keys_too(conf: Path) -> None:
+    named = {"train.iters": 7, "train.rank": "2,4"}
+    text = yaml.safe_dump({"hydra": {"sweeper": {"params": named}}})
+    (conf / "sweep/mine.yaml").write_text(f"# @package _global_\n{text}", encoding="utf-8")
+    found = space(conf, ["sweep=mine"])
+    assert (found.swept, found.fixed) == ({"train.rank": ["2", "4"]}, ["train.iters=7"])
+    assert found.base.train.iters == 7
+    assert space(conf, ["sweep=mine", "train.iters=3"]).base.train.iters == 3
 
 
 def test_every_named_sweep_can_be_run(conf: Path) -> None:

@@ -154,7 +154,8 @@ def run(composed: DictConfig) -> float:
     sweep = Sweep.here()
     hydra = HydraConfig.get()
     tree: Any = OmegaConf.to_container(composed, resolve=True)
-    overrides = dict(text.lstrip("+").split("=", 1) for text in hydra.overrides.task)
+    typed = (text.lstrip("+").partition("=") for text in hydra.overrides.task)
+    overrides = {key: value for key, _, value in typed}
     shared = loaded(sweep.folder)
     try:
         cfg = settings.checked(tree, {}, [])
@@ -192,7 +193,7 @@ def _refuse_changed(sweep: Sweep, decides: dict[str, Any], cfg: Config) -> None:
         if json.loads(json.dumps(decides[key])) != about[key]
     ]
     began = settings.flat(settings.read(sweep.folder / "params.yaml"))
-    if set(sweep.keys) <= {*schema.all_keys()}:  # of a group any key may have changed
+    if set(sweep.keys) <= set(schema.all_keys()):  # of a group any key may have changed
         changed += [
             key
             for key, value in settings.flat(cfg).items()

@@ -79,6 +79,7 @@ def space(conf: Path, arguments: list[str]) -> Space:
             swept[key] = override
         else:
             fixed.append(f"{key}={text}")
+            base = settings.compose(conf, fixed)
     if not swept:
         raise UserError(
             "a sweep needs a key with several values, as in\n  uv run python -m athanor.sweep -m "
