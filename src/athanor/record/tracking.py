@@ -26,9 +26,8 @@ from athanor.record.store import Sender
 
 SECONDS_BETWEEN_TRIES = 30  # at most; the first is 1, and each is twice the one before
 SECONDS_FOR_A_LOCK = 120
-# What sending may take of a processor: the thread rests in between, and sends more at a time.
-SHARE = 0.01
-SECONDS_OF_REST = 10  # at most: a person may be looking on
+# A call to the store costs as much as a hundred metrics in it do, so they go together.
+SECONDS_BETWEEN_SENDS = 5
 
 
 @dataclass(frozen=True)
@@ -192,11 +191,9 @@ class Run:
                     # First, because a training's record may be among it, to which this one adds.
                     send_what_was_left()
                     swept = True
-                began = time.thread_time()
                 sender.send(waiting)
                 self.failure, failures = None, 0
-                rest = min((time.thread_time() - began) / SHARE, SECONDS_OF_REST)
-                not_before = time.monotonic() + rest
+                not_before = time.monotonic() + SECONDS_BETWEEN_SENDS
             except Exception as error:
                 self.failure = error
                 not_before = time.monotonic() + min(2**failures, SECONDS_BETWEEN_TRIES)
