@@ -109,7 +109,7 @@ def test_what_waited_goes_in_few_calls(away: Path, calls: list[int]) -> None:
         calls.clear()
         away.unlink()
     assert sum(calls) == 3000
-    assert len(calls) == 6
+    assert len(calls) <= 8  # of 500 each, and what was cut short when the store came back
 
 
 def test_what_is_said_in_a_row_goes_together(

@@ -9,7 +9,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +62,21 @@ class Sender:
             try:
                 self._send(together)
             except Exception as error:
-                if together[0]["do"] not in ("artifact", "text", "table", "model"):
+                # A place for files can be away, or closed to us, where the store is not.
+                of_files = together[0]["do"] in ("artifact", "text", "table", "model")
+                if not of_files or not self._answers():
                     raise
-                # A place for files can be away, or closed to us, where the store is not; where both
-                # are away this raises, and the file is sent again.
-                self.client.search_experiments(max_results=1)
                 name = together[0].get("name") or Path(together[0]["path"]).name
                 self.refused.append(f"{name} ({short(error)})")
             for _ in together:
                 waiting.popleft()
+
+    def _answers(self) -> bool:
+        for _ in range(2):  # a server that could not keep a file drops the connection
+            with suppress(Exception):
+                self.client.search_experiments(max_results=1)
+                return True
+        return False
 
     def _send(self, said: list[Said]) -> None:
         first = said[0]
@@ -245,6 +251,7 @@ def client() -> Any:
     A schema whose making was cut off can't be mended, so it gets its name when it is whole.
     """
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # The journal is what tries again: MLflow's own client would create a run once more where only
     # the answer was lost. A server answers when it has written a file to wherever it keeps files.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

@@ -25,6 +25,7 @@ from athanor.record.journal import Journal, Said, beside
 from athanor.record.store import Sender
 
 SECONDS_BETWEEN_TRIES = 30  # at most; the first is 1, and each is twice the one before
+TRIES_AT_THE_END = 3
 SECONDS_FOR_A_LOCK = 120
 # A call to the store costs as much as a hundred metrics in it do, so they go together.
 SECONDS_BETWEEN_SENDS = 5
@@ -196,8 +197,13 @@ class Run:
                 not_before = time.monotonic() + SECONDS_BETWEEN_SENDS
             except Exception as error:
                 self.failure = error
-                not_before = time.monotonic() + min(2**failures, SECONDS_BETWEEN_TRIES)
+                pause = min(2**failures, SECONDS_BETWEEN_TRIES)
+                not_before = time.monotonic() + pause
                 failures += 1
+                if not more and self.id is not None and failures <= TRIES_AT_THE_END:
+                    time.sleep(pause)  # it was there a moment ago
+                    more = True
+                    self._said.put(None)
             finally:
                 self.id, self._registered = sender.run, sender.registered
                 self._opened.set()
