@@ -9,7 +9,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,21 @@ class Sender:
             try:
                 self._send(together)
             except Exception as error:
-                if together[0]["do"] not in ("artifact", "text", "table", "model"):
+                # A place for files can be away, or closed to us, where the store is not.
+                of_files = together[0]["do"] in ("artifact", "text", "table", "model")
+                if not of_files or not self._answers():
                     raise
-                # A place for files can be away, or closed to us, where the store is not; where both
-                # are away this raises, and the file is sent again.
-                self.client.search_experiments(max_results=1)
                 name = together[0].get("name") or Path(together[0]["path"]).name
                 self.refused.append(f"{name} ({short(error)})")
             for _ in together:
                 waiting.popleft()
+
+    def _answers(self) -> bool:
+        for _ in range(2):  # a server that could not keep a file drops the connection
+            with suppress(Exception):
+                self.client.search_experiments(max_results=1)
+                return True
+        return False
 
     def _send(self, said: list[Said]) -> None:
         first = said[0]
