@@ -1,6 +1,6 @@
 """What the record of a training costs, in shares of the training's time.
 
-    uv run python benchmarks/tracking.py
+    uv run python benchmarks/tracking.py        # ten minutes
 
 Trains the tiny model on made rows, each time as a process with an SQLite store of its own, and
 counts inside of it: the seconds that the training's own thread spends in saying things to the run,
@@ -35,32 +35,29 @@ def measure() -> Seconds:
 
     spent = dict.fromkeys(("training", "saying", "opening", "waiting", "sending"), 0.0)
 
-    def counted(name: str, done: Callable[..., Any], clock: Callable[[], float]) -> Any:
-        def call(*args: Any, **options: Any) -> Any:
+    def count(place: Any, what: str, name: str, clock: Callable[[], float]) -> None:
+        done = getattr(place, what)
+
+        def counted(*args: Any, **options: Any) -> Any:
             start = clock()
             try:
                 return done(*args, **options)
             finally:
                 spent[name] += clock() - start
 
-        return call
+        setattr(place, what, counted)
 
-    Trainer.run = counted("training", Trainer.run, time.perf_counter)  # type: ignore[method-assign]
-    said = ("metrics", "tags", "artifact", "text", "table")
-    for name in said:
-        setattr(
-            tracking.Run, name, counted("saying", getattr(tracking.Run, name), time.perf_counter)
-        )
-    for name in ("opened", "__exit__"):
-        wrapped = counted("waiting", getattr(tracking.Run, name), time.perf_counter)
-        setattr(tracking.Run, name, wrapped)
-    # Processor's seconds of the tracking thread, and of those the import and the store's making.
-    store.client = counted("opening", store.client, time.thread_time)
-    tracking.Run._work = counted("sending", tracking.Run._work, time.thread_time)  # type: ignore[method-assign]
+    count(Trainer, "run", "training", time.perf_counter)
+    for what in ("metrics", "tags", "artifact", "text", "table"):
+        count(tracking.Run, what, "saying", time.perf_counter)
+    for what in ("opened", "__exit__"):
+        count(tracking.Run, what, "waiting", time.perf_counter)
+    # All of the tracking thread, and what of it is the import of MLflow and the store's making.
+    count(tracking.Run, "_work", "sending", time.thread_time)
+    count(store, "client", "opening", time.thread_time)
     sys.argv = ["train"]
     train.main()
-    spent["sending"] -= spent["opening"]
-    return spent
+    return spent | {"sending": spent["sending"] - spent["opening"]}
 
 
 def trained(folder: Path) -> Seconds:
@@ -78,7 +75,7 @@ def trained(folder: Path) -> Seconds:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="what the record of a training costs")
-    parser.add_argument("--iters", type=int, default=400)
+    parser.add_argument("--iters", type=int, default=300)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -90,10 +87,10 @@ def main() -> None:
         shutil.copytree(REPO / "conf", folder / "conf")
         (folder / "models").symlink_to(REPO / "models")
         python = (sys.executable, "-m")
-        rows = ("athanor.synthesize", "data/rows.jsonl", "--rows", "400")
+        rows = ("athanor.synthesize", "data/rows.jsonl", "--rows", "60")
         subprocess.run([*python, *rows], cwd=folder, check=True, capture_output=True)
         for every in (None, 1):
-            settings = [f"train.iters={args.iters}", "experiment=null"]
+            settings = [f"train.iters={args.iters}", "train.steps_per_eval=100", "experiment=null"]
             settings += [] if every is None else [f"train.steps_per_report={every}"]
             for stage in (["athanor.config", *settings], ["athanor.prepare"]):
                 subprocess.run([*python, *stage], cwd=folder, check=True, capture_output=True)

@@ -1,5 +1,6 @@
 """What a run keeps of what it was made from, and how two records are compared."""
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from athanor import files, reproduce
+from athanor import diff, files, reproduce
 from athanor.console import UserError
 from athanor.record import compared, lineage, restored, store, tracking
 
@@ -74,6 +75,51 @@ def test_patch_on_the_commit_gives_the_code_as_it_was(tree: Path, tmp_path: Path
     assert b"pycache" not in changes
 
 
+def test_what_is_hidden_is_no_code(tree: Path) -> None:
+    """An editor's file makes no other code, and a secret stays where it is."""
+    package = tree / "src/athanor"
+    before = lineage.code_digest(package)
+    (package / ".env").write_text("TOKEN=secret", encoding="utf-8")
+    (package / ".ruff_cache/inside").mkdir(parents=True)
+    (package / ".ruff_cache/inside/secret").touch()
+    (tree / "src/.DS_Store").touch()
+    assert lineage.code_digest(package) == before
+    assert lineage.patch(tree) == b""
+    (package / "new.py").touch()
+    changes = lineage.patch(tree)
+    assert b"new.py" in changes
+    assert b"secret" not in changes
+    assert b"DS_Store" not in changes
+
+
+def test_settings_of_git_do_not_break_the_patch(tree: Path, tmp_path: Path) -> None:
+    git(tree, "config", "diff.context", "0")
+    path = tree / "src/athanor/a.py"
+    path.write_text("".join(f"line_{i} = {i}\n" for i in range(9)), encoding="utf-8")
+    git(tree, "-c", "user.name=T", "-c", "user.email=t@localhost", "commit", "-qam", "Two")
+    path.write_text(path.read_text("utf-8").replace("line_4 = 4", "line_4 = 44"), encoding="utf-8")
+    again = tmp_path / "again"
+    git(tree, "worktree", "add", "-q", "--detach", str(again))
+    subprocess.run(["git", "apply"], cwd=again, input=lineage.patch(tree), check=True)
+    digest = lineage.code_digest(tree / "src/athanor")
+    assert lineage.code_digest(again / "src/athanor") == digest
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))  # core.autocrlf
+    assert lineage.code_digest(tree / "src/athanor") == digest
+
+
+def test_large_files_that_git_does_not_know_are_not_kept(
+    tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tree / "src/large.bin").write_bytes(bytes(lineage.MOST_BYTES + 1))
+    (tree / "src/a name: 哪吒*.bin").write_bytes(bytes(lineage.MOST_BYTES))
+    changes = lineage.patch(tree)
+    assert b"large.bin" not in changes
+    assert "src/large.bin (1 MB) is in no commit" in capsys.readouterr().err
+    kept = tree.parent / lineage.PATCH
+    kept.write_bytes(changes)
+    assert diff._files(kept) == ["src/a name: 哪吒*.bin"]
+
+
 def test_patch_leaves_what_is_staged_as_it_was(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change(tree)
     before = (tree / ".git/index").read_bytes()
@@ -109,6 +155,8 @@ def test_a_digest_a_row(tmp_path: Path) -> None:
     path.write_bytes(b'{"a": 1}\n{"b": 2}\n{"a": 1}')
     first, second, third = lineage.row_digests(path).tolist()
     assert first == third != second
+    path.write_bytes(b'{"a": 1}\n{"b": 3}\n{"a": 1}')
+    assert lineage.row_digests(path).tolist()[1] not in (first, second)
     path.write_bytes(b"")
     assert lineage.row_digests(path).shape == (0,)
 
@@ -196,12 +244,83 @@ def test_a_training_keeps_what_it_was_made_from(
 
     git(tree, "add", "-A")
     git(tree, "-c", "user.name=T", "-c", "user.email=t@localhost", "commit", "-qm", "Two")
+    lineage._running.cache_clear()  # it goes on in another process
     with tracking.start("a", {}, lineage.tags(), [], run=name) as run:
         lineage.record(run)
     again = compared.find(run_id, tmp_path)
     assert again.tags["code.patch"] == "none"
     assert again.tags["code.digest"] == made.tags["code.digest"]
     assert again.tags["mlflow.source.git.commit"] == git(tree, "rev-parse", "HEAD").strip()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "postgresql://me:secret@host/db",
+        "postgresql://me:sec/secret@host/db",
+        "mysql+pymysql://me:p@secret@host:1/db is away",
+        "postgresql://host/db?user=me&password=secret&sslmode=require",
+        "http://host?TOKEN=secret",
+        "failed to resolve host 'secret@host'",
+    ],
+)
+def test_no_password_is_shown(text: str) -> None:
+    shown = store.without_password(text)
+    assert "secret" not in shown
+    assert "host" in shown
+
+
+@pytest.mark.parametrize(
+    "uri", ["foo://me:secret@host/db", "postgresql://me:secret@127.0.0.1:9/db"]
+)
+def test_a_store_that_is_away_is_said_in_a_line(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    run = made(tmp_path)
+    for ask in (lambda: compared.find("ab", tmp_path), lambda: run.artifact("params.yaml")):
+        with pytest.raises(UserError, match="is MLFLOW_TRACKING_URI right") as caught:
+            ask()
+        assert "secret" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_sweep_is_not_compared_with_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
+    client = store.client()
+    experiment = client.get_experiment_by_name(store.EXPERIMENT).experiment_id
+    sweep = client.create_run(experiment, tags={"athanor.sweep": "s"}).info.run_id
+    child, better = (
+        client.create_run(experiment, tags={"mlflow.parentRunId": sweep}).info.run_id
+        for _ in range(2)
+    )
+    client.log_metric(child, "kept_val_loss", 2.0)
+    client.log_metric(better, "kept_val_loss", 1.0)
+    parent, training = (compared.find(run_id, tmp_path) for run_id in (sweep, child))
+    for pair in ((parent, training), (training, parent)):
+        with pytest.raises(UserError, match="is a sweep's own run") as caught:
+            diff._refuse_a_sweep(*pair)
+        listed = [line.split()[0] for line in str(caught.value).splitlines()[1:]]
+        assert listed == [better, child]
+    diff._refuse_a_sweep(parent, parent)
+    diff._refuse_a_sweep(training, training)
+
+
+def test_values_that_differ_are_named_shortly() -> None:
+    one, other = {"betas": [0.9, 0.99], "eps": 1e-8}, {"betas": [0.9, 0.95], "eps": 1e-8}
+    assert list(diff._changed("train.optimizer", str(one), str(other))) == [
+        "train.optimizer.betas: [0.9, 0.99] -> [0.9, 0.95]"
+    ]
+    long = "a long prompt\n" * 20
+    [said] = diff._changed("data.system", long + "one", long + "two")
+    assert "\n" not in said
+    assert len(said) < 160
+    assert said.endswith("long prompt two")
+    [said] = diff._changed("data.system", None, long)
+    assert said.startswith("data.system: – -> a long prompt")
+    assert len(said) < 90
 
 
 SAME = {"val_loss": (2.0, 2.0), "test_exact_match": (1.0, 1.0)}
@@ -283,6 +402,15 @@ def test_data_comes_from_a_remote_where_the_cache_lacks_it(
     assert list(restored.data(made(tmp_path, **{"dvc.data": md5}), tree)) == []
     assert files.digest((tree / "data").iterdir()) == files.digest(data.iterdir())
     assert yaml.safe_load((tree / "data.dvc").read_text("utf-8"))["outs"][0]["md5"] == md5
+    # One that was edited in the cache, by way of a link to it.
+    cache = here / ".dvc/cache/files/md5"
+    first = json.loads((cache / md5[:2] / md5[2:]).read_text("utf-8"))[0]
+    kept = cache / first["md5"][:2] / first["md5"][2:]
+    kept.chmod(0o644)
+    kept.write_bytes(kept.read_bytes() + b"\n")
+    [said] = restored.data(made(tmp_path, **{"dvc.data": md5}), tree)
+    assert f"{first['relpath']} was edited in DVC's cache" in said
+    (tree / "data").unlink()
     # One that nobody has: that is said, and the rows are those of now.
     [said] = restored.data(made(tmp_path, **{"dvc.data": f"{'0' * 32}.dir"}), tree)
     assert "in neither DVC's cache nor the remote demo" in said

@@ -553,6 +553,23 @@ def test_cells_are_ever_lighter_and_readable() -> None:
         assert (high + 0.05) / (low + 0.05) >= 4.5, colour
 
 
+def test_long_values_are_cut_where_they_have_no_room() -> None:
+    long = ["Answer in one word, and in no more than one.", "Answer as you like, at any length."]
+    points = [
+        point(n, {"data.system": long[n % 2], "train.learning_rate": rate}, 1 + n / 10)
+        for n, rate in enumerate([1e-4, 1e-4, 1e-3, 1e-3])
+    ]
+    for several in (points, points[:2]):  # a grid, one key
+        svg = picture(several)
+        drawn = {text for text, *_ in texts(svg)}
+        assert {"Answer in one word, and …", "Answer as you like, at a…"} <= drawn
+        said = " ".join(titles(svg).values())
+        assert all(value in said for value in long)
+    curves = pictures.curves(choose(points))
+    assert curves is not None
+    assert "Answer in one word, and …" in {text for text, *_ in texts(curves)}
+
+
 def test_values_of_a_search_are_dots_where_they_lie() -> None:
     draw = random.Random(0)
     points = [

@@ -109,14 +109,14 @@ def test_what_waited_goes_in_few_calls(away: Path, calls: list[int]) -> None:
         calls.clear()
         away.unlink()
     assert sum(calls) == 3000
-    assert len(calls) == 6
+    assert len(calls) <= 8  # of 500 each, and what was cut short when the store came back
 
 
-def test_sending_takes_its_share_of_a_processor_and_no_more(
+def test_what_is_said_in_a_row_goes_together(
     away: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     away.unlink()
-    monkeypatch.setattr(tracking, "SHARE", 1e-9)  # so little that it rests till the end
+    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_SENDS", 1000)
     with start() as run:
         assert run.opened()
         for step in range(1, 51):

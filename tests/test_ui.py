@@ -100,6 +100,32 @@ def test_it_serves_the_embedded_store_until_it_is_interrupted(runs: dict[str, st
         urllib.request.urlopen(f"{opened.base}/health", timeout=5)
 
 
+def test_two_at_a_time_take_two_ports() -> None:
+    """Also before the first one's server has bound its port."""
+    with socket.socket() as tried:
+        tried.bind(("127.0.0.1", 0))
+        first = tried.getsockname()[1]
+    with ui.free_port(first) as one, ui.free_port(first) as other:
+        assert first <= one < other
+    with ui.free_port(one) as again:
+        assert again == one
+
+
+def test_a_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "athanor.ui", "--no-browser"]
+    env = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+
+    def said() -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "run this in the repository's folder" in said()
+    (tmp_path / "conf").mkdir()
+    assert "`uv run dvc repro --pull` makes one" in said()
+    assert [path.name for path in tmp_path.iterdir()] == ["conf"]
+
+
 def test_the_link_is_to_what_was_asked_for(runs: dict[str, str]) -> None:
     base = "http://127.0.0.1:5199"
     experiment = store.client().get_experiment_by_name("athanor").experiment_id

@@ -7,23 +7,25 @@ run to the second, then the results.
 """
 
 import argparse
-import re
+import ast
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from athanor import console
 from athanor.record import compared, lineage, restored
 from athanor.record.compared import Made
 
 LINES_OF_CODE = 12
+WIDTH = 60
 
 
 def differences(a: Made, b: Made) -> Iterator[str]:
     """Yields what two runs were made from otherwise, a thing a line."""
     for key, (first, second) in compared.values(a.params, b.params).items():
         if key != "trained_layers":  # that follows from train.num_layers and the model
-            yield f"{key}: {_shown(first)} -> {_shown(second)}"
+            yield from _changed(key, first, second)
     yield from _data(a, b)
     for tag in ("model.path", "model.commit", "model.digest"):
         if tag not in a.params and a.tags.get(tag) != b.tags.get(tag):
@@ -35,6 +37,32 @@ def differences(a: Made, b: Made) -> Iterator[str]:
             yield f"{name}: {first} -> {second}"
     if a.tags.get("device") != b.tags.get("device"):
         yield f"device: {_shown(a.tags.get('device'))} -> {_shown(b.tags.get('device'))}"
+
+
+def _changed(key: str, first: Any, second: Any) -> Iterator[str]:
+    """Yields a value that differs; of tables, such as those of optimizers, the keys that do."""
+    one, other = _table(first), _table(second)
+    if one is not None and other is not None:
+        for inside, pair in compared.values(one, other).items():
+            yield from _changed(f"{key}.{inside}", *pair)
+        return
+    if first is not None and second is not None:
+        first, second = (" ".join(str(value).split()) for value in (first, second))
+        if min(len(first), len(second)) > WIDTH:
+            # Both are cut, so they begin shortly before the first character that differs.
+            pairs = enumerate(zip(first, second, strict=False))
+            start = max(next((at for at, (a, b) in pairs if a != b), 0) - WIDTH // 2, 0)
+            first, second = (f"{'…' * bool(start)}{text[start:]}" for text in (first, second))
+    yield f"{key}: {_shown(first)} -> {_shown(second)}"
+
+
+def _table(value: Any) -> dict[str, Any] | None:
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return None
+    return value if isinstance(value, dict) else None
 
 
 def _data(a: Made, b: Made) -> Iterator[str]:
@@ -102,12 +130,20 @@ def _patched(made: Made) -> list[str]:
     path = made.artifact(lineage.PATCH)
     if path is None:
         return [f"{lineage.PATCH}, which is gone"]
-    text = path.read_bytes().decode("utf-8", "replace")
-    return re.findall(r"^diff --git a/(\S+)", text, re.MULTILINE)
+    return _files(path)
 
 
-def _shown(value: str | None) -> str:
-    return "–" if value is None else value if value else '""'
+def _files(patch: Path) -> list[str]:
+    """The names in a patch; its folder is in no repository, below whose top git would skip some."""
+    counted = lineage.git(patch.parent, "apply", "--numstat", "-z", patch.name)
+    return [entry.split("\t", 2)[2] for entry in counted.split("\0") if entry]
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == "":
+        return "–" if value is None else '""'
+    text = " ".join(str(value).split())
+    return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
 
 
 def _short(digest: str | None) -> str:
@@ -126,7 +162,8 @@ def _results(a: Made, b: Made) -> tuple[list[list[str]], str]:
     if digests[0] != digests[1]:
         rows.append(["adapters", *digests, ""])
     alone = [
-        f"{len(only)} metrics only in the {name}: {', '.join(sorted(only, key=len)[:3])}, …"
+        f"{len(only)} metrics only in the {name}: {', '.join(sorted(only, key=len)[:3])}"
+        + (", …" if len(only) > 3 else "")
         for name, only in (
             ("first", first.keys() - second.keys()),
             ("second", second.keys() - first.keys()),
@@ -134,6 +171,18 @@ def _results(a: Made, b: Made) -> tuple[list[list[str]], str]:
         if only
     ]
     return rows, "; ".join(alone)
+
+
+def _refuse_a_sweep(a: Made, b: Made) -> None:
+    """A sweep's own run trained nothing, so that all of it would differ from a training."""
+    for made, other in ((a, b), (b, a)):
+        if "athanor.sweep" in made.tags and "athanor.sweep" not in other.tags:
+            children = "\n  ".join(compared.children(made)) or "none"
+            raise console.UserError(
+                f"{made.id[:8]} ({made.name}) is a sweep's own run, and {other.id[:8]} is a "
+                f"training; compare it with a child of the sweep, of which the first are:\n"
+                f"  {children}"
+            )
 
 
 def main() -> None:
@@ -145,6 +194,7 @@ def main() -> None:
             compared.find(beginning, Path(folder, name))
             for name, beginning in zip("ab", given.runs, strict=True)
         )
+        _refuse_a_sweep(a, b)
         for made in (a, b):
             made.folder.mkdir()
             unfinished = "" if made.status == "FINISHED" else f" ({made.status})"
@@ -168,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, "nothing here was changed")

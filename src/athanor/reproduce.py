@@ -91,6 +91,9 @@ def reproduce(made: Made, keep: bool) -> bool:
                 (tree / PARAMS).write_bytes(tested.read_bytes())
             _run("test", tree, variables)
             metrics |= files.read_json(tree / TESTED / "metrics.json")
+        lacking = compared.results(made.metrics).keys() - metrics.keys()
+        if lacking := sorted(key for key in lacking if not key.startswith("fuse_")):
+            note([f"metrics that the record has and the new run has not: {', '.join(lacking)}"])
         console.out.rule("compared", align="left")
         for text in notes:
             console.warn(text)
@@ -295,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, "nothing here was changed")

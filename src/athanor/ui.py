@@ -19,11 +19,11 @@ import tempfile
 import time
 import urllib.request
 import webbrowser
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from athanor import console
+from athanor import console, files
 from athanor.console import UserError
 from athanor.paths import root
 from athanor.record import store, tracking, views
@@ -56,14 +56,37 @@ def page(base: str, beginnings: Sequence[str]) -> str:
     return views.link(base, place, run_id)
 
 
-def free_port(first: int) -> int:
-    """The first port from there on that nothing on this machine listens at."""
+@contextmanager
+def free_port(first: int) -> Iterator[int]:
+    """Yields the first port from there on that nothing on this machine listens at, nor will.
+
+    A server binds it seconds after this has looked, so another of these is told by a lock.
+
+    Raises:
+        UserError: where a hundred of them are taken.
+    """
     for port in range(first, min(first + 100, 65536)):
-        with socket.socket() as tried, suppress(OSError):
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tried.bind(("127.0.0.1", port))
-            return port
+        try:
+            lock = files.lock(Path(tempfile.gettempdir()) / f"athanor-ui-{port}.lock")
+        except PermissionError:  # another user has had it
+            continue
+        if lock is None:
+            continue
+        try:
+            if _is_free(port):
+                yield port
+                return
+        finally:
+            os.close(lock)
     raise UserError(f"no port from {first} on is free: `--port` chooses another")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as tried, suppress(OSError):
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        tried.bind(("127.0.0.1", port))
+        return True
+    return False
 
 
 def serve(port: int, log: Path) -> "subprocess.Popen[bytes]":
@@ -141,19 +164,18 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=PORT, help=f"else {PORT}, or the next free one")
     parser.add_argument("--no-browser", action="store_true", help="print the link, open nothing")
     args = parser.parse_args()
+    if not 1 <= args.port <= 65535:
+        parser.error("argument --port: from 1 to 65535")
     signal.signal(signal.SIGHUP, signal.default_int_handler)  # a terminal that is closed
-    try:
+    store.refuse_absent()
+    with store.said_shortly():
         tracking.send_what_was_left()
         if store.uri().startswith(("http://", "https://")):
             show(page(store.name(), args.runs), not args.no_browser)
             return
-        port = free_port(args.port)
-        link = page(f"http://127.0.0.1:{port}", args.runs)
-    except (UserError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        raise UserError(f"MLflow at {store.name()}: {store.short(error)}") from error
-    with tempfile.TemporaryDirectory() as folder:
+    with free_port(args.port) as port, tempfile.TemporaryDirectory() as folder:
+        with store.said_shortly():
+            link = page(f"http://127.0.0.1:{port}", args.runs)
         try:
             server = serve(port, Path(folder) / "log")
             try:
@@ -168,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run(main, "nothing here was changed")

@@ -40,13 +40,18 @@ class Made:
     folder: Path
 
     def artifact(self, path: str) -> Path | None:
-        """A file that the run keeps, fetched; None where it keeps none of that name."""
+        """A file that the run keeps, fetched; None where it keeps none of that name.
+
+        Raises:
+            UserError: where the store, or where it keeps files, is away.
+        """
         parent = path.rpartition("/")[0]
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        client = store.client()
-        if path not in {kept.path for kept in client.list_artifacts(self.id, parent or None)}:
-            return None
-        return Path(client.download_artifacts(self.id, path, str(self.folder)))
+        with store.said_shortly():
+            client = store.client()
+            if path not in {kept.path for kept in client.list_artifacts(self.id, parent or None)}:
+                return None
+            return Path(client.download_artifacts(self.id, path, str(self.folder)))
 
     @cached_property
     def rows(self) -> "dict[str, np.ndarray] | None":
@@ -99,6 +104,19 @@ def find(beginning: str, folder: Path) -> Made:
         datasets={made.dataset.name: made.dataset.digest for made in run.inputs.dataset_inputs},
         folder=folder,
     )
+
+
+def children(made: Made, most: int = 5) -> list[str]:
+    """A line for each part of a run, those with the lowest validation loss first."""
+    with store.said_shortly():
+        client = store.client()
+        found = client.search_runs(
+            [client.get_run(made.id).info.experiment_id],
+            filter_string=f"tags.`mlflow.parentRunId` = '{made.id}'",
+            max_results=most,
+            order_by=["metrics.kept_val_loss ASC"],
+        )
+    return [f"{run.info.run_id}  {run.info.run_name} ({run.info.status})" for run in found]
 
 
 def rows(a: "np.ndarray", b: "np.ndarray") -> Rows:

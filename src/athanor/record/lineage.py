@@ -19,13 +19,14 @@ import platform
 import subprocess
 import sys
 import tempfile
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
-from athanor import BLAS, __version__
+from athanor import BLAS, __version__, console
 from athanor.paths import PREPARED, SPLITS
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ if TYPE_CHECKING:
 
 # What is in a patch: all that decides how a stage runs. Configuration and data are kept by value.
 CODE = ("src", "pyproject.toml", "dvc.yaml")
+# What desktops, editors and Python leave there, and a person's secrets, such as .env.
+NO_CODE = (
+    *(":(exclude,glob)**/.*", ":(exclude,glob)**/.*/**"),
+    ":(exclude,glob)**/__pycache__/**",
+)
+MOST_BYTES = 1_000_000  # of a file in a patch that git does not know
 PATCH, ROWS, VERSIONS = "code.patch", "rows.npz", "versions.json"
 # Those that decide a prepared row, a weight or a figure; what is not installed is left out.
 LIBRARIES = (
@@ -61,7 +68,7 @@ def tags() -> dict[str, str]:
         "athanor.version": __version__,
         "mlx.version": version("mlx"),
         "mlx_lm.version": version("mlx-lm"),
-        **_commit(repository()),
+        **_running(Path(__file__).parents[1])[0],
     }
     tracked = Path("data.dvc")
     if tracked.exists():
@@ -79,10 +86,9 @@ def record(run: "Run") -> None:
     """
     import numpy as np
 
-    top = repository()
+    commit, digest, changes = _running(Path(__file__).parents[1])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        changes = patch(top) if top else b""
         if changes:
             (folder / PATCH).write_bytes(changes)
             run.artifact(folder / PATCH)
@@ -90,8 +96,8 @@ def record(run: "Run") -> None:
         run.artifact(folder / ROWS, "data")
     run.tags(
         {
-            **_commit(top),
-            "code.digest": code_digest(Path(__file__).parents[1]),
+            **commit,
+            "code.digest": digest,
             "code.patch": hashlib.sha256(changes).hexdigest() if changes else "none",
         }
     )
@@ -105,7 +111,16 @@ def adapters_digest(folder: Path) -> str:
 
 
 def row_digests(path: Path) -> "np.ndarray":
-    """A digest a line of a JSONL file, in order: uint64 of shape (lines,); a second a million."""
+    """A digest a line of a JSONL file, in order: uint64 of shape (lines,); a second a million.
+
+    A sweep asks for those of the same files at each of its points, so the last ones are kept.
+    """
+    found = path.stat()
+    return _row_digests(path.resolve(), found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=len(SPLITS))
+def _row_digests(path: Path, *state: int) -> "np.ndarray":
     import numpy as np
 
     with path.open("rb") as file:
@@ -120,13 +135,29 @@ def all_row_digests(prepared: Path) -> "dict[str, np.ndarray]":
 
 
 def code_digest(package: Path) -> str:
-    """The sha256 over names and contents of a package's files, those of folders in it included."""
+    """The sha256 over names and contents of a package's files, those of folders in it included.
+
+    Hidden ones are no code. CRLF counts as LF: git makes one of the other on some machines.
+    """
     total = hashlib.sha256()
     for path in sorted(package.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-            total.update(f"{path.relative_to(package).as_posix()} {content}\n".encode())
+        name = path.relative_to(package)
+        no_code = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+        if path.is_file() and not no_code:
+            content = hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
+            total.update(f"{name.as_posix()} {content}\n".encode())
     return total.hexdigest()
+
+
+@cache
+def _running(package: Path) -> tuple[dict[str, str], str, bytes]:
+    """The commit's tags, the digest and the patch of the code that runs.
+
+    They are as when this is first asked: what is edited or committed while a sweep goes on does not
+    run in it, and its points need not look for it.
+    """
+    top = repository()
+    return _commit(top), code_digest(package), patch(top) if top else b""
 
 
 def repository() -> Path | None:
@@ -145,17 +176,30 @@ def repository() -> Path | None:
 def patch(top: Path) -> bytes:
     """What the code in a git repository differs in from its commit, as `git apply` takes it.
 
-    Files that git neither knows nor ignores are in it. It is made with an index of its own: what a
-    person has staged stays as it is. Empty where nothing differs, or where there is no commit.
+    Files that git neither knows nor ignores are in it, but large ones, and that is said. Hidden
+    files are not. It is made with an index of its own: what a person has staged stays as it is.
+    Empty where nothing differs, or where there is no commit.
     """
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": f"{folder}/index"}
         git(top, "read-tree", "HEAD", **index)
-        there = [name for name in CODE if (top / name).exists()]
-        git(top, "add", "--intent-to-add", "--", *there, **index)
-        form = ("--binary", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames")
+        others = ("ls-files", "--others", "--exclude-standard", "-z", "--", *CODE, *NO_CODE)
+        new = []
+        for name in _git(top, *others, environment=index).split(b"\0")[:-1]:
+            size = (top / os.fsdecode(name)).lstat().st_size
+            if size <= MOST_BYTES:
+                new.append(name)
+                continue
+            console.warn(
+                f"{os.fsdecode(name)} ({size / 1e6:,.0f} MB) is in no commit, and too large to be "
+                "kept with the run: commit it, or have git ignore it"
+            )
+        if new:
+            add = ("add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul")
+            _git(top, "--literal-pathspecs", *add, environment=index, given=b"\0".join(new))
+        form = ("-U3", "--binary", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames")
         prefixes = ("--src-prefix=a/", "--dst-prefix=b/")
-        return _git(top, "diff", *form, *prefixes, "HEAD", "--", *CODE, **index)
+        return _git(top, "diff", *form, *prefixes, "HEAD", "--", *CODE, *NO_CODE, environment=index)
 
 
 def versions() -> dict[str, str]:
@@ -177,10 +221,12 @@ def versions() -> dict[str, str]:
 
 def git(folder: Path, *arguments: str, **environment: str) -> str:
     """What git says in a folder; nothing where it fails, or is not there."""
-    return _git(folder, *arguments, **environment).decode("utf-8", "replace").strip()
+    return _git(folder, *arguments, environment=environment).decode("utf-8", "replace").strip()
 
 
-def _git(folder: Path, *arguments: str, **environment: str) -> bytes:
+def _git(
+    folder: Path, *arguments: str, environment: dict[str, str] | None = None, given: bytes = b""
+) -> bytes:
     # In a hook these name the repository of the hook.
     hooks = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
     inherited = {key: value for key, value in os.environ.items() if key not in hooks}
@@ -188,7 +234,8 @@ def _git(folder: Path, *arguments: str, **environment: str) -> bytes:
         found = subprocess.run(
             ["git", *arguments],
             cwd=folder,
-            env=inherited | environment,
+            env=inherited | (environment or {}),
+            input=given,
             capture_output=True,
             check=True,
         )

@@ -165,8 +165,13 @@ def _check_out(md5: str, out: Path) -> str:
             some = f"{', '.join(gone[:3])}{', …' if len(gone) > 3 else ''}"
             return "; ".join([f"{some} {nowhere}", *failures])
         for name, found in listed.items():
+            kept = cache.oid_to_path(found.value)
             (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(cache.oid_to_path(found.value), out / name)
+            shutil.copyfile(kept, out / name)
+            # A cache that is linked to data/ is edited with it.
+            with (out / name).open("rb") as file:
+                if hashlib.file_digest(file, "md5").hexdigest() != found.value:
+                    return f"{name} was edited in DVC's cache, its file {kept} is not what it was"
     return ""
 
 

@@ -9,12 +9,12 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from athanor import console
-from athanor.paths import root
+from athanor.paths import CONF, root
 from athanor.record import registry
 from athanor.record.journal import Said
 
@@ -66,15 +66,21 @@ class Sender:
             try:
                 self._send(together)
             except Exception as error:
-                if together[0]["do"] not in ("artifact", "text", "table", "model"):
+                # A place for files can be away, or closed to us, where the store is not.
+                of_files = together[0]["do"] in ("artifact", "text", "table", "model")
+                if not of_files or not self._answers():
                     raise
-                # A place for files can be away, or closed to us, where the store is not; where both
-                # are away this raises, and the file is sent again.
-                self.client.search_experiments(max_results=1)
                 name = together[0].get("name") or Path(together[0]["path"]).name
                 self.refused.append(f"{name} ({short(error)})")
             for _ in together:
                 waiting.popleft()
+
+    def _answers(self) -> bool:
+        for _ in range(2):  # a server that could not keep a file drops the connection
+            with suppress(Exception):
+                self.client.search_experiments(max_results=1)
+                return True
+        return False
 
     def _send(self, said: list[Said]) -> None:
         first = said[0]
@@ -268,7 +274,12 @@ def client() -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     from mlflow import MlflowClient
 
+    if uri().startswith(("http://", "https://")):
+        return MlflowClient(uri())
     if not uri().startswith("sqlite:///"):
+        from mlflow.store.db import utils
+
+        utils.MAX_RETRY_COUNT = 0  # else it tries for a minute or more, and no setting changes that
         return MlflowClient(uri())
     path = Path(uri().removeprefix("sqlite:///"))
     with alone():
@@ -282,23 +293,53 @@ def client() -> Any:
     return client
 
 
+def refuse_absent() -> None:
+    """Refuses an SQLite store that is not there, which a client would make.
+
+    Raises:
+        UserError: where it is not there.
+    """
+    if uri().startswith("sqlite:///") and not Path(uri().removeprefix("sqlite:///")).exists():
+        elsewhere = not os.environ.get("MLFLOW_TRACKING_URI") and not (root() / CONF).is_dir()
+        mended = (
+            "run this in the repository's folder"
+            if elsewhere
+            else "`uv run dvc repro --pull` makes one, MLFLOW_TRACKING_URI names another store"
+        )
+        raise console.UserError(f"there are no runs yet: {name()} is not there; {mended}")
+
+
+@contextmanager
+def said_shortly() -> Iterator[None]:
+    """Turns what the store's client raises in the block into a line, without a password.
+
+    Raises:
+        UserError: for any exception.
+    """
+    try:
+        yield
+    except console.UserError:
+        raise
+    except Exception as error:
+        raise console.UserError(
+            f"MLflow at {name()}: {short(error)}; is MLFLOW_TRACKING_URI right?"
+        ) from None
+
+
+@said_shortly()
 def find(beginning: str) -> Any:
     """MLflow's run whose id begins so, as git finds commits.
 
     Raises:
-        UserError: where none or several do, or there is no store.
+        UserError: where none or several do, there is no store, or it is away.
     """
-    if uri().startswith("sqlite:///") and not Path(uri().removeprefix("sqlite:///")).exists():
-        raise console.UserError(
-            f"there are no runs yet: {name()} is not there; `uv run dvc repro --pull` makes "
-            "one, MLFLOW_TRACKING_URI names another store"
-        )
+    refuse_absent()
     known = client()
     everywhere = [experiment.experiment_id for experiment in known.search_experiments()]
-    by = f"attributes.run_id LIKE '{beginning}%'"
+    by = f"attributes.run_id LIKE '{beginning.lower()}%'"
     found = (
         known.search_runs(everywhere, filter_string=by, max_results=5)
-        if re.fullmatch(r"\w+", beginning)
+        if re.fullmatch(r"[0-9a-fA-F]+", beginning)
         else []
     )
     if len(found) == 1:
@@ -363,7 +404,10 @@ def _together(waiting: "deque[Said]") -> list[Said]:
 
 
 def without_password(text: str) -> str:
-    return re.sub(r"//[^/@\s]*@", "//", text)
+    """A text with no password of an address in it, neither before the host nor in the query."""
+    # To the last @: people put / and @ there as they are. A driver quotes what it took for a host.
+    text = re.sub(r"(//|')\S*@", r"\1", text)
+    return re.sub(r"(?i)([?&](?:password|passwd|token|sslpassword)=)[^&\s]*", r"\1…", text)
 
 
 def short(error: Exception) -> str:

@@ -25,10 +25,10 @@ from athanor.record.journal import Journal, Said, beside, said_in
 from athanor.record.store import Sender
 
 SECONDS_BETWEEN_TRIES = 30  # at most; the first is 1, and each is twice the one before
+TRIES_AT_THE_END = 3
 SECONDS_FOR_A_LOCK = 120
-# What sending may take of a processor: the thread rests in between, and sends more at a time.
-SHARE = 0.01
-SECONDS_OF_REST = 10  # at most: a person may be looking on
+# A call to the store costs as much as a hundred metrics in it do, so they go together.
+SECONDS_BETWEEN_SENDS = 5
 
 
 @dataclass(frozen=True)
@@ -192,15 +192,18 @@ class Run:
                     # First, because a training's record may be among it, to which this one adds.
                     send_what_was_left()
                     swept = True
-                began = time.thread_time()
                 sender.send(waiting)
                 self.failure, failures = None, 0
-                rest = min((time.thread_time() - began) / SHARE, SECONDS_OF_REST)
-                not_before = time.monotonic() + rest
+                not_before = time.monotonic() + SECONDS_BETWEEN_SENDS
             except Exception as error:
                 self.failure = error
-                not_before = time.monotonic() + min(2**failures, SECONDS_BETWEEN_TRIES)
+                pause = min(2**failures, SECONDS_BETWEEN_TRIES)
+                not_before = time.monotonic() + pause
                 failures += 1
+                if not more and self.id is not None and failures <= TRIES_AT_THE_END:
+                    time.sleep(pause)  # it was there a moment ago
+                    more = True
+                    self._said.put(None)
             finally:
                 self.id, self._registered = sender.run, sender.registered
                 self._opened.set()

@@ -211,7 +211,7 @@ def _cells(choice: Choice, found: Grid) -> str:
     low, high = span(cell.loss for cell in found.cells.values())
     across, down = len(found.columns), len(found.rows)
     wide = 1.06 if across <= 6 else 0.86
-    labels = [shown(found.down, value) for value in found.rows]
+    labels = [_short(found.down, value) for value in found.rows]
     left = 0.5 + 0.085 * max(map(len, labels))
     titles = {}
     with _drawing():
@@ -267,7 +267,7 @@ def _cells(choice: Choice, found: Grid) -> str:
                         )
         axis.set_xlim(-0.5, across - 0.5)
         axis.set_ylim(-0.5, down - 0.5)
-        axis.set_xticks(range(across), [shown(found.across, v) for v in found.columns])
+        axis.set_xticks(range(across), [_short(found.across, v) for v in found.columns])
         axis.set_yticks(range(down), labels)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
@@ -442,13 +442,13 @@ def _looks(choice: Choice) -> tuple[dict[int, Look], list[tuple[str, list[tuple[
     if by:
         values = _values(choice, by[0])
         coloured = {id(c): HUES[_at(values, c.values.get(by[0]))] for c in choice.candidates}
-        entries = [(shown(by[0], v), (HUES[at], "-")) for at, v in enumerate(values)]
+        entries = [(_short(by[0], v), (HUES[at], "-")) for at, v in enumerate(values)]
         legends.append((_title(by[0], short), entries))
     others = [key for key in keys[:2] if key not in by[:1]]
     if others and len(values := _values(choice, others[0])) <= len(STYLES):
         values.reverse()
         styled = {id(c): STYLES[_at(values, c.values.get(others[0]))] for c in choice.candidates}
-        drawn = [(shown(others[0], v), (SOFT, STYLES[at])) for at, v in enumerate(values)]
+        drawn = [(_short(others[0], v), (SOFT, STYLES[at])) for at, v in enumerate(values)]
         legends.append((_title(others[0], short), drawn))
     return {id(c): (coloured[id(c)], styled[id(c)]) for c in choice.candidates}, legends
 
@@ -536,7 +536,7 @@ def _scale(axis: Any, choice: Choice, key: str) -> Any:
     """Sets up an axis for a key's values, and returns where on it a value is."""
     values = _values(choice, key)
     if not all(_is_number(v) and not _is_all(key, v) for v in values):
-        axis.set_ticks(range(len(values)), [shown(key, value) for value in values])
+        axis.set_ticks(range(len(values)), [_short(key, value) for value in values])
         return lambda value: _at(values, value)
     low, high = values[0], values[-1]
     several_decades = low > 0 and high / low >= 10
@@ -564,6 +564,12 @@ def _round_ticks(low: float, high: float) -> list[float]:
 
 def _head(axis: Any, text: str) -> None:
     axis.set_title(text, loc="left", fontweight="bold", fontsize=11, color=INK, pad=10)
+
+
+def _short(key: str, value: Any, longest: int = 24) -> str:
+    """A value as a tick or a legend has room for it; what is pointed at says it whole."""
+    text = shown(key, value)
+    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def _title(key: str, short: dict[str, str]) -> str:
