@@ -299,12 +299,11 @@ def test_a_sweep_is_not_compared_with_a_training(
     client.log_metric(child, "kept_val_loss", 2.0)
     client.log_metric(better, "kept_val_loss", 1.0)
     parent, training = (compared.find(run_id, tmp_path) for run_id in (sweep, child))
-    for pair in ((parent, training), (training, parent)):
+    for pair in ((parent, training), (training, parent), (parent, parent)):
         with pytest.raises(UserError, match="is a sweep's own run") as caught:
             diff._refuse_a_sweep(*pair)
         listed = [line.split()[0] for line in str(caught.value).splitlines()[1:]]
         assert listed == [better, child]
-    diff._refuse_a_sweep(parent, parent)
     diff._refuse_a_sweep(training, training)
 
 

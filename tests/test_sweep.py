@@ -22,8 +22,9 @@ from athanor.sweeping import points, worker
 from athanor.sweeping.space import refuse_unprepared, space
 from conftest import Stages
 
-GRID = ("train.learning_rate=1e-4,2e-4,4e-4", "train.num_layers=1,2,-1", "train.iters=4")
-Sweep = Callable[..., str]
+# Answers of so few tokens that a point is mostly its training.
+SHORT = "test.max_tokens=4"
+GRID = ("train.learning_rate=1e-4,2e-4,4e-4", "train.num_layers=1,2,-1", "train.iters=4", SHORT)
 
 
 @pytest.fixture
@@ -140,6 +141,8 @@ def test_a_killed_sweep_goes_on_and_trains_no_point_twice(prepared: Path, store:
     assert asked == {name: 9 + 3 * (name == best) for name in names}
     assert best in parent.data.tags["mlflow.note.content"]
     assert "dvc exp run -S" in printed
+    chosen = next(child for child in children if child.info.run_name == best)
+    assert chosen.info.run_id in printed
     assert "summary.html" in {path.name for path in prepared.glob("artifacts/sweep/*/*")}
 
 
@@ -168,7 +171,7 @@ def test_points_that_fail_are_named_and_the_rest_goes_on(prepared: Path, store: 
 
 def test_a_process_that_is_killed_costs_its_point(prepared: Path, store: str) -> None:
     """As Linux ends one that takes too much memory, and Metal one whose batch does not fit."""
-    command = ("train.learning_rate=1e-4,2e-4", "train.iters=60", "train.save_every=5")
+    command = ("train.learning_rate=1e-4,2e-4", "train.iters=40", "train.save_every=5", SHORT)
     process = start(*command)
 
     def under_way() -> bool:
@@ -218,18 +221,18 @@ def test_a_search_by_optuna_is_the_same_by_its_seed(prepared: Path, store: str) 
         found = sorted(notes(prepared), key=lambda note: note["number"])
         return [note["values"] for note in found]
 
-    run("sweep=search", "train.iters=1")
+    run("sweep=search", "train.iters=1", SHORT)
     first = tried()
     assert len(first) == 12
     assert len(recorded(store)[1]) == 12
     (prepared / "artifacts/sweep").rename(prepared / "before")
-    run("sweep=search", "train.iters=1")
+    run("sweep=search", "train.iters=1", SHORT)
     assert tried() == first
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_points_side_by_side_are_the_same_points(prepared: Path, store: str, launcher: str) -> None:
-    grid = ("train.learning_rate=1e-4,2e-4", "train.iters=4")
+    grid = ("train.learning_rate=1e-4,2e-4", "train.iters=4", SHORT)
     run(*grid, f"hydra/launcher={launcher}")
     beside = adapters(prepared)
     parent, children = recorded(store)
@@ -347,8 +350,9 @@ def test_a_sweep_is_sorted_before_it_runs(conf: Path) -> None:
         (["train.learning_rate=interval(1e-5,1e-3)"], "hydra/sweeper=optuna"),
         (["train.rank=4"], "a sweep needs a key with several values"),
         (["train.rank=4,"], "command line: train.rank=4,"),
-        (["sweep=gird"], "gird"),
+        (["sweep=gird"], "conf/sweep/ has no such file; it has grid, search, seeds"),
         (["experiment=facts,null"], "Hydra can't sweep a group to null"),
+        (["sweep=search", "seed=0,1"], "seed: a search would draw it"),
         (["train=glob(*)"], "name the values themselves"),
     ],
 )

@@ -174,14 +174,13 @@ def _results(a: Made, b: Made) -> tuple[list[list[str]], str]:
 
 
 def _refuse_a_sweep(a: Made, b: Made) -> None:
-    """A sweep's own run trained nothing, so that all of it would differ from a training."""
-    for made, other in ((a, b), (b, a)):
-        if "athanor.sweep" in made.tags and "athanor.sweep" not in other.tags:
+    """A sweep's own run trained nothing: there is nothing in it to compare."""
+    for made in (a, b):
+        if "athanor.sweep" in made.tags:
             children = "\n  ".join(compared.children(made)) or "none"
             raise console.UserError(
-                f"{made.id[:8]} ({made.name}) is a sweep's own run, and {other.id[:8]} is a "
-                f"training; compare it with a child of the sweep, of which the first are:\n"
-                f"  {children}"
+                f"{made.id[:8]} ({made.name}) is a sweep's own run; compare one of its points, of "
+                f"which the first are:\n  {children}"
             )
 
 

@@ -161,7 +161,7 @@ def main() -> None:
         prog="python -m athanor.ui", description="MLflow's UI on the store of the runs."
     )
     parser.add_argument("runs", nargs="*", metavar="run", help="an id, or the beginning of one")
-    parser.add_argument("--port", type=int, default=PORT, help=f"else {PORT}, or the next free one")
+    parser.add_argument("--port", type=int, default=PORT, help=f"or the next free one; {PORT}")
     parser.add_argument("--no-browser", action="store_true", help="print the link, open nothing")
     args = parser.parse_args()
     if not 1 <= args.port <= 65535:

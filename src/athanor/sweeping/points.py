@@ -332,6 +332,8 @@ def test_chosen(sweep: Sweep, note: dict[str, Any]) -> results.Point:
     both.write(together)
     with tracking.resume(note["run"], None) as opened:  # by our name: it has an id in each store
         test.record(opened, together, both, iteration, once=True)
+        found = note | {"run_id": opened.opened()}
+    files.write_json(sweep.note(note["digest"]), found)
     return measured(note, folder / note["tested"], out)
 
 

@@ -304,9 +304,7 @@ def _first(choice: Choice, best: Candidate) -> str:
         spread = f", with a standard deviation of {figure(best.spread)}" if best.spread else ""
         return f"{called(best.values)} has a validation loss of {loss}{spread}; there is no other."
     if choice.second is None or choice.lead is None:
-        return (
-            f"{called(best.values)} has a validation loss of {loss}; no other finished as it did."
-        )
+        return f"{called(best.values)} has a validation loss of {loss}; no other finished with one."
     second = called(choice.second.values) + _over(choice.second, best)
     if choice.lead == 0:
         return (
@@ -333,7 +331,7 @@ def _certainty(lead: float, spread: float | None, pooled: int) -> str:
     if spread is None:
         return (
             "Whether that is more than chance is not known, because no candidate finished with two "
-            "seeds: add seed=0,1,2 to the sweep to know."
+            "seeds: a sweep over seed=0,1,2 of the first few tells."
         )
     over = "of one candidate" if pooled == 1 else f"pooled over {pooled} candidates"
     what = f"seeds' spread of {figure(spread)} (the loss's standard deviation over seeds, {over})"

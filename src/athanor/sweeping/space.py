@@ -57,7 +57,10 @@ def space(conf: Path, arguments: list[str]) -> Space:
             problems.append(f"command line: {text}: {str(error).splitlines()[0]}")
             continue
         key = override.key_or_group
-        if key.split("/")[0].split(".")[0] == "hydra" or key == "sweep":
+        if key == "sweep" and str(override.value()) not in groups["sweep"]:
+            there = ", ".join(groups["sweep"])
+            problems.append(f"command line: {text}: conf/sweep/ has no such file; it has {there}")
+        elif key.split("/")[0].split(".")[0] == "hydra" or key == "sweep":
             hydra.append(text)
         elif override.is_sweep_override():
             swept[key] = override
@@ -95,6 +98,11 @@ def space(conf: Path, arguments: list[str]) -> Space:
     if "sampler" in sweeper and sweeper["sampler"].get("seed", base.seed) is None:
         hydra.append(f"hydra.sweeper.sampler.seed={base.seed}")
         sweeper = _sweeper(conf, [*fixed, *hydra])
+    if "n_trials" in sweeper and "seed" in swept:
+        raise UserError(
+            "seed: a search would draw it as it draws the rest; sweep over seed=0,1,2 with the "
+            "values that it found best"
+        )
     total = sweeper.get("n_trials", 1)
     if "n_trials" not in sweeper:
         for key, override in swept.items():

@@ -75,6 +75,9 @@ def show(points: list[Point], fixed: Iterable[str]) -> None:
             highlight=False,
         )
     console.out.print(f"\n{escape(choice.sentence)}", highlight=False)
+    if test := _of_the_chosen(choice):
+        asked = ", ".join(f"{name} {value}" for name, value in test)
+        console.out.print(f"On test rows, which chose nothing: {escape(asked)}.", highlight=False)
     if choice.run is not None:
         # One line however long it is: it is there to be copied.
         line = Text(promotion(choice.run.values, fixed))

@@ -54,6 +54,10 @@ def main(arguments: list[str]) -> None:
     cause = os.environ.get(ENDED_BY)
     dead = points.mark_dead(sweep, cause) if cause else []
     _refuse_stale(fresh)
+    console.out.print(
+        f"{found.total} points of {found.base.model.path}: {folder.relative_to(root())}",
+        highlight=False,
+    )
     with _start(sweep, found) as run:
         for note in dead:
             points.fail(sweep, note, f"its process was ended by {cause}: {TOO_MUCH}")
@@ -73,7 +77,8 @@ def main(arguments: list[str]) -> None:
         measured = _measured(sweep)
         _conclude(sweep, found, measured, run)
     wrote = f"{folder.relative_to(root())}/: {', '.join(WRITTEN)}"
-    console.done("", {"wrote": wrote, "MLflow run": run.shown()})
+    best = next((note["run_id"] for note in sweep.notes() if note.get("run_id")), "none")
+    console.done("", {"wrote": wrote, "MLflow run": run.shown(), "of the best": best})
     with suppress(Exception):  # a store that came back in between has none of the points before
         tracking.send_what_was_left()
     if run.id is not None:
@@ -108,11 +113,9 @@ def _show_link(run_id: str, found: Space) -> None:
         return
     served = store.uri().startswith(("http://", "https://"))
     base = store.name() if served else f"http://127.0.0.1:{ui.PORT}"
-    console.out.print(
-        f"compare: {views.link(base, place, query=query)}", soft_wrap=True, highlight=False
-    )
     if not served:
-        console.out.print(f"`uv run python -m athanor.ui {run_id[:8]}` opens that", highlight=False)
+        console.out.print(f"`uv run python -m athanor.ui {run_id[:8]}` opens MLflow's charts of it")
+    console.out.print(views.link(base, place, query=query), soft_wrap=True, highlight=False)
 
 
 def _measured(sweep: Sweep) -> list[results.Point]:
@@ -159,6 +162,10 @@ def _refuse_stale(asked: "subprocess.Popen[str] | None") -> None:
 
 def _run_points(found: Space, folder: Path) -> None:
     """Lets Hydra call points.run for each point, with its sweeper and its launcher."""
+    if "sampler" in found.sweeper:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here as they are
     sys.argv = [
         "sweep",
