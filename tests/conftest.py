@@ -72,6 +72,14 @@ def stages(
     return run
 
 
+# The longest first: what begins last should be short, or one of the processes waits for the other.
+LONG = ("pipeline", "sweep", "stages", "resuming", "training", "reproduce", "server", "store")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=5, help="kills in test_resuming")
 
