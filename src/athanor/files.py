@@ -82,6 +82,12 @@ def lines_of_jsonl(path: Path) -> Iterator[Any]:
             yield json.loads(line)
 
 
+def count_lines(path: Path) -> int:
+    """The number of lines of such a file: its rows."""
+    with _written(path).open("rb") as file:
+        return sum(1 for _ in file)
+
+
 def _written(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"{path} is not there: `uv run dvc repro {path.parent.name}` writes it")

@@ -34,7 +34,7 @@ from athanor import (
 )
 from athanor.batches import Batches
 from athanor.paths import CHECKPOINTS, PARAMS, PREPARED, SPLITS, TRAINED, root
-from athanor.prepared import Prepared, Row
+from athanor.prepared import Prepared
 from athanor.record import lineage, tracking
 from athanor.schema import Config
 from athanor.sources import Source, read_config
@@ -71,7 +71,7 @@ def main() -> None:
     base = Prepared.read(cfg)
     rows = prepared.rows(("train", "valid"))
     kept = checkpoints.Checkpoints(root() / CHECKPOINTS, what_decides(cfg, base))
-    with start(cfg, base, rows, run_name(cfg), kept.folder.name, _run_of(kept.folder)) as run:
+    with start(cfg, base, run_name(cfg), kept.folder.name, _run_of(kept.folder)) as run:
         model, tokenizer = base.load()
         tokens = {split: base.tokens(rows[split], tokenizer, cfg) for split in rows}
         for split in rows:
@@ -109,7 +109,6 @@ def main() -> None:
 def start(
     cfg: Config,
     base: Prepared,
-    rows: dict[str, list[Row]],
     name: str,
     point: str,
     run: str,
@@ -128,7 +127,7 @@ def start(
             "device": models.device(),
             "athanor.point": point,
         },
-        datasets(rows),
+        datasets(),
         run=run,
         parent=parent,
     )
@@ -141,16 +140,12 @@ def start(
     return opened
 
 
-def datasets(rows: dict[str, list[Row]]) -> list[tracking.Dataset]:
+def datasets() -> list[tracking.Dataset]:
     """What a training reads, for its run."""
+    read = {PREPARED / "train.jsonl": "training", PREPARED / "valid.jsonl": "validation"}
     return [
-        tracking.Dataset(
-            f"{PREPARED}/{split}.jsonl",
-            context,
-            files.digest([PREPARED / f"{split}.jsonl"]),
-            len(rows[split]),
-        )
-        for split, context in (("train", "training"), ("valid", "validation"))
+        tracking.Dataset(str(path), context, files.digest([path]), files.count_lines(path))
+        for path, context in read.items()
     ]
 
 

@@ -44,7 +44,7 @@ from athanor import (
 from athanor.console import UserError
 from athanor.evaluation import Answer
 from athanor.paths import CHECKPOINTS, PREPARED, SPLITS, SWEPT, root
-from athanor.prepared import Prepared, Row
+from athanor.prepared import Prepared
 from athanor.record import lineage, tracking
 from athanor.schema import Config
 from athanor.supervision import Tokens
@@ -106,7 +106,6 @@ class Loaded:
     base: Prepared
     model: Any
     tokenizer: Any
-    rows: dict[str, list[Row]]
     tokens: dict[str, list[Tokens]]
     splits: dict[str, Split]
     outcomes: dict[str, Outcome]
@@ -137,7 +136,7 @@ def loaded(folder: Path) -> Loaded:
             train.name_what_is_left_out(split, len(rows[split]), tokens[split])
         outcomes = test.examine(model, tokenizer, splits, who="base", **test.how(cfg))
         files.write_json(path, {split: asdict(outcome) for split, outcome in outcomes.items()})
-    return Loaded(base, model, tokenizer, rows, tokens, splits, outcomes)
+    return Loaded(base, model, tokenizer, tokens, splits, outcomes)
 
 
 def run(composed: DictConfig) -> float:
@@ -235,9 +234,7 @@ def _point(sweep: Sweep, number: int, values: dict[str, Any], cfg: Config, share
         kept: checkpoints.Checkpoints | None = None
         try:
             kept = checkpoints.Checkpoints(resumed.parent, decides)
-            with train.start(
-                cfg, shared.base, shared.rows, label, digest, name, parent=sweep.run
-            ) as opened:
+            with train.start(cfg, shared.base, label, digest, name, parent=sweep.run) as opened:
                 metrics = _train(cfg, shared, folder, kept, opened)
                 examined = _examined(cfg, shared, folder, tested, SEEN)
                 iteration = int(metrics["kept_iteration"])

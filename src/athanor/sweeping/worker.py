@@ -13,7 +13,7 @@ from typing import Any
 import hydra
 from omegaconf import OmegaConf
 
-from athanor import checkpoints, console, files, models, prepared, settings, train, ui
+from athanor import checkpoints, console, files, models, settings, train, ui
 from athanor.console import UserError
 from athanor.paths import CONF, SWEPT, root
 from athanor.prepared import Prepared
@@ -36,7 +36,8 @@ def main(arguments: list[str]) -> None:
     found = space(CONF, arguments)
     refuse_unprepared(found)
     fresh = _ask_dvc()
-    about = _about(found)
+    base = Prepared.read(found.base)
+    about = _about(found, base)
     folder = root() / SWEPT / checkpoints.key(about)
     lock = files.lock(folder / "lock")
     if lock is None:
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> None:
         f"{found.total} points of {found.base.model.path}: {folder.relative_to(root())}",
         highlight=False,
     )
-    with _start(sweep, found) as run:
+    with _start(sweep, found, base) as run:
         for note in dead:
             points.fail(sweep, note, f"its process was ended by {cause}: {TOO_MUCH}")
         points.loaded(folder)
@@ -183,9 +184,8 @@ def _run_points(found: Space, folder: Path) -> None:
     task(points.run)()
 
 
-def _about(found: Space) -> dict[str, Any]:
+def _about(found: Space, base: Prepared) -> dict[str, Any]:
     """What makes this sweep the same as one that was started before."""
-    base = Prepared.read(found.base)
     decides = train.what_decides(found.base, base)
     flat = settings.flat(found.base)
     return {
@@ -196,14 +196,13 @@ def _about(found: Space) -> dict[str, Any]:
     }
 
 
-def _start(sweep: Sweep, found: Space) -> tracking.Run:
+def _start(sweep: Sweep, found: Space, base: Prepared) -> tracking.Run:
     """Opens the sweep's own run."""
-    base = Prepared.read(found.base)
     keys = " × ".join(results.names(sweep.keys).values())
     return tracking.start(
         f"sweep {keys}: {Path(base.source.path).name} {found.base.train.method}",
         {f"sweep.{key}": ",".join(values) for key, values in found.swept.items()},
         {**lineage.tags(), "device": models.device(), "athanor.sweep": sweep.run},
-        train.datasets(prepared.rows(points.SEEN)),
+        train.datasets(),
         run=sweep.run,
     )
