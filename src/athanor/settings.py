@@ -82,6 +82,8 @@ def load(overrides: list[str], params: Path = PARAMS) -> Config:
             f"{params} is not there: `uv run python -m athanor.config` writes it from conf/, "
             "`uv run dvc repro --pull` runs everything"
         )
+    if not overrides:
+        return read(params)
     values, _, problems = _split(overrides, {})
     tree, _ = _compose(params.parent.resolve(), params.stem, list(values.values()))
     places = _lines(params, "") | {key: f"command line: {text[2:]}" for key, text in values.items()}

@@ -9,6 +9,7 @@ store refuses is set aside, and does not hold up the rest.
 """
 
 import queue
+import sys
 import threading
 import time
 import uuid
@@ -61,6 +62,8 @@ class Run:
         for left in journal.lines():
             self._said.put(left)
         self._say(opening)
+        # While that thread imports MLflow, a training's would wait 5 ms for Python each time.
+        sys.setswitchinterval(0.0005)
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
