@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
@@ -15,9 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from athanor import files, fusing, models, parity, settings, sources, supervision
-from athanor.batches import padded
+from athanor.computing.forward import Forward
 from athanor.console import UserError
-from athanor.evaluation import summed_loss
 from athanor.parity import Trained
 from athanor.schema import TrainConfig
 
@@ -81,10 +79,12 @@ def train(
             cfg = replace(defaults, **changed)
             model, tokenizer = models.load(bases(name))
             models.make_trainable(model, cfg, seed=0)
-            inputs = padded(supervision.tokenize_all(ROWS, tokenizer, True, 100))
+            rows = supervision.tokenize_all(ROWS, tokenizer, True, 100)
+            forward = Forward.of(model, rows)
+            ready = forward.ready(rows)
             optimizer = optim.Adam(learning_rate=learning_rate)
             for _ in range(iters):
-                _, grads = nn.value_and_grad(model, summed_loss)(model, *inputs)
+                _, grads = forward.gradient(model.trainable_parameters(), ready)
                 optimizer.update(model, grads)
                 mx.eval(model.parameters())
             folder = tmp_path_factory.mktemp("adapters")

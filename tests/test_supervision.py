@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import kinds
@@ -292,10 +291,9 @@ def test_another_end_is_learned_and_the_templates_is_read(make: Make) -> None:
     [usual] = supervision.tokenize(QUESTIONS, tokenizer, mask_prompt=True)
     [tokens] = supervision.tokenize(QUESTIONS, tokenizer, mask_prompt=True, end=other)
     assert (tokens.ids, tokens.supervised) == (usual.ids, usual.supervised)
-    inputs, targets, mask = (np.array(array[0]) for array in padded([tokens]))
-    assert inputs.tolist() == tokens.ids[:-1]
-    said = targets[mask == 1].tolist()
-    assert tokenizer.decode(said) == "第一答<|endoftext|>第二答<|endoftext|>"
+    batch = padded([tokens])
+    assert batch.inputs.tolist() == [tokens.ids[:-1]]
+    assert tokenizer.decode(batch.targets.tolist()) == "第一答<|endoftext|>第二答<|endoftext|>"
     cut = tokens.cut(tokens.answers[0][1])
     assert list(cut.said.values()) == [other]
 

@@ -8,6 +8,7 @@ training can be taken up anywhere.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -23,12 +24,12 @@ WINDOW = 256
 class Batch:
     """One iteration's rows.
 
-    `rows` are row numbers, of all ranks; `arrays` is what the loss takes after the model, this
-    rank's share; `tokens` counts the supervised tokens of all ranks.
+    `numbers` are those of its rows, of all ranks; `rows` is this rank's share; `tokens` counts the
+    supervised tokens of all ranks.
     """
 
-    rows: list[int]
-    arrays: tuple[mx.array, ...]
+    numbers: list[int]
+    rows: list[Tokens]
     tokens: int
 
 
@@ -49,10 +50,8 @@ class Batches:
         epoch, position = divmod(iteration - 1, self.an_epoch)
         numbers = self._epoch(epoch)[position]
         mine = numbers[self._rank :: self._size]
-        # A rank for which a short batch has no row computes one that counts nothing.
-        inputs, targets, mask = padded([self.rows[i] for i in mine or numbers[:1]])
         tokens = sum(sum(self.rows[i].supervised[1:]) for i in numbers)
-        return Batch(numbers, (inputs, targets, mask if mine else mx.zeros_like(mask)), tokens)
+        return Batch(numbers, [self.rows[i] for i in mine], tokens)
 
 
 def plan(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -70,18 +69,40 @@ def plan(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[lis
     return [found[i] for i in draw.permutation(len(found))]
 
 
-def padded(rows: list[Tokens]) -> tuple[mx.array, mx.array, mx.array]:
-    """Inputs, targets and loss mask of rows, each rows × (longest - 1).
+class Supervised(NamedTuple):
+    """Rows as arrays: the tokens that are read, and what is to be said at which positions.
 
-    `targets[i, t]` is the token to be said after `inputs[i, t]`; the mask is 1 where it is
-    supervised, and 0 on every padding position.
+    `inputs` is rows × positions; the others have a number for each of n supervised positions, in
+    the order of the rows: its place in the flattened inputs, the token to be said after it, and 1,
+    or 0 for one that is there to make up a round number.
     """
-    width = max(map(len, rows))
+
+    inputs: mx.array
+    positions: mx.array
+    targets: mx.array
+    counts: mx.array
+
+
+def padded(rows: list[Tokens], multiple: int = 1) -> Supervised:
+    """Rows side by side, as long as the longest, both lengths rounded up to a multiple."""
+    width = _up(max(map(len, rows)) - 1, multiple)
     ids = np.zeros((len(rows), width), np.int32)
-    said = np.zeros((len(rows), width), np.int32)
-    mask = np.zeros((len(rows), width), np.float32)
+    positions: list[int] = []
+    targets: list[int] = []
     for i, row in enumerate(rows):
-        ids[i, : len(row)] = row.ids
-        said[i, : len(row)] = row.learned() if row.said else row.ids
-        mask[i, : len(row)] = row.supervised
-    return mx.array(ids[:, :-1]), mx.array(said[:, 1:]), mx.array(mask[:, 1:])
+        ids[i, : len(row) - 1] = row.ids[:-1]
+        said = row.learned() if row.said else row.ids
+        places = [place for place in range(1, len(row)) if row.supervised[place]]
+        positions += [i * width + place - 1 for place in places]
+        targets += [said[place] for place in places]
+    spare = _up(len(positions), multiple) - len(positions)
+    return Supervised(
+        mx.array(ids),
+        mx.array(positions + [0] * spare, mx.int32),
+        mx.array(targets + [0] * spare, mx.int32),
+        mx.array([1.0] * len(positions) + [0.0] * spare, mx.float32),
+    )
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

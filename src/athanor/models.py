@@ -25,7 +25,7 @@ def load(folder: Path) -> "tuple[nn.Module, TokenizerWrapper]":
     from mlx_lm.utils import load_model
 
     if on_cpu():
-        mx.disable_compile()
+        compile_kernels(False)
     try:
         model, _ = load_model(folder)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -34,6 +34,19 @@ def load(folder: Path) -> "tuple[nn.Module, TokenizerWrapper]":
         model.set_dtype(mx.float32)
         mx.eval(model.parameters())
     return model, load_tokenizer(folder)
+
+
+def compile_kernels(on: bool) -> None:
+    """Switches mlx's compiler on or off, for all that is computed from here on."""
+    import mlx.core as mx
+
+    from athanor.computing import silu
+
+    silu.use(not on)
+    if on:
+        mx.enable_compile()
+    else:
+        mx.disable_compile()
 
 
 def load_tokenizer(folder: Path) -> "TokenizerWrapper":
@@ -242,6 +255,13 @@ def load_adapters(model: "nn.Module", folder: Path) -> None:
 
     put_on(model, str(folder))
     model.eval()
+
+
+def adapter_names(folder: Path) -> list[str]:
+    """The names of the weights that were trained."""
+    import mlx.core as mx
+
+    return list(cast("dict[str, mx.array]", mx.load(str(folder / "adapters.safetensors"))))
 
 
 def parameter_counts(model: "nn.Module") -> tuple[int, int]:

@@ -71,7 +71,8 @@ class DataConfig:
 class TrainConfig:
     """mlx-lm's own names, where it has one.
 
-    Lengths are in tokens; `iters`, `warmup`, `steps_*` and `save_every` in iterations.
+    Lengths are in tokens; `iters`, `warmup`, `steps_*` and `save_every` in iterations;
+    `activations_*` in GB.
     """
 
     method: str = MISSING
@@ -97,6 +98,9 @@ class TrainConfig:
     save_every: int = MISSING
     max_seq_length: int = MISSING
     grad_checkpoint: bool = MISSING
+    reuse_activations: bool = MISSING
+    activations_memory: float = MISSING
+    activations_disk: float = MISSING
     grad_accumulation_steps: int = MISSING
     mask_prompt: bool = MISSING
     end_token: str = MISSING
@@ -240,7 +244,7 @@ def impossible(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
         number = value.get(key)
         if broken(key, number is None or 0 < number < float("inf")):
             yield key, "a finite number above 0"
-    for key in ("train.lr_end", "test.temp"):
+    for key in ("train.lr_end", "train.activations_memory", "train.activations_disk", "test.temp"):
         if broken(key, 0 <= value.get(key, 0) < float("inf")):
             yield key, "a finite number, 0 or more"
     if broken("train.dropout", 0 <= value.get("train.dropout", 0) < 1):

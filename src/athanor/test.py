@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from rich.markup import escape
 
 from athanor import console, files, models, prepared, scores, settings, templates
+from athanor.computing.forward import Forward
 from athanor.evaluation import Answer, answers, mean_loss
 from athanor.paths import PARAMS, SPLITS, TESTED, TRAINED
 from athanor.prepared import Prepared, Row
@@ -84,8 +85,14 @@ def examine(
     temp: float,
     seed: int,
     who: str,
+    forward: Forward | None = None,
 ) -> dict[str, Outcome]:
-    """Measures the loss over every row once, and asks every question once."""
+    """Measures the loss over every row once, and asks every question once.
+
+    `forward` computes the losses, if it has a part of them already.
+    """
+    rows = [row for split in splits.values() for row in split.tokens]
+    through = forward or Forward.of(model, rows)
     prompts = [
         templates.prompt_ids(row, tokenizer) for split in splits.values() for row in split.questions
     ]
@@ -94,7 +101,7 @@ def examine(
         reading = bar.add_task(f"loss of the {who}", total=batches)
         asking = bar.add_task(f"ask the {who}", total=len(prompts))
         losses = [
-            mean_loss(model, split.tokens, batch_size, lambda: bar.advance(reading))[0]
+            mean_loss(through, split.tokens, batch_size, lambda: bar.advance(reading))[0]
             for split in splits.values()
         ]
         given = iter(

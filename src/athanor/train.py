@@ -14,12 +14,13 @@ import csv
 import io
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+from mlx.utils import tree_flatten
 from omegaconf import OmegaConf
 
 from athanor import (
@@ -33,6 +34,9 @@ from athanor import (
     supervision,
 )
 from athanor.batches import Batches
+from athanor.computing.forward import Forward, trial
+from athanor.computing.frozen import Budget, Frozen
+from athanor.computing.parts import Parts
 from athanor.paths import CHECKPOINTS, PARAMS, PREPARED, SPLITS, TRAINED, root
 from athanor.prepared import Prepared
 from athanor.record import lineage, tracking
@@ -46,6 +50,7 @@ DECIDING = (
     "batches",
     "chat",
     "checkpoints",
+    "computing",
     "evaluation",
     "files",
     "models",
@@ -157,13 +162,15 @@ def fit(
     out: Path,
     kept: checkpoints.Checkpoints,
     *,
+    frozen: Frozen | None = None,
     on_point: Callable[[Point], None],
     say: Callable[[str], None],
 ) -> dict[str, float]:
     """Trains `model` in place, and writes adapters, history.csv and metrics.json to `out`.
 
     Goes on from `kept`, where there is something; `on_point` is told of the metrics from before,
-    too. Returns the last of every metric.
+    too. `frozen` is what the base has computed already, where other trainings share it. Returns the
+    last of every metric.
 
     Raises:
         UserError: when the training diverges or does not fit into the memory.
@@ -190,6 +197,7 @@ def fit(
             model,
             tokens["train"],
             tokens["valid"],
+            frozen,
             checkpoints=kept,
             on_point=told,
             on_iteration=lambda iteration: bar.update(task, completed=iteration),
@@ -221,9 +229,13 @@ def build(
     model: Any,
     rows: list[Tokens],
     valid: list[Tokens],
+    frozen: Frozen | None = None,
     **hooks: Any,
 ) -> Trainer:
     """The trainer that a configuration describes; `hooks` are Trainer's, for checkpoints and news.
+
+    Args:
+        frozen: what its base has computed already, where other trainings share it.
 
     Raises:
         UserError: where no row has anything to learn, or to validate with.
@@ -247,7 +259,7 @@ def build(
     iters = train.iters if train.epochs is None else train.epochs * batches.an_epoch
     assert iters is not None  # schema.impossible: one of the two is given
     if train.compile:
-        mx.enable_compile()
+        models.compile_kernels(True)
     rate = optimizers.schedule(
         train.lr_schedule,
         train.learning_rate,
@@ -255,8 +267,17 @@ def build(
         warmup=-(-train.warmup // train.grad_accumulation_steps),
         updates=-(-iters // train.grad_accumulation_steps),
     )
+    compile = train.compile if train.compile is not None else not models.on_cpu()
+    frozen = frozen or freeze(cfg, model, rows)
     return Trainer(
-        model,
+        Forward(
+            model,
+            frozen.parts,
+            frozen,
+            frozen.cut_below(name for name, _ in tree_flatten(model.trainable_parameters())),
+            grad_checkpoint=train.grad_checkpoint,
+            compile=compile,
+        ),
         batches,
         supervision.validated(valid, train.val_batches, train.batch_size),
         optimizers.build(train.optimizer, optimizer_options(cfg), rate),
@@ -267,13 +288,31 @@ def build(
         steps_per_eval=train.steps_per_eval,
         grad_accumulation_steps=train.grad_accumulation_steps,
         max_grad_norm=train.max_grad_norm,
-        grad_checkpoint=train.grad_checkpoint,
-        compile=train.compile if train.compile is not None else not models.on_cpu(),
+        compile=compile,
         patience=train.patience,
         save_every=train.save_every,
         name_of=lambda row: f"{PREPARED}/train.jsonl:{rows[row].line}",
         **hooks,
     )
+
+
+def freeze(cfg: Config, model: Any, rows: list[Tokens], cuts: Iterable[int] = ()) -> Frozen:
+    """What is frozen of a model, to be computed once; says so where the head can't be apart.
+
+    Args:
+        rows: some, to try on whether the model can be taken apart.
+        cuts: the first trained layers of the trainings that will share it, as far as known.
+    """
+    parts = Parts.of(model, trial(rows))
+    if parts.whole is not None:
+        console.warn(
+            f"logits are computed at every position, as {cfg.model.path} can't be taken apart: "
+            f"{parts.whole}"
+        )
+    train = cfg.train
+    memory, disk = (int(size * 1e9) for size in (train.activations_memory, train.activations_disk))
+    budget = Budget(memory, disk, root() / TRAINED) if train.reuse_activations else None
+    return Frozen(parts, budget, cuts)
 
 
 def optimizer_options(cfg: Config) -> dict[str, Any]:
@@ -300,16 +339,27 @@ def what_decides(cfg: Config, base: Prepared) -> dict[str, Any]:
     deciding, source = ("seed", "train."), base.source
     return {
         **{key: value for key, value in _params(cfg).items() if key.startswith(deciding)},
-        "train.save_every": None,  # when it is saved decides nothing
+        # When it is saved, and where activations are kept, decides nothing.
+        **dict.fromkeys(("train.save_every", "train.activations_memory", "train.activations_disk")),
         "data": files.digest([PREPARED / f"{split}.jsonl" for split in ("train", "valid")]),
         "model": [source.path, source.commit, source.digest],
-        "code": files.digest(Path(__file__).with_name(f"{name}.py") for name in DECIDING),
+        "code": files.digest(_modules()),
         "libraries": [
             f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "numpy", "transformers")
         ],
         "device": models.device(),
         "end": [base.contract.end, base.contract.trains_end],
     }
+
+
+def _modules() -> list[Path]:
+    """The files of the modules and packages that decide."""
+    places = [Path(__file__).with_name(name) for name in DECIDING]
+    return [
+        path
+        for place in places
+        for path in (sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")])
+    ]
 
 
 def _record_data(run: tracking.Run) -> None:
@@ -355,7 +405,7 @@ def _begin(
     """Says what the training is, and goes on from its checkpoint where there is one."""
     import mlx.core as mx
 
-    trainable, total = models.parameter_counts(trainer.model)
+    trainable, total = models.parameter_counts(trainer.forward.model)
     limit = models.memory_limit()
     peak = trainer.predicted_peak(max(rows, key=len), min(cfg.train.batch_size, len(rows)))
     # What one iteration frees, the next can have; more than that is kept from others for nothing.
@@ -394,7 +444,7 @@ def _write(cfg: Config, trainer: Trainer, source: Source, out: Path) -> dict[str
             out / name,
             cfg.train,
             source,
-            model=trainer.model,
+            model=trainer.forward.model,
             iteration=iterations[which],
         )
     first = next(p.metrics["val_loss"] for p in state.points if "val_loss" in p.metrics)

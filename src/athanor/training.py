@@ -10,7 +10,7 @@ it changes nothing.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -23,10 +23,11 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from athanor import console
-from athanor.batches import Batch, padded
+from athanor.batches import Batch
 from athanor.checkpoints import Checkpoint, Checkpoints
+from athanor.computing.forward import Forward, Ready
 from athanor.console import UserError
-from athanor.evaluation import mean_loss, summed_loss
+from athanor.evaluation import mean_loss
 from athanor.supervision import Tokens
 
 Arrays = dict[str, mx.array]
@@ -81,31 +82,84 @@ class State:
         return cls(**value | {"best_loss": loss, "points": points})
 
 
+class Learner:
+    """What one training changes: its weights, its optimizer's state, a sum of gradients.
+
+    A step asks for the gradient by these weights and hands it back, and knows nothing else of them:
+    several learners, each with a rate and an optimizer of its own, can take theirs from one batch.
+
+    Args:
+        weights: a tree of arrays.
+        optimizer: one that has not been used yet.
+        max_grad_norm: as Trainer's.
+        compile: whether to run the update through mx.compile.
+    """
+
+    def __init__(
+        self,
+        weights: Any,
+        optimizer: optim.Optimizer,
+        max_grad_norm: float | None = None,
+        *,
+        compile: bool = False,
+    ) -> None:
+        self.weights, self.optimizer = weights, optimizer
+        self.gradient: Any = None  # of the batches since the last update, summed
+        self._limit = math.inf if max_grad_norm is None else max_grad_norm
+        optimizer.init(weights)
+        self._apply = self._applied
+        if compile:
+            state = [optimizer.state]
+            self._apply = mx.compile(self._applied, inputs=state, outputs=state)
+
+    def update(self, gradient: Any, scale: mx.array) -> mx.array:
+        """Updates the weights by a summed gradient; returns the norm of the mean one."""
+        self.weights, norm = self._apply(self.weights, gradient, scale)
+        return norm
+
+    def put_back(self, weights: Arrays, moments: Arrays) -> None:
+        """Makes these, by their names, the weights and the optimizer's state."""
+        self.weights = named(self.weights, weights)
+        # In place: the compiled update holds on to this tree.
+        self.optimizer.state.update(named(self.optimizer.state, moments))
+
+    def _applied(self, weights: Any, gradient: Any, scale: mx.array) -> tuple[Any, mx.array]:
+        # The mean over processes times their number is the sum over them.
+        gradient = tree_map(lambda array: array * scale, average_gradients(gradient))
+        gradient, norm = optim.clip_grad_norm(gradient, self._limit)
+        return self.optimizer.apply_gradients(gradient, weights), norm
+
+
+def named(tree: Any, arrays: Arrays) -> Any:
+    """A tree of the same form with the arrays of these names."""
+    return tree_map_with_path(lambda name, _: arrays[name], tree)
+
+
 class Stopped(KeyboardInterrupt):
     """Ctrl-C or SIGTERM, met between two iterations."""
 
 
 class Trainer:
-    """Trains the trainable parameters of `model` in place.
+    """Trains what of a model is trainable.
 
     The loss of an update is the mean over its supervised tokens, whatever rows, paddings,
     accumulated batches and processes they came in. Validation is over all of `valid`, before the
     first iteration, every `steps_per_eval` iterations and at the end.
 
     Args:
+        forward: the model, as the loss and the gradient of a batch.
         batches: the batch of each iteration, from 1.
         optimizer: one that has not been used yet.
-        loss: from the model and a batch's arrays, the sum over its supervised tokens, in nats.
         max_grad_norm: the L2 norm that an update's gradient is scaled down to; None for no limit.
         patience: ends the training after so many validations in a row without a better one.
         checkpoints: where to save every `save_every` iterations and on Ctrl-C or SIGTERM.
         name_of: how to name a row, by its number, to a person.
-        compile: whether to run the step through mx.compile.
+        compile: whether to run the update through mx.compile.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        forward: Forward,
         batches: Callable[[int], Batch],
         valid: list[Tokens],
         optimizer: optim.Optimizer,
@@ -117,40 +171,32 @@ class Trainer:
         steps_per_eval: int,
         grad_accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
-        grad_checkpoint: bool = False,
         compile: bool = False,
         patience: int | None = None,
         save_every: int | None = None,
         checkpoints: Checkpoints | None = None,
-        loss: Callable[..., mx.array] = summed_loss,
         name_of: Callable[[int], str] = lambda row: f"row {row + 1}",
         on_iteration: Callable[[int], None] = lambda iteration: None,
         on_point: Callable[[Point], None] = lambda point: None,
     ) -> None:
-        self.model, self.batches, self.valid, self.optimizer = model, batches, valid, optimizer
+        self.forward, self.batches, self.valid = forward, batches, valid
         self.seed, self.iters, self.batch_size = seed, iters, batch_size
         self.steps_per_report, self.steps_per_eval = steps_per_report, steps_per_eval
-        self.grad_accumulation_steps, self.max_grad_norm = grad_accumulation_steps, max_grad_norm
-        self.grad_checkpoint = grad_checkpoint
+        self.grad_accumulation_steps = grad_accumulation_steps
         self.patience, self.save_every, self.checkpoints = patience, save_every, checkpoints
         self.name_of, self.on_iteration, self.on_point = name_of, on_iteration, on_point
         self.world = mx.distributed.init()
         self.state = State()
-        self.gradient: Any = None  # of the batches since the last update, summed
         self.best: Arrays = {}  # the weights after state.best_iteration
-        self.dropouts = keyed_dropouts(model)
-        optimizer.init(model.trainable_parameters())
-        loss_and_grad = nn.value_and_grad(model, loss)
-        self._loss_and_grad = lambda *arrays: loss_and_grad(model, *arrays)
-        self._apply = self._update
-        if compile:
-            read, changed = [model.state], [model.state, optimizer.state]
-            self._loss_and_grad = mx.compile(self._loss_and_grad, inputs=read, outputs=read)
-            self._apply = mx.compile(self._update, inputs=changed, outputs=changed)
+        self.dropouts = keyed_dropouts(forward.model)
+        self.learner = Learner(
+            forward.model.trainable_parameters(), optimizer, max_grad_norm, compile=compile
+        )
+        self._next: tuple[Batch, Ready | None] | None = None
 
     def weights(self) -> Arrays:
-        """The trainable parameters by their names."""
-        return dict(tree_flatten(self.model.trainable_parameters()))
+        """What is learned, by its names."""
+        return dict(tree_flatten(self.learner.weights))
 
     def resume(self) -> int:
         """Goes on from the latest whole checkpoint; returns its iteration, 0 without one."""
@@ -158,21 +204,12 @@ class Trainer:
         if found is None:
             return 0
         self.state = State.from_json(found.state)
-        self._put_back(found.arrays["adapters"], found.arrays["optimizer"])
+        self.learner.put_back(found.arrays["adapters"], found.arrays["optimizer"])
         if summed := found.arrays.get("gradient"):
-            self.gradient = tree_map_with_path(
-                lambda name, _: summed[name], self.model.trainable_parameters()
-            )
+            self.learner.gradient = named(self.learner.weights, summed)
+        self.forward.put(self.learner.weights)
         self.best = found.arrays.get("best", {})
         return self.state.iteration
-
-    def _put_back(self, weights: Arrays, moments: Arrays) -> None:
-        """Makes these the model's weights and the optimizer's state."""
-        self.model.load_weights(list(weights.items()), strict=False)
-        # In place, name by name: the compiled step holds on to this tree.
-        self.optimizer.state.update(
-            tree_map_with_path(lambda name, _: moments[name], self.optimizer.state)
-        )
 
     def predicted_peak(self, longest: Tokens, rows: int) -> int:
         """The memory in bytes that an iteration on `rows` rows like the longest will need.
@@ -183,22 +220,25 @@ class Trainer:
         Raises:
             UserError: where not even that fits.
         """
-        weights, moments = self.weights(), dict(tree_flatten(self.optimizer.state))
-        self.model.train()
+        learner = self.learner
+        weights, moments = self.weights(), dict(tree_flatten(learner.optimizer.state))
+        self.forward.model.train()
         mx.eval(moments)
         peaks: list[int] = []
         for count in range(1, min(rows, 2) + 1):
+            ready = self.forward.ready([longest] * count)
             mx.clear_cache()
             mx.reset_peak_memory()
-            with self._checkpointed(), fits():
-                _, gradient = self._loss_and_grad(*padded([longest] * count))
+            with fits():
+                _, gradient = self.forward.gradient(learner.weights, ready)
                 mx.eval(gradient)
             peaks.append(mx.get_peak_memory())
         mx.reset_peak_memory()
         with fits():
-            self._apply(gradient, mx.array(0.0))
-            mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-        self._put_back(weights, moments)
+            learner.update(gradient, mx.array(0.0))
+            mx.eval(learner.weights, learner.optimizer.state)
+        learner.put_back(weights, moments)
+        self.forward.put(learner.weights)
         size = sum(array.nbytes for array in weights.values())
         # Both phases may hold two more sets of weights: the best so far, and a sum of gradients.
         kept = size * (1 + (self.grad_accumulation_steps > 1))
@@ -218,7 +258,7 @@ class Trainer:
         began = time.perf_counter() - state.seconds
         self._watch = Stopwatch()
         self._saved = state.iteration
-        self.model.train()
+        self.forward.model.train()
         with console.interrupts_noted() as noted:
             self._noted = noted
             try:
@@ -249,7 +289,8 @@ class Trainer:
     def _step(self) -> None:
         state = self.state
         iteration = state.iteration + 1
-        batch = self.batches(iteration)
+        batch, ready = self._next or self._made_ready(iteration)
+        self._next = None
         if self.dropouts:
             place = np.random.SeedSequence([self.seed, iteration, self.world.rank()])
             keys = mx.random.key(int(place.generate_state(1, np.uint32)[0]))
@@ -257,19 +298,24 @@ class Trainer:
                 self.dropouts, mx.random.split(keys, len(self.dropouts)), strict=True
             ):
                 dropout.draw_from(key)
-        with self._checkpointed():
-            loss, gradient = self._loss_and_grad(*batch.arrays)
-        if self.gradient is not None:
-            gradient = tree_map(mx.add, gradient, self.gradient)
-        state.update_tokens += batch.tokens
-        norm = None
-        if iteration % self.grad_accumulation_steps == 0 or iteration == self.iters:
-            norm = self._apply(gradient, mx.array(self.world.size() / state.update_tokens))
-            gradient, state.update_tokens = None, 0
-        loss = mx.distributed.all_sum(loss)
+        learner = self.learner
         with fits():
-            mx.eval(self.model.trainable_parameters(), self.optimizer.state, gradient, loss, norm)
-        self.gradient = gradient
+            loss, gradient = self._loss_and_gradient(ready)
+            if learner.gradient is not None:
+                gradient = tree_map(mx.add, gradient, learner.gradient)
+            state.update_tokens += batch.tokens
+            norm = None
+            if iteration % self.grad_accumulation_steps == 0 or iteration == self.iters:
+                norm = learner.update(gradient, mx.array(self.world.size() / state.update_tokens))
+                gradient, state.update_tokens = None, 0
+            loss = mx.distributed.all_sum(loss)
+            asked = [learner.weights, learner.optimizer.state, gradient, loss, norm]
+            mx.async_eval(asked)
+            if iteration < self.iters:  # while this one is computed
+                self._next = self._made_ready(iteration + 1)
+            mx.eval(asked)
+        learner.gradient = gradient
+        self.forward.put(learner.weights)
         if norm is not None:
             state.grad_norm = _number(norm)
         self._refuse_nan(iteration, batch, _number(loss), state.grad_norm or 0.0)
@@ -284,25 +330,27 @@ class Trainer:
         if iteration % self.steps_per_report == 0 or iteration == self.iters:
             self._report()
 
-    def _update(self, gradient: Any, scale: mx.array) -> mx.array:
-        """Updates the parameters by a summed gradient; returns the norm of the mean one."""
-        # The mean over processes times their number is the sum over them.
-        gradient = tree_map(lambda array: array * scale, average_gradients(gradient))
-        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        gradient, norm = optim.clip_grad_norm(gradient, limit)
-        self.optimizer.update(self.model, gradient)
-        return norm
+    def _made_ready(self, iteration: int) -> tuple[Batch, Ready | None]:
+        """The batch of an iteration; without arrays where it has no row for this rank."""
+        batch = self.batches(iteration)
+        return batch, self.forward.ready(batch.rows) if batch.rows else None
+
+    def _loss_and_gradient(self, ready: Ready | None) -> tuple[mx.array, Any]:
+        if ready is None:
+            return mx.array(0.0), tree_map(mx.zeros_like, self.learner.weights)
+        return self.forward.gradient(self.learner.weights, ready)
 
     def _validate(self) -> None:
         state = self.state
         if not self.valid:
             return
+        model = self.forward.model
         with self._watch.paused(), fits():
-            self.model.eval()
+            model.eval()
             try:
-                loss, _ = mean_loss(self.model, self.valid, self.batch_size, self._stop_if_asked)
+                loss, _ = mean_loss(self.forward, self.valid, self.batch_size, self._stop_if_asked)
             finally:
-                self.model.train()
+                model.train()
         state.validated = state.iteration
         if not math.isfinite(loss):
             raise UserError(
@@ -323,7 +371,7 @@ class Trainer:
         metrics = {
             "train_loss": state.window_loss / state.window_tokens,
             # float32 as a person would write it: 0.0002, not 0.00019999999494757503
-            "learning_rate": float(f"{_number(self.optimizer.learning_rate):.7g}"),
+            "learning_rate": float(f"{_number(self.learner.optimizer.learning_rate):.7g}"),
             "trained_tokens": state.trained_tokens,
         }
         if state.grad_norm is not None:
@@ -344,11 +392,11 @@ class Trainer:
     def _refuse_nan(self, iteration: int, batch: Batch, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        what, numbers = f"the loss is {loss}", batch.rows
+        what, numbers = f"the loss is {loss}", batch.numbers
         if math.isfinite(loss):  # any of the batches that were summed can be the one
             what = f"the gradient is {norm} long"
             first = (iteration - 1) // self.grad_accumulation_steps * self.grad_accumulation_steps
-            numbers = [row for i in range(first, iteration) for row in self.batches(i + 1).rows]
+            numbers = [row for i in range(first, iteration) for row in self.batches(i + 1).numbers]
         rows = ", ".join(self.name_of(row) for row in numbers[:16])
         rows += f" and {len(numbers) - 16} more" if len(numbers) > 16 else ""
         raise UserError(
@@ -371,7 +419,7 @@ class Trainer:
             )
 
     def _try(self) -> str:
-        rate = _number(self.optimizer.learning_rate)
+        rate = _number(self.learner.optimizer.learning_rate)
         return (
             f"try a smaller train.learning_rate (here it was {rate:g}), some train.warmup, or "
             "train.max_grad_norm"
@@ -382,13 +430,13 @@ class Trainer:
             return
         if self._saved >= self.state.iteration:
             return
-        weights = self.weights()
+        weights, gradient = self.weights(), self.learner.gradient
         if not all(mx.isfinite(array).all().item() for array in weights.values()):
             return  # the next iteration says so; what was saved before stays the last good state
         arrays = {
             "adapters": weights,
-            "optimizer": dict(tree_flatten(self.optimizer.state)),
-            "gradient": dict(tree_flatten(self.gradient)) if self.gradient is not None else {},
+            "optimizer": dict(tree_flatten(self.learner.optimizer.state)),
+            "gradient": {} if gradient is None else dict(tree_flatten(gradient)),
             "best": self.best,
         }
         found = Checkpoint(
@@ -403,9 +451,6 @@ class Trainer:
     def _stop_if_asked(self) -> None:
         if self._noted():
             raise Stopped
-
-    def _checkpointed(self) -> Any:
-        return checkpointed(self.model.layers[0]) if self.grad_checkpoint else nullcontext()
 
 
 def _number(array: mx.array) -> float:
@@ -486,26 +531,3 @@ def keyed_dropouts(model: nn.Module) -> list[KeyedDropout]:
     if found:
         model.update_modules(tree_unflatten(list(found.items())))
     return list(found.values())
-
-
-@contextmanager
-def checkpointed(layer: nn.Module) -> Iterator[None]:
-    """While the block runs, layers of this kind keep their inputs only and compute the rest again.
-
-    That is mlx_lm.tuner.trainer's grad_checkpoint, which patches the class for good.
-    """
-    kind = type(layer)
-    call = kind.__call__
-
-    def compute(module: nn.Module, *inputs: Any, **named: Any) -> Any:
-        def inner(parameters: Any, *inputs: Any, **named: Any) -> Any:
-            module.update(parameters)
-            return call(module, *inputs, **named)
-
-        return mx.checkpoint(inner)(module.trainable_parameters(), *inputs, **named)
-
-    kind.__call__ = compute
-    try:
-        yield
-    finally:
-        kind.__call__ = call

@@ -41,6 +41,8 @@ from athanor import (
     test,
     train,
 )
+from athanor.computing.forward import Forward
+from athanor.computing.frozen import Frozen
 from athanor.console import UserError
 from athanor.evaluation import Answer
 from athanor.paths import CHECKPOINTS, PREPARED, SPLITS, SWEPT, root
@@ -105,6 +107,7 @@ class Loaded:
 
     base: Prepared
     model: Any
+    frozen: Frozen
     tokenizer: Any
     tokens: dict[str, list[Tokens]]
     splits: dict[str, Split]
@@ -125,6 +128,8 @@ def loaded(folder: Path) -> Loaded:
     model, tokenizer = base.load()
     splits = test.splits_of(cfg, base, tokenizer, rows)
     tokens = {split: splits[split].tokens for split in SEEN}
+    cuts = _cuts(folder, len(model.layers))
+    frozen = train.freeze(cfg, model, tokens["train"], cuts)
     path = folder / "base.json"
     if path.exists():
         outcomes = {
@@ -134,9 +139,22 @@ def loaded(folder: Path) -> Loaded:
     else:
         for split in SEEN:
             train.name_what_is_left_out(split, len(rows[split]), tokens[split])
-        outcomes = test.examine(model, tokenizer, splits, who="base", **test.how(cfg))
+        known = (cut for cut in cuts if frozen.can_begin_at(cut))
+        forward = Forward(model, frozen.parts, frozen, max(known, default=0))
+        outcomes = test.examine(
+            model, tokenizer, splits, who="base", forward=forward, **test.how(cfg)
+        )
         files.write_json(path, {split: asdict(outcome) for split, outcome in outcomes.items()})
-    return Loaded(base, model, tokenizer, tokens, splits, outcomes)
+    return Loaded(base, model, frozen, tokenizer, tokens, splits, outcomes)
+
+
+def _cuts(folder: Path, layers: int) -> list[int]:
+    """The first trained layers of the points of the sweep in `folder`, as far as they are known."""
+    swept = dict(files.read_json(folder / "about.json")["swept"])
+    layers_of_all = settings.read(folder / "params.yaml").train.num_layers
+    numbers = swept.get("train.num_layers", [str(layers_of_all)])
+    found = {layers - int(number) for number in numbers if number.isdecimal()}
+    return sorted(cut for cut in found if cut > 0)
 
 
 def run(composed: DictConfig) -> float:
@@ -290,6 +308,7 @@ def _train(
             shared.tokens,
             folder,
             kept,
+            frozen=shared.frozen,
             on_point=tell,
             say=lambda text: None,
         )
@@ -308,7 +327,12 @@ def _examined(
         models.load_adapters(model, folder / "adapters")
         splits = {name: shared.splits[name] for name in names}
         before = {name: shared.outcomes[name] for name in names}
-        after = test.examine(model, shared.tokenizer, splits, who="tuned", **test.how(cfg))
+        trained = models.adapter_names(folder / "adapters")
+        cut = shared.frozen.cut_below(trained)
+        forward = Forward(model, shared.frozen.parts, shared.frozen, cut)
+        after = test.examine(
+            model, shared.tokenizer, splits, who="tuned", forward=forward, **test.how(cfg)
+        )
         Examined.of(splits, before, after, shared.tokenizer, shared.labels).write(tested)
     lines = files.read_jsonl(tested / "predictions.jsonl")
     return Examined(lines, files.read_json(tested / "metrics.json"), sorted(shared.labels))
