@@ -469,6 +469,7 @@ def _let_go() -> None:
     import mlx.core as mx
 
     gc.collect()
+    gc.freeze()  # what is left, MLflow above all, stays: the next point need not look through it
     mx.clear_cache()
 
 
