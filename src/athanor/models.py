@@ -40,7 +40,7 @@ def compile_kernels(on: bool) -> None:
     """Switches mlx's compiler on or off, for all that is computed from here on."""
     import mlx.core as mx
 
-    from athanor.computing import silu
+    from athanor import silu
 
     silu.use(not on)
     if on:

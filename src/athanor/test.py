@@ -25,7 +25,9 @@ from omegaconf import OmegaConf
 from rich.markup import escape
 
 from athanor import console, files, models, prepared, scores, settings, templates
-from athanor.computing.forward import Forward
+from athanor.computing.forward import Forward, trial
+from athanor.computing.frozen import Budget, Frozen
+from athanor.computing.parts import Parts
 from athanor.evaluation import Answer, answers, mean_loss
 from athanor.paths import PARAMS, SPLITS, TESTED, TRAINED
 from athanor.prepared import Prepared, Row
@@ -282,13 +284,21 @@ def main() -> None:
         splits = splits_of(cfg, base, tokenizer, prepared.rows(SPLITS))
         before = examine(model, tokenizer, splits, who="base", **how(cfg))
         models.load_adapters(model, TRAINED / "adapters")
-        after = examine(model, tokenizer, splits, who="tuned", **how(cfg))
+        forward = _as_trained(model, [row for split in splits.values() for row in split.tokens])
+        after = examine(model, tokenizer, splits, who="tuned", forward=forward, **how(cfg))
         labels = set[str]().union(*(split.labels for split in splits.values()))
         examined = Examined.of(splits, before, after, tokenizer, labels)
         examined.write(TESTED)
         run.text(OmegaConf.to_yaml(cfg), f"test/{PARAMS.name}")  # it may run again with others
         record(run, TESTED, examined, trained["iteration"])
     _show(examined.metrics, examined.lines, examined.labels)
+
+
+def _as_trained(model: nn.Module, rows: list[Tokens]) -> Forward:
+    """The model as its training computed it, to the same bytes: what is frozen, a row at a time."""
+    frozen = Frozen(Parts.of(model, trial(rows)), Budget(0, 0, TESTED))
+    cut = frozen.cut_below(models.adapter_names(TRAINED / "adapters"))
+    return Forward(model, frozen.parts, frozen, cut)
 
 
 def splits_of(

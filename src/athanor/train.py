@@ -56,6 +56,7 @@ DECIDING = (
     "models",
     "optimizers",
     "prepared",
+    "silu",
     "sources",
     "supervision",
     "templates",
@@ -258,8 +259,8 @@ def build(
     batches = Batches(rows, train.batch_size, cfg.seed, world.rank(), world.size())
     iters = train.iters if train.epochs is None else train.epochs * batches.an_epoch
     assert iters is not None  # schema.impossible: one of the two is given
-    if train.compile:
-        models.compile_kernels(True)
+    if models.on_cpu():  # where loading has switched it off, and a sweep's last point may have on
+        models.compile_kernels(bool(train.compile))
     rate = optimizers.schedule(
         train.lr_schedule,
         train.learning_rate,

@@ -226,10 +226,10 @@ class Trainer:
         mx.eval(moments)
         peaks: list[int] = []
         for count in range(1, min(rows, 2) + 1):
-            ready = self.forward.ready([longest] * count)
             mx.clear_cache()
             mx.reset_peak_memory()
             with fits():
+                ready = self.forward.ready([longest] * count)
                 _, gradient = self.forward.gradient(learner.weights, ready)
                 mx.eval(gradient)
             peaks.append(mx.get_peak_memory())
@@ -289,7 +289,8 @@ class Trainer:
     def _step(self) -> None:
         state = self.state
         iteration = state.iteration + 1
-        batch, ready = self._next or self._made_ready(iteration)
+        with fits():
+            batch, ready = self._next or self._made_ready(iteration)
         self._next = None
         if self.dropouts:
             place = np.random.SeedSequence([self.seed, iteration, self.world.rank()])

@@ -6,14 +6,14 @@ optimizers and sums belong to whoever asks. So trainings can share all of it.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from athanor.batches import Supervised, padded
 from athanor.computing import losses
@@ -25,6 +25,8 @@ Weights = Any  # a tree of arrays, as model.trainable_parameters() is
 
 # With mx.compile shapes are rounded up to multiples of this, as mlx-lm does: each is compiled once.
 ROUNDED = 32
+# mlx-lm's names of what its adapter layers learn.
+ADAPTERS = {"lora_a", "lora_b", "m"}
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class Ready:
 class Forward:
     """A model whose trainable weights are given with each batch.
 
-    Half precision stays what the model computes in: weights that are kept in float32 are rounded on
-    their way in, and their gradients are float32.
+    Half precision stays what the model computes in: its own weights, kept in float32 while they are
+    trained, are rounded on their way in, and their gradients are float32. Adapters stay in float32,
+    as mlx-lm's layers want them.
 
     Args:
         frozen: the layers below `cut`, shared by whoever has the same base; None for a model
@@ -85,7 +88,7 @@ class Forward:
 
     def put(self, weights: Weights) -> None:
         """Makes these the model's weights, in what it computes in."""
-        self.model.update(tree_map(lambda one: one.astype(self.dtype), weights))
+        self.model.update(tree_map_with_path(self._as_computed, weights))
 
     def gradient(self, weights: Weights, ready: Ready) -> tuple[mx.array, Weights]:
         """The summed loss of a batch in nats, and its gradient by the weights, yet to be evaluated.
@@ -93,7 +96,10 @@ class Forward:
         The model's own weights are these afterwards.
         """
         values = [value for _, value in tree_flatten(weights)]
-        with checkpointed(self.model.layers[0]) if self.grad_checkpoint else nullcontext():
+        kinds = {type(layer) for layer in self.model.layers[self.cut :]}
+        with ExitStack() as stack:
+            for kind in kinds if self.grad_checkpoint else ():
+                stack.enter_context(checkpointed(kind))
             if losses.in_numpy() and self.dtype == mx.float32 and not self.compile:
                 loss, gradients = self._in_two(values, ready)
             else:
@@ -108,6 +114,11 @@ class Forward:
         hidden = self._hidden(batch, ready.given)
         found = losses.of_each(self.parts.head, hidden, batch.targets, self.parts.vocabulary)
         return found[np.array(batch.counts) > 0]
+
+    def _as_computed(self, name: str, weight: mx.array) -> mx.array:
+        keeps = getattr(self.model, "cast_predicate", None)  # mlx-lm: what must stay as it is
+        own = name.rpartition(".")[2] not in ADAPTERS and (keeps is None or keeps(name))
+        return weight.astype(self.dtype) if own else weight
 
     def _tree(self, values: Sequence[mx.array], places: Sequence[int] | None = None) -> Weights:
         """Weights or gradients under their names: all, or those at some places."""
@@ -169,7 +180,7 @@ class Forward:
 
 def trial(rows: list[Tokens]) -> mx.array:
     """A few tokens to try a model's parts on: 2 × 8 from the beginnings of rows."""
-    found = [token for row in rows[:16] for token in row.ids[:16]]
+    found = [token for row in rows[:16] for token in row.ids[:16]] or [0]
     return mx.array([found[place % len(found)] for place in range(16)]).reshape(2, 8)
 
 
@@ -185,12 +196,11 @@ def computed_in(model: nn.Module) -> mx.Dtype:
 
 
 @contextmanager
-def checkpointed(layer: nn.Module) -> Iterator[None]:
+def checkpointed(kind: type[nn.Module]) -> Iterator[None]:
     """While the block runs, layers of this kind keep their inputs only and compute the rest again.
 
     That is mlx_lm.tuner.trainer's grad_checkpoint, which patches the class for good.
     """
-    kind = type(layer)
     call = kind.__call__
 
     def compute(module: nn.Module, *inputs: Any, **named: Any) -> Any:

@@ -7,9 +7,11 @@ beyond that they are computed again. Each row's are computed by itself, so that 
 depends on the rows that it came with, or on where they were kept.
 """
 
+import errno
+import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -17,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from athanor import console
-from athanor.computing.parts import Parts
+from athanor.computing.parts import Parts, evaluating
 from athanor.supervision import Tokens
 
 Key = tuple[int, bytes]  # a cut, and the tokens that are read
@@ -33,12 +35,13 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class _Filed:
-    """Where in the file something is."""
+class _Kept:
+    """What is kept, as bytes in memory or at a place in the file; NumPy has no bfloat16."""
 
-    offset: int
+    dtype: mx.Dtype
+    there: np.ndarray | int
     shape: tuple[int, ...]
-    dtype: np.dtype
+    kind: np.dtype
 
 
 class Frozen:
@@ -54,10 +57,9 @@ class Frozen:
     def __init__(self, parts: Parts, budget: Budget | None, cuts: Iterable[int] = ()) -> None:
         self.parts, self.budget, self.cuts = parts, budget, set(cuts)
         self.in_memory = self.on_disk = 0  # bytes
-        self._kept: dict[Key, np.ndarray | _Filed] = {}
+        self._kept: dict[Key, _Kept] = {}
         self._file: IO[bytes] | None = None
         self._full = False
-        self._dtype = mx.float32
 
     def can_begin_at(self, cut: int) -> bool:
         """Whether the layers from `cut` on can be computed by themselves."""
@@ -76,66 +78,75 @@ class Frozen:
         return 0
 
     def given(self, rows: list[Tokens], cut: int, width: int) -> mx.array:
-        """What the layer at `cut` is given for rows: rows × width × the model's, 0 where padded.
+        """What the layer at `cut` is given for rows: rows × width × the model's own.
 
-        `width` is the number of tokens that are read of the longest row, or more.
+        `width` is the number of tokens that are read of the longest row, or more; a row is padded
+        with its last.
         """
         self.cuts.add(cut)
         keys = [(cut, np.array(row.ids[:-1], np.int32).tobytes()) for row in rows]
-        dtype, made = self._computed({key for key in keys if key not in self._kept})
-        found = [made[key] if key in made else self._read(key) for key in keys]
-        padded = np.zeros((len(rows), width, found[0].shape[-1]), found[0].dtype)
-        for place, one in enumerate(found):
+        made = {key: self._computed(*key) for key in sorted(set(keys)) if key not in self._kept}
+        found = [made[key] if key in made else self._kept[key] for key in keys]
+        values = [self._read(one) for one in found]
+        padded = np.empty((len(rows), width, values[0].shape[-1]), values[0].dtype)
+        for place, one in enumerate(values):
             padded[place, : len(one)] = one
-        return mx.array(padded).view(dtype)
+            padded[place, len(one) :] = one[-1]  # not 0, of which some norm may make no number
+        return mx.array(padded).view(found[0].dtype)
 
-    def _computed(self, keys: set[Key]) -> tuple[mx.Dtype, dict[Key, np.ndarray]]:
-        """Computes what is missing, keeps it, and what is met on the way."""
-        noted: dict[Key, mx.array] = {}
-        for key in sorted(keys):
-            cut, ids = key
-            start = max((c for c in self.cuts if c < cut and (c, ids) in self._kept), default=0)
-            wanted = [c for c in sorted(self.cuts) if start < c <= cut]
-            below = mx.array(self._read((start, ids)))[None].view(self._dtype) if start else None
-            tokens = mx.array(np.frombuffer(ids, np.int32))[None]
-            lower = self.parts.lower(tokens, wanted, start, below)
-            noted |= {(c, ids): lower[c][0] for c in wanted}
+    def _computed(self, cut: int, ids: bytes) -> _Kept:
+        """Computes what is missing of a row, keeps it, and what is met on the way."""
+        usable = {c for c in self.cuts if c == cut or (c < cut and self.can_begin_at(c))}
+        start = max((c for c in usable if (c, ids) in self._kept), default=0)
+        wanted = sorted(c for c in usable if c > start)
+        tokens = mx.array(np.frombuffer(ids, np.int32))[None]
+        below = None
+        if start:
+            before = self._kept[(start, ids)]
+            below = mx.array(self._read(before))[None].view(before.dtype)
+        with evaluating(self.parts.model):
+            noted = self.parts.lower(tokens, wanted, start, below)
         mx.eval(list(noted.values()))
-        made: dict[Key, np.ndarray] = {}
-        for key, array in noted.items():
-            self._dtype = array.dtype
-            # NumPy has no bfloat16: what is kept are bytes.
-            made[key] = np.array(array.view(mx.uint32 if array.itemsize == 4 else mx.uint16))
-            self._keep(key, made[key])
-        return self._dtype, made
+        for c in wanted:
+            array = noted[c][0]
+            value = np.array(array.view(mx.uint32 if array.itemsize == 4 else mx.uint16))
+            one = _Kept(array.dtype, value, value.shape, value.dtype)
+            self._keep((c, ids), one, value)
+        return one  # of `cut`, the last
 
-    def _keep(self, key: Key, value: np.ndarray) -> None:
+    def _keep(self, key: Key, one: _Kept, value: np.ndarray) -> None:
         assert self.budget is not None
         if self.in_memory + value.nbytes <= self.budget.memory:
-            self._kept[key] = value
+            self._kept[key] = one
             self.in_memory += value.nbytes
         elif not self._full and self.on_disk + value.nbytes <= self.budget.disk:
             try:
-                if self._file is None:
-                    self.budget.folder.mkdir(parents=True, exist_ok=True)
-                    self._file = tempfile.TemporaryFile(dir=self.budget.folder)  # noqa: SIM115
-                self._file.seek(self.on_disk)
-                self._file.write(value.tobytes())
-                self._file.flush()
+                self._write(value)
             except OSError as error:
                 self._say_full(str(error))
                 return
-            self._kept[key] = _Filed(self.on_disk, value.shape, value.dtype)
+            self._kept[key] = replace(one, there=self.on_disk)
             self.on_disk += value.nbytes
         else:
             self._say_full("both budgets are used up")
 
-    def _read(self, key: Key) -> np.ndarray:
-        found = self._kept[key]
-        if isinstance(found, np.ndarray):
-            return found
+    def _write(self, value: np.ndarray) -> None:
+        assert self.budget is not None
+        folder = self.budget.folder
+        if self._file is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        if value.nbytes > shutil.disk_usage(folder).free / 2:
+            raise OSError(errno.ENOSPC, "the rest of the disk is left to checkpoints and records")
+        self._file.seek(self.on_disk)
+        if self._file.write(value.tobytes()) != value.nbytes:
+            raise OSError(errno.ENOSPC, "the disk is full")
+
+    def _read(self, found: _Kept) -> np.ndarray:
+        if isinstance(found.there, np.ndarray):
+            return found.there
         assert self._file is not None
-        return np.memmap(self._file, found.dtype, "r", found.offset, found.shape)
+        return np.memmap(self._file, found.kind, "r", found.there, found.shape)
 
     def _say_full(self, why: str) -> None:
         assert self.budget is not None

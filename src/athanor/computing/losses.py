@@ -60,7 +60,7 @@ def evaluated(
         head: the logits of hidden and weights.
         hidden: n × width, evaluated.
         targets: n tokens.
-        counts: n factors, 1 for a target that counts and 0 for one that does not.
+        counts: n numbers, 1 for a target that counts and 0 for one that does not.
     """
     total, by_hidden = 0.0, []
     by_weights: list[mx.array] = [mx.zeros_like(weight) for weight in weights]
@@ -69,8 +69,8 @@ def evaluated(
         losses, gradient = _in_place(logits.astype(mx.float32), targets[piece])
         count = np.array(counts[piece])
         if not count.all():
-            gradient = gradient * counts[piece, None]
-        total += float((losses * count).sum(dtype=np.float64))
+            gradient = mx.where(counts[piece, None] > 0, gradient, 0.0)
+        total += float(losses[count > 0].sum(dtype=np.float64))
         # Of a head that is linear nothing is computed again: mlx computes what is asked for.
         _, (one, *others) = mx.vjp(head, [hidden[piece], *weights], [gradient.astype(logits.dtype)])
         by_hidden.append(one)
@@ -117,7 +117,7 @@ def summed(
         hidden: mx.array, weights: list[mx.array], targets: mx.array, counts: mx.array
     ) -> mx.array:
         logits = head(hidden, *weights).astype(mx.float32)
-        return (nn.losses.cross_entropy(logits, targets) * counts).sum()
+        return mx.where(counts > 0, nn.losses.cross_entropy(logits, targets), 0.0).sum()
 
     with_gradients = mx.value_and_grad(of_piece, argnums=(0, 1))
 

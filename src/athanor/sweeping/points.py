@@ -105,6 +105,7 @@ class Sweep:
 class Loaded:
     """What the points share in memory; nothing here is changed by one of them."""
 
+    train: Any
     base: Prepared
     model: Any
     frozen: Frozen
@@ -112,6 +113,11 @@ class Loaded:
     tokens: dict[str, list[Tokens]]
     splits: dict[str, Split]
     outcomes: dict[str, Outcome]
+
+    def frozen_for(self, cfg: Config) -> Frozen | None:
+        """What the frozen layers made, for a point that computes them as the sweep's base says."""
+        one, other = ((it.reuse_activations, it.compile) for it in (cfg.train, self.train))
+        return self.frozen if one == other else None
 
     @property
     def labels(self) -> set[str]:
@@ -128,8 +134,7 @@ def loaded(folder: Path) -> Loaded:
     model, tokenizer = base.load()
     splits = test.splits_of(cfg, base, tokenizer, rows)
     tokens = {split: splits[split].tokens for split in SEEN}
-    cuts = _cuts(folder, len(model.layers))
-    frozen = train.freeze(cfg, model, tokens["train"], cuts)
+    frozen = train.freeze(cfg, model, tokens["train"], _cuts(folder, len(model.layers)))
     path = folder / "base.json"
     if path.exists():
         outcomes = {
@@ -139,13 +144,12 @@ def loaded(folder: Path) -> Loaded:
     else:
         for split in SEEN:
             train.name_what_is_left_out(split, len(rows[split]), tokens[split])
-        known = (cut for cut in cuts if frozen.can_begin_at(cut))
-        forward = Forward(model, frozen.parts, frozen, max(known, default=0))
+        forward = Forward(model, frozen.parts)
         outcomes = test.examine(
             model, tokenizer, splits, who="base", forward=forward, **test.how(cfg)
         )
         files.write_json(path, {split: asdict(outcome) for split, outcome in outcomes.items()})
-    return Loaded(base, model, frozen, tokenizer, tokens, splits, outcomes)
+    return Loaded(cfg.train, base, model, frozen, tokenizer, tokens, splits, outcomes)
 
 
 def _cuts(folder: Path, layers: int) -> list[int]:
@@ -308,7 +312,7 @@ def _train(
             shared.tokens,
             folder,
             kept,
-            frozen=shared.frozen,
+            frozen=shared.frozen_for(cfg),
             on_point=tell,
             say=lambda text: None,
         )
@@ -328,8 +332,9 @@ def _examined(
         splits = {name: shared.splits[name] for name in names}
         before = {name: shared.outcomes[name] for name in names}
         trained = models.adapter_names(folder / "adapters")
-        cut = shared.frozen.cut_below(trained)
-        forward = Forward(model, shared.frozen.parts, shared.frozen, cut)
+        frozen = shared.frozen_for(cfg)
+        cut = frozen.cut_below(trained) if frozen is not None else 0
+        forward = Forward(model, shared.frozen.parts, frozen, cut)
         after = test.examine(
             model, shared.tokenizer, splits, who="tuned", forward=forward, **test.how(cfg)
         )
