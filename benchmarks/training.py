@@ -44,8 +44,8 @@ from mlx_lm.models import qwen2
 # isort: on
 from athanor import files, models, settings, train
 from athanor.batches import Batches
+from athanor.computing.dropouts import keyed_dropouts
 from athanor.prepared import Prepared, rows
-from athanor.training import keyed_dropouts
 
 REPO = Path(__file__).parent.parent
 PEER = (

@@ -53,6 +53,7 @@ DECIDING = (
     "computing",
     "evaluation",
     "files",
+    "learner",
     "models",
     "optimizers",
     "prepared",

@@ -15,22 +15,20 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.nn.utils import average_gradients
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from athanor import console
 from athanor.batches import Batch
 from athanor.checkpoints import Checkpoint, Checkpoints
+from athanor.computing.dropouts import keyed_dropouts
 from athanor.computing.forward import Forward, Ready
 from athanor.console import UserError
 from athanor.evaluation import mean_loss
+from athanor.learner import Arrays, Learner, named
 from athanor.supervision import Tokens
-
-Arrays = dict[str, mx.array]
 
 # So many updates without any gradient end a training, unless its loss in nats says that there is
 # nothing left to learn.
@@ -80,59 +78,6 @@ class State:
         loss = math.inf if value["best_loss"] is None else value["best_loss"]
         points = [Point(**point) for point in value["points"]]
         return cls(**value | {"best_loss": loss, "points": points})
-
-
-class Learner:
-    """What one training changes: its weights, its optimizer's state, a sum of gradients.
-
-    A step asks for the gradient by these weights and hands it back, and knows nothing else of them:
-    several learners, each with a rate and an optimizer of its own, can take theirs from one batch.
-
-    Args:
-        weights: a tree of arrays.
-        optimizer: one that has not been used yet.
-        max_grad_norm: as Trainer's.
-        compile: whether to run the update through mx.compile.
-    """
-
-    def __init__(
-        self,
-        weights: Any,
-        optimizer: optim.Optimizer,
-        max_grad_norm: float | None = None,
-        *,
-        compile: bool = False,
-    ) -> None:
-        self.weights, self.optimizer = weights, optimizer
-        self.gradient: Any = None  # of the batches since the last update, summed
-        self._limit = math.inf if max_grad_norm is None else max_grad_norm
-        optimizer.init(weights)
-        self._apply = self._applied
-        if compile:
-            state = [optimizer.state]
-            self._apply = mx.compile(self._applied, inputs=state, outputs=state)
-
-    def update(self, gradient: Any, scale: mx.array) -> mx.array:
-        """Updates the weights by a summed gradient; returns the norm of the mean one."""
-        self.weights, norm = self._apply(self.weights, gradient, scale)
-        return norm
-
-    def put_back(self, weights: Arrays, moments: Arrays) -> None:
-        """Makes these, by their names, the weights and the optimizer's state."""
-        self.weights = named(self.weights, weights)
-        # In place: the compiled update holds on to this tree.
-        self.optimizer.state.update(named(self.optimizer.state, moments))
-
-    def _applied(self, weights: Any, gradient: Any, scale: mx.array) -> tuple[Any, mx.array]:
-        # The mean over processes times their number is the sum over them.
-        gradient = tree_map(lambda array: array * scale, average_gradients(gradient))
-        gradient, norm = optim.clip_grad_norm(gradient, self._limit)
-        return self.optimizer.apply_gradients(gradient, weights), norm
-
-
-def named(tree: Any, arrays: Arrays) -> Any:
-    """A tree of the same form with the arrays of these names."""
-    return tree_map_with_path(lambda name, _: arrays[name], tree)
 
 
 class Stopped(KeyboardInterrupt):
@@ -499,36 +444,3 @@ class Stopwatch:
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
-
-
-class KeyedDropout(nn.Module):
-    """Dropout that draws from a key it is given, as mlx.nn.Dropout does from the global state.
-
-    Whoever computes a layer again, as gradient checkpointing does, meets the same mask.
-    """
-
-    def __init__(self, keep: float) -> None:
-        super().__init__()
-        self._keep = keep
-        self._key = mx.random.key(0)
-
-    def draw_from(self, key: mx.array) -> None:
-        """Sets the key of the next masks."""
-        self._key = key
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if not self.training:
-            return x
-        return mx.random.bernoulli(self._keep, x.shape, key=self._key) * x * (1 / self._keep)
-
-
-def keyed_dropouts(model: nn.Module) -> list[KeyedDropout]:
-    """Puts a KeyedDropout in the place of each nn.Dropout that drops anything; returns them."""
-    found = {
-        name: KeyedDropout(module._p_1)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Dropout) and module._p_1 < 1
-    }
-    if found:
-        model.update_modules(tree_unflatten(list(found.items())))
-    return list(found.values())
