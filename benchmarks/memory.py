@@ -27,7 +27,7 @@ from mlx_lm.models import qwen2
 
 # isort: on
 from athanor import models
-from athanor.computing.forward import Forward, trial
+from athanor.computing.forward import Forward, trainable, trial
 from athanor.computing.frozen import Budget, Frozen
 from athanor.computing.parts import Parts
 from athanor.schema import TrainConfig
@@ -122,8 +122,8 @@ def taken(shape: Shape, way: Way, dtype: mx.Dtype) -> Taken:
     ids = (np.arange(LENGTH + 1) % 1000).tolist()
     rows = [Tokens(ids, [place >= PROMPT * LENGTH for place in range(LENGTH + 1)])] * ROWS
     frozen = Frozen(Parts.of(model, trial(rows)), Budget(10**9, 0, Path()))
-    weights = model.trainable_parameters()
-    cut = frozen.cut_below(name for name, _ in tree_flatten(weights))
+    weights = trainable(model)
+    cut = frozen.cut_below(weights)
     forward = Forward(model, frozen.parts, frozen, cut, grad_checkpoint=way.grad_checkpoint)
     ready = forward.ready(rows)
     held = sum(one.nbytes for _, one in tree_flatten(model.parameters()))
@@ -132,7 +132,7 @@ def taken(shape: Shape, way: Way, dtype: mx.Dtype) -> Taken:
     mx.reset_peak_memory()
     start = mx.get_active_memory()
     mx.eval(forward.gradient(weights, ready))
-    learned = sum(one.size for _, one in tree_flatten(weights))
+    learned = sum(one.size for one in weights.values())
     return Taken(mx.get_peak_memory() - start, before, held, learned)
 
 

@@ -39,6 +39,7 @@ import athanor  # first: it says which BLAS mlx computes with
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2
 
 # isort: on
@@ -109,7 +110,7 @@ def make_model(folder: Path, layers: int) -> Path:
     mx.random.seed(0)
     model = qwen2.Model(qwen2.ModelArgs.from_dict(config))
     model.set_dtype(mx.float32 if models.on_cpu() else mx.bfloat16)
-    weights = dict(_flat(model.parameters()))
+    weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     return folder
 
@@ -290,7 +291,7 @@ def plain_losses(iters: int, double: bool) -> Iterator[float]:
     assert not keyed_dropouts(model)
     trainer = train.build(cfg, models.fresh(model), tokens, tokens)
     batches = Batches(tokens, cfg.train.batch_size, cfg.seed)
-    learner = trainer.learner
+    forward, learner = trainer.forward, trainer.learner
 
     def loss(model: nn.Module, inputs: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
         logits = model(inputs).astype(mx.float64 if double else mx.float32)
@@ -305,9 +306,10 @@ def plain_losses(iters: int, double: bool) -> Iterator[float]:
         for i, row in enumerate(batch.rows):
             ids[i, : len(row)], mask[i, : len(row)] = row.ids, row.supervised
         arrays = [mx.array(ids[:, :-1]), mx.array(ids[:, 1:]), mx.array(mask[:, 1:])]
-        model.update(learner.weights)
+        forward.put(learner.weights)
         total, gradient = with_gradient(model, *arrays)
-        learner.update(gradient, mx.array(1 / batch.tokens))
+        learner.add(tree_flatten(gradient, destination={}))
+        learner.update(mx.array(1 / batch.tokens))
         mx.eval(total, learner.weights, learner.optimizer.state)
         yield total.item() / batch.tokens
 
@@ -373,12 +375,6 @@ def compare(work: Work, args: argparse.Namespace, made: Path) -> str:
         f"{differ:.0e}" if differ is not None else "",
     ]
     return "  ".join(cells).rstrip()
-
-
-def _flat(tree: Any) -> list[tuple[str, Any]]:
-    from mlx.utils import tree_flatten
-
-    return list(tree_flatten(tree))
 
 
 def main() -> None:

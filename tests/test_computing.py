@@ -19,7 +19,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from athanor import models, settings, supervision, train
 from athanor.computing import losses, parts
-from athanor.computing.forward import Forward, trial
+from athanor.computing.forward import Forward, trainable, trial
 from athanor.computing.frozen import Budget, Frozen
 from athanor.computing.parts import Parts
 from athanor.silu import silu
@@ -113,10 +113,6 @@ def adapted(model: nn.Module, layers: int = 2) -> nn.Module:
     return model
 
 
-def names_of(model: nn.Module) -> list[str]:
-    return [name for name, _ in tree_flatten(model.trainable_parameters())]
-
-
 def plain(model: nn.Module, rows: list[Tokens] = ROWS) -> tuple[float, dict[str, mx.array]]:
     """Loss and gradient of whole rows, one by one, by mlx's own functions."""
 
@@ -136,7 +132,7 @@ def assert_same(
     found: tuple[mx.array, Any], expected: tuple[float, dict[str, mx.array]], rel: float = 1e-5
 ) -> None:
     assert found[0].item() == pytest.approx(expected[0], rel=rel)
-    gradient = dict(tree_flatten(found[1]))
+    gradient = found[1]
     assert gradient.keys() == expected[1].keys()
     size = max(float(mx.abs(one).max()) for one in expected[1].values())
     assert size > 0
@@ -150,18 +146,16 @@ def test_every_architecture_gives_what_the_whole_model_gives(name: str) -> None:
     model = adapted(made(name))
     frozen = Frozen(Parts.of(model, trial(ROWS)), PLENTY)
     assert (frozen.parts.whole is not None) is (name in WHOLE), frozen.parts.whole
-    assert frozen.cut_below(names_of(model)) == 2, frozen.parts.uncut
+    assert frozen.cut_below(trainable(model)) == 2, frozen.parts.uncut
     forward = Forward(model, frozen.parts, frozen, 2)
     expected = plain(model)
-    weights, ready = model.trainable_parameters(), forward.ready(ROWS)
+    weights, ready = trainable(model), forward.ready(ROWS)
     assert_same(forward.gradient(weights, ready), expected)
     assert forward.token_losses(ready).sum() == pytest.approx(expected[0], rel=1e-5)
     assert ready.given is not None
-    loss, gradient = forward._graph(
-        [value for _, value in tree_flatten(weights)], list(ready.batch), [ready.given]
-    )
+    loss, found = forward._graph(list(weights.values()), list(ready.batch), [ready.given])
     forward.put(weights)
-    assert_same((loss, forward._tree(gradient)), expected)
+    assert_same((loss, dict(zip(weights, found, strict=True))), expected)
 
 
 def test_a_head_that_is_trained_gets_its_gradient() -> None:
@@ -175,16 +169,15 @@ def test_a_head_that_is_trained_gets_its_gradient() -> None:
             layer: Any = dict(model.named_modules())[part]
             layer.lora_a, layer.lora_b = layer.lora_a + 0.01, layer.lora_b + 0.01
         frozen = Frozen(Parts.of(model, trial(ROWS)), PLENTY)
-        assert frozen.cut_below(names_of(model)) == 0
+        assert frozen.cut_below(trainable(model)) == 0
         forward = Forward(model, frozen.parts)
-        weights, ready = model.trainable_parameters(), forward.ready(ROWS)
+        weights, ready = trainable(model), forward.ready(ROWS)
         assert len(forward._beside) == (1 if name == "qwen2" else 2)
         expected = plain(model)
         assert_same(forward.gradient(weights, ready), expected)
-        values = [value for _, value in tree_flatten(weights)]
-        loss, gradient = forward._graph(values, list(ready.batch), [])
+        loss, found = forward._graph(list(weights.values()), list(ready.batch), [])
         forward.put(weights)
-        assert_same((loss, forward._tree(gradient)), expected)
+        assert_same((loss, dict(zip(weights, found, strict=True))), expected)
 
 
 class Layer(nn.Module):
@@ -249,14 +242,14 @@ def test_what_can_t_be_taken_apart_is_computed_whole_and_said(
     model.freeze()
     model.layers[-1].unfreeze()
     frozen = Frozen(Parts.of(model, trial(ROWS)), PLENTY)
-    cut = frozen.cut_below(names_of(model))
+    cut = frozen.cut_below(trainable(model))
     said = capsys.readouterr().err
     assert (frozen.parts.whole is None) is (whole is None)
     assert whole is None or whole in str(frozen.parts.whole)
     assert cut == (0 if uncut else 3)
     assert uncut is None or ("all layers are computed every time" in said and uncut in said)
     forward = Forward(model, frozen.parts, frozen, cut)
-    assert_same(forward.gradient(model.trainable_parameters(), forward.ready(ROWS)), plain(model))
+    assert_same(forward.gradient(trainable(model), forward.ready(ROWS)), plain(model))
 
 
 @contextmanager
@@ -418,7 +411,7 @@ def test_deeper_cuts_go_on_from_what_is_kept() -> None:
 
 def in_half(model: nn.Module) -> None:
     """Makes a base bfloat16, and what is learned float32, as models.make_trainable does."""
-    learned = set(names_of(model))
+    learned = set(trainable(model))
     model.update(
         tree_map_with_path(
             lambda name, one: one.astype(mx.float32 if name in learned else mx.bfloat16),
@@ -440,11 +433,11 @@ def test_half_precision_computes_in_half_and_learns_in_float32(method: str) -> N
         linear_to_lora_layers(model, 2, given, use_dora=method == "dora")
     expected = plain(model)
     in_half(model)
-    weights = model.trainable_parameters()
-    assert {one.dtype for _, one in tree_flatten(weights)} == {mx.float32}
+    weights = trainable(model)
+    assert {one.dtype for one in weights.values()} == {mx.float32}
     frozen = Frozen(Parts.of(model, trial(ROWS)), PLENTY)
     assert frozen.parts.whole is None
-    forward = Forward(model, frozen.parts, frozen, frozen.cut_below(names_of(model)))
+    forward = Forward(model, frozen.parts, frozen, frozen.cut_below(trainable(model)))
     assert forward.cut == 2
     assert forward.dtype == mx.bfloat16
     ready = forward.ready(ROWS)
@@ -452,13 +445,13 @@ def test_half_precision_computes_in_half_and_learns_in_float32(method: str) -> N
     assert ready.given.dtype == mx.bfloat16
     loss, gradient = forward.gradient(weights, ready)
     assert loss.dtype == mx.float32
-    assert {one.dtype for _, one in tree_flatten(gradient)} == {mx.float32}
-    computed = {one.dtype for _, one in tree_flatten(model.trainable_parameters())}
+    assert {one.dtype for one in gradient.values()} == {mx.float32}
+    computed = {one.dtype for one in trainable(model).values()}
     assert computed == {mx.bfloat16 if method == "full" else mx.float32}
     assert forward._hidden(ready.batch, ready.given).dtype == mx.bfloat16
     assert loss.item() == pytest.approx(expected[0], rel=2e-3)
     size = max(float(mx.abs(one).max()) for one in expected[1].values())
-    for name, one in tree_flatten(gradient):
+    for name, one in gradient.items():
         assert float(mx.abs(one - expected[1][name]).mean()) <= 0.01 * size, name
 
 
@@ -473,7 +466,7 @@ def test_adapters_compute_as_mlx_lm_has_them_in_half_precision(dora: bool) -> No
     forward = Forward.of(model, ROWS)
     batch = forward.ready(ROWS).batch
     before = forward._hidden(batch, None)
-    forward.put(model.trainable_parameters())
+    forward.put(trainable(model))
     assert mx.array_equal(before, forward._hidden(batch, None))
 
 
@@ -618,8 +611,8 @@ def test_logits_are_never_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(made("qwen2"))
     rows = [row(129, seed) for seed in range(8)]
     forward = Forward.of(model, rows)
-    weights, ready = model.trainable_parameters(), forward.ready(rows)
-    values = [value for _, value in tree_flatten(weights)]
+    weights, ready = trainable(model), forward.ready(rows)
+    values = list(weights.values())
     mx.eval(*ready.batch)
     monkeypatch.setattr(losses, "CHUNK", 2**20)
     peaks = []

@@ -10,11 +10,11 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_unflatten
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from athanor import files, fusing, models, parity, settings, sources, supervision
-from athanor.computing.forward import Forward
+from athanor.computing.forward import Forward, trainable
 from athanor.console import UserError
 from athanor.parity import Trained
 from athanor.schema import TrainConfig
@@ -84,12 +84,12 @@ def train(
             ready = forward.ready(rows)
             optimizer = optim.Adam(learning_rate=learning_rate)
             for _ in range(iters):
-                _, grads = forward.gradient(model.trainable_parameters(), ready)
-                optimizer.update(model, grads)
+                _, grads = forward.gradient(trainable(model), ready)
+                optimizer.update(model, tree_unflatten(grads))
                 mx.eval(model.parameters())
             folder = tmp_path_factory.mktemp("adapters")
             models.save_adapters(
-                dict(tree_flatten(model.trainable_parameters())),
+                trainable(model),
                 folder,
                 cfg,
                 sources.resolve(str(bases(name)), None),

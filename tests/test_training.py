@@ -20,7 +20,7 @@ from mlx_lm.tuner.datasets import CacheDataset, create_dataset
 from athanor import files, models, optimizers, schema, settings, supervision, templates, train
 from athanor.batches import Batch, Batches
 from athanor.checkpoints import Checkpoints
-from athanor.computing.forward import Forward, Ready, trial
+from athanor.computing.forward import Forward, Ready, trainable, trial
 from athanor.computing.frozen import Budget, Frozen
 from athanor.computing.parts import Parts
 from athanor.console import UserError
@@ -119,7 +119,7 @@ def trainer(fresh: Callable[..., nn.Module], tokens: list[Tokens]) -> Callable[.
 def begins_at_what_is_trained(model: nn.Module, rows: list[Tokens], **how: Any) -> Forward:
     """The model as a training has it: its frozen layers' part is computed once and kept."""
     frozen = Frozen(Parts.of(model, trial(rows)), Budget(10**9, 0, Path()))
-    trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    trained = trainable(model)
     return Forward(model, frozen.parts, frozen, frozen.cut_below(trained), **how)
 
 
@@ -203,11 +203,11 @@ def test_padding_and_prompts_move_no_parameter(
 ) -> None:
     """What stands at a padding position changes nothing; what a prompt asks for is not learned."""
     forward = begins_at_what_is_trained(fresh(method="full"), tokens)
-    weights = forward.model.trainable_parameters()
+    weights = trainable(forward.model)
 
     def flat_gradient(ready: Ready) -> np.ndarray:
         _, found = forward.gradient(weights, ready)
-        return np.concatenate([np.array(v).ravel() for _, v in tree_flatten(found)])
+        return np.concatenate([np.array(v).ravel() for v in found.values()])
 
     ready = forward.ready(tokens)
     inputs = ready.batch.inputs

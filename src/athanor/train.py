@@ -20,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-from mlx.utils import tree_flatten
 from omegaconf import OmegaConf
 
 from athanor import (
@@ -34,7 +33,7 @@ from athanor import (
     supervision,
 )
 from athanor.batches import Batches
-from athanor.computing.forward import Forward, trial
+from athanor.computing.forward import Forward, trainable, trial
 from athanor.computing.frozen import Budget, Frozen
 from athanor.computing.parts import Parts
 from athanor.paths import CHECKPOINTS, PARAMS, PREPARED, SPLITS, TRAINED, root
@@ -276,7 +275,7 @@ def build(
             model,
             frozen.parts,
             frozen,
-            frozen.cut_below(name for name, _ in tree_flatten(model.trainable_parameters())),
+            frozen.cut_below(trainable(model)),
             grad_checkpoint=train.grad_checkpoint,
             compile=compile,
         ),

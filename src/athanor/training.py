@@ -17,17 +17,17 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from athanor import console
 from athanor.batches import Batch
 from athanor.checkpoints import Checkpoint, Checkpoints
 from athanor.computing.dropouts import keyed_dropouts
-from athanor.computing.forward import Forward, Ready
+from athanor.computing.forward import Forward, Ready, trainable
 from athanor.console import UserError
 from athanor.evaluation import mean_loss
-from athanor.learner import Arrays, Learner, named
+from athanor.learner import Arrays, Learner
 from athanor.supervision import Tokens
 
 # So many updates without any gradient end a training, unless its loss in nats says that there is
@@ -134,14 +134,12 @@ class Trainer:
         self.state = State()
         self.best: Arrays = {}  # the weights after state.best_iteration
         self.dropouts = keyed_dropouts(forward.model)
-        self.learner = Learner(
-            forward.model.trainable_parameters(), optimizer, max_grad_norm, compile=compile
-        )
+        self.learner = Learner(trainable(forward.model), optimizer, max_grad_norm, compile=compile)
         self._next: tuple[Batch, Ready | None] | None = None
 
     def weights(self) -> Arrays:
         """What is learned, by its names."""
-        return dict(tree_flatten(self.learner.weights))
+        return dict(self.learner.weights)
 
     def resume(self) -> int:
         """Goes on from the latest whole checkpoint; returns its iteration, 0 without one."""
@@ -150,8 +148,7 @@ class Trainer:
             return 0
         self.state = State.from_json(found.state)
         self.learner.put_back(found.arrays["adapters"], found.arrays["optimizer"])
-        if summed := found.arrays.get("gradient"):
-            self.learner.gradient = named(self.learner.weights, summed)
+        self.learner.gradient = found.arrays.get("gradient")
         self.forward.put(self.learner.weights)
         self.best = found.arrays.get("best", {})
         return self.state.iteration
@@ -180,7 +177,8 @@ class Trainer:
             peaks.append(mx.get_peak_memory())
         mx.reset_peak_memory()
         with fits():
-            learner.update(gradient, mx.array(0.0))
+            learner.add(gradient)
+            learner.update(mx.array(0.0))
             mx.eval(learner.weights, learner.optimizer.state)
         learner.put_back(weights, moments)
         self.forward.put(learner.weights)
@@ -247,20 +245,18 @@ class Trainer:
         learner = self.learner
         with fits():
             loss, gradient = self._loss_and_gradient(ready)
-            if learner.gradient is not None:
-                gradient = tree_map(mx.add, gradient, learner.gradient)
+            learner.add(gradient)
             state.update_tokens += batch.tokens
             norm = None
             if iteration % self.grad_accumulation_steps == 0 or iteration == self.iters:
-                norm = learner.update(gradient, mx.array(self.world.size() / state.update_tokens))
-                gradient, state.update_tokens = None, 0
+                norm = learner.update(mx.array(self.world.size() / state.update_tokens))
+                state.update_tokens = 0
             loss = mx.distributed.all_sum(loss)
-            asked = [learner.weights, learner.optimizer.state, gradient, loss, norm]
+            asked = [learner.weights, learner.optimizer.state, learner.gradient, loss, norm]
             mx.async_eval(asked)
             if iteration < self.iters:  # while this one is computed
                 self._next = self._made_ready(iteration + 1)
             mx.eval(asked)
-        learner.gradient = gradient
         self.forward.put(learner.weights)
         if norm is not None:
             state.grad_norm = _number(norm)
@@ -281,9 +277,10 @@ class Trainer:
         batch = self.batches(iteration)
         return batch, self.forward.ready(batch.rows) if batch.rows else None
 
-    def _loss_and_gradient(self, ready: Ready | None) -> tuple[mx.array, Any]:
+    def _loss_and_gradient(self, ready: Ready | None) -> tuple[mx.array, Arrays]:
         if ready is None:
-            return mx.array(0.0), tree_map(mx.zeros_like, self.learner.weights)
+            weights = self.learner.weights
+            return mx.array(0.0), {name: mx.zeros_like(one) for name, one in weights.items()}
         return self.forward.gradient(self.learner.weights, ready)
 
     def _validate(self) -> None:
@@ -382,7 +379,7 @@ class Trainer:
         arrays = {
             "adapters": weights,
             "optimizer": dict(tree_flatten(self.learner.optimizer.state)),
-            "gradient": {} if gradient is None else dict(tree_flatten(gradient)),
+            "gradient": gradient or {},
             "best": self.best,
         }
         found = Checkpoint(

@@ -5,15 +5,15 @@ optimizers and sums belong to whoever asks. So trainings can share all of it.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_flatten
 
 from athanor.batches import Supervised, padded
 from athanor.computing import losses
@@ -21,7 +21,7 @@ from athanor.computing.frozen import Frozen
 from athanor.computing.parts import Parts
 from athanor.supervision import Tokens
 
-Weights = Any  # a tree of arrays, as model.trainable_parameters() is
+Weights = dict[str, mx.array]  # by the names of a model's parameters
 
 # With mx.compile shapes are rounded up to multiples of this, as mlx-lm does: each is compiled once.
 ROUNDED = 32
@@ -65,7 +65,8 @@ class Forward:
         self.grad_checkpoint, self.compile = grad_checkpoint, compile
         self.cut = cut if frozen is not None else 0
         self.dtype = computed_in(model)
-        self._names = [name for name, _ in tree_flatten(model.trainable_parameters())]
+        self._places = {name: self._place(name) for name in trainable(model)}
+        self._names = list(self._places)
         # Of the trained weights those that the head may hang on.
         self._beside = [i for i, name in enumerate(self._names) if not self.parts.in_layers(name)]
         self._graph = self._in_one_graph
@@ -88,14 +89,16 @@ class Forward:
 
     def put(self, weights: Weights) -> None:
         """Makes these the model's weights, in what it computes in."""
-        self.model.update(tree_map_with_path(self._as_computed, weights))
+        for name, weight in weights.items():
+            holder, key, dtype = self._places[name]
+            holder[key] = weight if dtype is None else weight.astype(dtype)
 
     def gradient(self, weights: Weights, ready: Ready) -> tuple[mx.array, Weights]:
         """The summed loss of a batch in nats, and its gradient by the weights, yet to be evaluated.
 
         The model's own weights are these afterwards.
         """
-        values = [value for _, value in tree_flatten(weights)]
+        values = [weights[name] for name in self._names]
         kinds = {type(layer) for layer in self.model.layers[self.cut :]}
         with ExitStack() as stack:
             for kind in kinds if self.grad_checkpoint else ():
@@ -106,7 +109,7 @@ class Forward:
                 given = [] if ready.given is None else [ready.given]
                 loss, gradients = self._graph(values, list(ready.batch), given)
         self.put(weights)
-        return loss, self._tree(gradients)
+        return loss, dict(zip(self._names, gradients, strict=True))
 
     def token_losses(self, ready: Ready) -> np.ndarray:
         """The cross-entropy in nats of each supervised token, by the model's own weights."""
@@ -115,15 +118,15 @@ class Forward:
         found = losses.of_each(self.parts.head, hidden, batch.targets, self.parts.vocabulary)
         return found[np.array(batch.counts) > 0]
 
-    def _as_computed(self, name: str, weight: mx.array) -> mx.array:
+    def _place(self, name: str) -> tuple[Any, int | str, mx.Dtype | None]:
+        """What has a weight, its name there, and what it is rounded to, if it is."""
+        *path, last = (int(part) if part.isdecimal() else part for part in name.split("."))
+        holder: Any = self.model
+        for key in path:
+            holder = holder[key]
         keeps = getattr(self.model, "cast_predicate", None)  # mlx-lm: what must stay as it is
-        own = name.rpartition(".")[2] not in ADAPTERS and (keeps is None or keeps(name))
-        return weight.astype(self.dtype) if own else weight
-
-    def _tree(self, values: Sequence[mx.array], places: Sequence[int] | None = None) -> Weights:
-        """Weights or gradients under their names: all, or those at some places."""
-        names = self._names if places is None else [self._names[place] for place in places]
-        return tree_unflatten(list(zip(names, values, strict=True)))
+        own = last not in ADAPTERS and (keeps is None or keeps(name))
+        return holder, last, self.dtype if own else None
 
     def _hidden(self, batch: Supervised, given: mx.array | None) -> mx.array:
         """What the head is given at the supervised positions, n × width."""
@@ -132,7 +135,8 @@ class Forward:
 
     def _head(self, hidden: mx.array, *beside: mx.array) -> mx.array:
         if beside:
-            self.put(self._tree(beside, self._beside))
+            names = [self._names[place] for place in self._beside]
+            self.put(dict(zip(names, beside, strict=True)))
         return self.parts.head(hidden)
 
     def _in_two(self, values: list[mx.array], ready: Ready) -> tuple[mx.array, list[mx.array]]:
@@ -144,7 +148,7 @@ class Forward:
         batch = ready.batch
 
         def through(*values: mx.array) -> mx.array:
-            self.put(self._tree(values))
+            self.put(dict(zip(self._names, values, strict=True)))
             return self._hidden(batch, ready.given)
 
         back = mx.zeros((len(batch.targets), self.parts.width), self.dtype)
@@ -167,7 +171,7 @@ class Forward:
         batch = Supervised(*arrays)
 
         def loss(values: list[mx.array]) -> mx.array:
-            self.put(self._tree(values))
+            self.put(dict(zip(self._names, values, strict=True)))
             hidden = self._hidden(batch, given[0] if given else None)
             beside = [values[place] for place in self._beside]
             return losses.summed(
@@ -184,9 +188,14 @@ def trial(rows: list[Tokens]) -> mx.array:
     return mx.array([found[place % len(found)] for place in range(16)]).reshape(2, 8)
 
 
+def trainable(model: nn.Module) -> Weights:
+    """What is trained of a model."""
+    return cast(Weights, tree_flatten(model.trainable_parameters(), destination={}))
+
+
 def computed_in(model: nn.Module) -> mx.Dtype:
     """What a model computes in: that of its frozen weights, or of all where none is frozen."""
-    trained = {name for name, _ in tree_flatten(model.trainable_parameters())}
+    trained = trainable(model)
     found = Counter(
         value.dtype
         for name, value in tree_flatten(model.parameters())
