@@ -24,6 +24,7 @@ from athanor.computing.frozen import Budget, Frozen
 from athanor.computing.parts import Parts
 from athanor.silu import silu
 from athanor.supervision import Tokens
+from athanor.training import Trainer
 
 PLENTY = Budget(10**9, 0, Path())
 
@@ -347,6 +348,38 @@ def test_a_frozen_layer_runs_once_a_row_whatever_epochs_and_points(
             expected[names[place]] += len(tokens)
         assert ran == expected
         assert positions[0] == asked
+
+
+def test_the_memory_of_a_training_is_predicted_once_a_shape(
+    tiny: Path,
+    tokens: list[Tokens],
+    config: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of six points, three numbers of layers by two rates."""
+    base, _ = models.load(tiny)
+    predicted = Trainer.predicted_peak
+    found: list[int] = []
+
+    def counted(self: Trainer, *given: Any) -> int:
+        found.append(predicted(self, *given))
+        return found[-1]
+
+    monkeypatch.setattr(Trainer, "predicted_peak", counted)
+    peaks: dict[str, int] = {}
+    said: list[str] = []
+    for rate in (1e-4, 1e-3):
+        for number in (1, 3, 6):
+            cfg = config(num_layers=number, learning_rate=rate)
+            model = models.fresh(base)
+            models.make_trainable(model, cfg.train, cfg.seed)
+            trainer = train.build(cfg, model, tokens, tokens)
+            train._begin(cfg, trainer, tokens, tmp_path / "kept", said.append, peaks)
+    assert list(peaks.values()) == found
+    assert len(found) == 3
+    assert found[0] < found[1] < found[2]
+    assert said[:3] == said[3:]
 
 
 def test_nothing_is_kept_below_a_first_layer_that_learns(

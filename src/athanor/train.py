@@ -67,6 +67,9 @@ DECIDING = (
 # The param that says how many layers are trained, where train.num_layers can be -1 for all.
 LAYERS = "trained_layers"
 
+# What the memory that a training needs does not depend on.
+TAKES_NO_MEMORY = {"seed", "train.learning_rate", "train.iters", "train.epochs", "train.warmup"}
+
 # What depends on the machine's mood and so is in metrics.json and MLflow, not in history.csv.
 MEASURED = {"iterations_per_second", "tokens_per_second", "peak_memory", "active_memory"}
 
@@ -164,14 +167,15 @@ def fit(
     kept: checkpoints.Checkpoints,
     *,
     frozen: Frozen | None = None,
+    peaks: dict[str, int] | None = None,
     on_point: Callable[[Point], None],
     say: Callable[[str], None],
 ) -> dict[str, float]:
     """Trains `model` in place, and writes adapters, history.csv and metrics.json to `out`.
 
     Goes on from `kept`, where there is something; `on_point` is told of the metrics from before,
-    too. `frozen` is what the base has computed already, where other trainings share it. Returns the
-    last of every metric.
+    too. Where other trainings share the base, `frozen` is what it has computed already, and `peaks`
+    what was predicted of their memory. Returns the last of every metric.
 
     Raises:
         UserError: when the training diverges or does not fit into the memory.
@@ -204,7 +208,7 @@ def fit(
             on_iteration=lambda iteration: bar.update(task, completed=iteration),
         )
         bar.update(task, total=trainer.iters)
-        _begin(cfg, trainer, tokens["train"], kept.folder, say)
+        _begin(cfg, trainer, tokens["train"], kept.folder, say, {} if peaks is None else peaks)
         for point in trainer.state.points:
             on_point(point)
         trainer.run()
@@ -402,13 +406,21 @@ def _begin(
     rows: list[Tokens],
     folder: Path,
     say: Callable[[str], None],
+    peaks: dict[str, int],
 ) -> None:
-    """Says what the training is, and goes on from its checkpoint where there is one."""
+    """Says what the training is, and goes on from its checkpoint where there is one.
+
+    `peaks` are those of trainings on the same rows and base, by what theirs depends on.
+    """
     import mlx.core as mx
 
     trainable, total = models.parameter_counts(trainer.forward.model)
     limit = models.memory_limit()
-    peak = trainer.predicted_peak(max(rows, key=len), min(cfg.train.batch_size, len(rows)))
+    shape = checkpoints.key({k: v for k, v in _params(cfg).items() if k not in TAKES_NO_MEMORY})
+    if shape not in peaks:
+        longest, count = max(rows, key=len), min(cfg.train.batch_size, len(rows))
+        peaks[shape] = trainer.predicted_peak(longest, count)
+    peak = peaks[shape]
     # What one iteration frees, the next can have; more than that is kept from others for nothing.
     mx.set_cache_limit(peak)
     say(

@@ -12,6 +12,7 @@ Hydra calls `run` for each point: in this process, in others side by side (jobli
 machines (submitit). What the points share is loaded once a process.
 """
 
+import copy
 import gc
 import hashlib
 import json
@@ -21,7 +22,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,12 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the points share in memory; nothing here is changed by one of them."""
+    """What the points share in memory; no result of one depends on what others add to it.
 
-    train: Any
+    `cfg` is the sweep's own, before any point changes it; `peaks` are train.fit's.
+    """
+
+    cfg: Config
     base: Prepared
     model: Any
     frozen: Frozen
@@ -113,10 +117,12 @@ class Loaded:
     tokens: dict[str, list[Tokens]]
     splits: dict[str, Split]
     outcomes: dict[str, Outcome]
+    peaks: dict[str, int] = field(default_factory=dict)
 
     def frozen_for(self, cfg: Config) -> Frozen | None:
         """What the frozen layers made, for a point that computes them as the sweep's base says."""
-        one, other = ((it.reuse_activations, it.compile) for it in (cfg.train, self.train))
+        pair = (cfg.train, self.cfg.train)
+        one, other = ((it.reuse_activations, it.compile) for it in pair)
         return self.frozen if one == other else None
 
     @property
@@ -134,7 +140,7 @@ def loaded(folder: Path) -> Loaded:
     model, tokenizer = base.load()
     splits = test.splits_of(cfg, base, tokenizer, rows)
     tokens = {split: splits[split].tokens for split in SEEN}
-    frozen = train.freeze(cfg, model, tokens["train"], _cuts(folder, len(model.layers)))
+    frozen = train.freeze(cfg, model, tokens["train"], _cuts(cfg, folder, len(model.layers)))
     path = folder / "base.json"
     if path.exists():
         outcomes = {
@@ -149,14 +155,13 @@ def loaded(folder: Path) -> Loaded:
             model, tokenizer, splits, who="base", forward=forward, **test.how(cfg)
         )
         files.write_json(path, {split: asdict(outcome) for split, outcome in outcomes.items()})
-    return Loaded(cfg.train, base, model, frozen, tokenizer, tokens, splits, outcomes)
+    return Loaded(cfg, base, model, frozen, tokenizer, tokens, splits, outcomes)
 
 
-def _cuts(folder: Path, layers: int) -> list[int]:
+def _cuts(cfg: Config, folder: Path, layers: int) -> list[int]:
     """The first trained layers of the points of the sweep in `folder`, as far as they are known."""
     swept = dict(files.read_json(folder / "about.json")["swept"])
-    layers_of_all = settings.read(folder / "params.yaml").train.num_layers
-    numbers = swept.get("train.num_layers", [str(layers_of_all)])
+    numbers = swept.get("train.num_layers", [str(cfg.train.num_layers)])
     found = {layers - int(number) for number in numbers if number.isdecimal()}
     return sorted(cut for cut in found if cut > 0)
 
@@ -201,7 +206,7 @@ def _parsed(key: str, overrides: dict[str, str]) -> Any:
     return OverridesParser.create().parse_override(f"{key}={overrides[key]}").value()
 
 
-def _refuse_changed(sweep: Sweep, decides: dict[str, Any], cfg: Config) -> None:
+def _refuse_changed(sweep: Sweep, decides: dict[str, Any], cfg: Config, shared: Loaded) -> None:
     """Stops where a file was changed while the sweep ran: rows and code in memory are the former.
 
     Raises:
@@ -213,7 +218,7 @@ def _refuse_changed(sweep: Sweep, decides: dict[str, Any], cfg: Config) -> None:
         for key in ("data", "model", "code", "libraries", "device", "end")
         if json.loads(json.dumps(decides[key])) != about[key]
     ]
-    began = settings.flat(settings.read(sweep.folder / "params.yaml"))
+    began = settings.flat(shared.cfg)
     if set(sweep.keys) <= set(schema.all_keys()):  # of a group any key may have changed
         changed += [
             key
@@ -229,7 +234,7 @@ def _refuse_changed(sweep: Sweep, decides: dict[str, Any], cfg: Config) -> None:
 
 def _point(sweep: Sweep, number: int, values: dict[str, Any], cfg: Config, shared: Loaded) -> float:
     decides = train.what_decides(cfg, shared.base)
-    _refuse_changed(sweep, decides, cfg)
+    _refuse_changed(sweep, decides, cfg, shared)
     digest = checkpoints.key(decides)
     folder = points() / digest
     resumed = root() / CHECKPOINTS / digest
@@ -313,6 +318,7 @@ def _train(
             folder,
             kept,
             frozen=shared.frozen_for(cfg),
+            peaks=shared.peaks,
             on_point=tell,
             say=lambda text: None,
         )
@@ -345,9 +351,9 @@ def _examined(
 
 def test_chosen(sweep: Sweep, note: dict[str, Any]) -> results.Point:
     """Tests the chosen point's adapters on the rows of `test`, too, and adds that to its run."""
-    cfg = settings.read(sweep.folder / "params.yaml")
-    cfg.seed = note["seed"]
     shared = loaded(sweep.folder)
+    cfg = copy.deepcopy(shared.cfg)
+    cfg.seed = note["seed"]
     folder = points() / note["digest"]
     seen = _examined(cfg, shared, folder, folder / note["tested"], SEEN)
     out = folder / f"{note['tested']}-chosen"
