@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from athanor import models, settings, supervision, train
+from athanor.batches import Supervised
 from athanor.computing import losses, parts
 from athanor.computing.forward import Forward, trainable, trial
 from athanor.computing.frozen import Budget, Frozen
@@ -625,17 +626,18 @@ def test_loss_and_gradient_are_those_of_float64(
     def head(hidden: mx.array) -> mx.array:
         return hidden * 1.0
 
-    given = [mx.array(one) for one in (logits, targets, counts)]
-    total, gradient, _ = losses.evaluated(head, given[0], [], given[1], given[2], 31)
-    in_graph, other = mx.value_and_grad(
-        lambda hidden: losses.summed(head, hidden, [], given[1], given[2], 31)
-    )(given[0])
+    given, places = mx.array(logits), mx.arange(10)
+    batch = Supervised(places, places, mx.array(targets), mx.array(counts))
+    total, gradient, _ = losses.evaluated(head, given, [], batch, 31)
+    in_graph, other = mx.value_and_grad(lambda hidden: losses.summed(head, hidden, [], batch, 31))(
+        given
+    )
     assert np.array(total) == pytest.approx((expected * counts).sum(), rel=1e-6)
     assert np.array(in_graph) == pytest.approx(np.array(total), rel=1e-2 if scale == 8.0 else 1e-6)
     for found in (gradient, other):
         np.testing.assert_allclose(found, softmax * counts[:, None], atol=1e-6)
-    each = losses.of_each(head, given[0], given[1], 31)
-    np.testing.assert_allclose(each, expected, rtol=1e-6, atol=1e-9)
+    each = losses.of_each(head, given, batch, 31)
+    np.testing.assert_allclose(each, expected[counts > 0], rtol=1e-6, atol=1e-9)
 
 
 def test_logits_are_never_all_there(monkeypatch: pytest.MonkeyPatch) -> None:

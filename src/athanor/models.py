@@ -1,6 +1,7 @@
 """Base models in memory: loading them, what is trained on them, and how that is kept."""
 
 import copy
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -42,7 +43,7 @@ def compile_kernels(on: bool) -> None:
 
     from athanor import silu
 
-    silu.use(not on)
+    silu.use(not on and sys.platform == "linux")
     if on:
         mx.enable_compile()
     else:

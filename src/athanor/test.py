@@ -295,7 +295,7 @@ def main() -> None:
 
 
 def _as_trained(model: nn.Module, rows: list[Tokens]) -> Forward:
-    """The model as its training computed it, to the same bytes: what is frozen, a row at a time."""
+    """The model as its training computes it: what is frozen, a row at a time."""
     frozen = Frozen(Parts.of(model, trial(rows)), Budget(0, 0, TESTED))
     cut = frozen.cut_below(models.adapter_names(TRAINED / "adapters"))
     return Forward(model, frozen.parts, frozen, cut)

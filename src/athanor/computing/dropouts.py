@@ -26,12 +26,18 @@ class KeyedDropout(nn.Module):
         return mx.random.bernoulli(self._keep, x.shape, key=self._key) * x * (1 / self._keep)
 
 
+def drops(module: nn.Module) -> bool:
+    """Whether a module drops anything out, by itself."""
+    plain = isinstance(module, nn.Dropout) and module._p_1 < 1
+    return plain or isinstance(module, KeyedDropout)
+
+
 def keyed_dropouts(model: nn.Module) -> list[KeyedDropout]:
     """Puts a KeyedDropout in the place of each nn.Dropout that drops anything; returns them."""
     found = {
         name: KeyedDropout(module._p_1)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Dropout) and module._p_1 < 1
+        if isinstance(module, nn.Dropout) and drops(module)
     }
     if found:
         model.update_modules(tree_unflatten(list(found.items())))

@@ -115,8 +115,7 @@ class Forward:
         """The cross-entropy in nats of each supervised token, by the model's own weights."""
         batch = ready.batch
         hidden = self._hidden(batch, ready.given)
-        found = losses.of_each(self.parts.head, hidden, batch.targets, self.parts.vocabulary)
-        return found[np.array(batch.counts) > 0]
+        return losses.of_each(self.parts.head, hidden, batch, self.parts.vocabulary)
 
     def _place(self, name: str) -> tuple[Any, int | str, mx.Dtype | None]:
         """What has a weight, its name there, and what it is rounded to, if it is."""
@@ -157,7 +156,7 @@ class Forward:
         mx.eval(hidden)
         beside = [values[place] for place in self._beside]
         loss, by_hidden, by_beside = losses.evaluated(
-            self._head, hidden, beside, batch.targets, batch.counts, self.parts.vocabulary
+            self._head, hidden, beside, batch, self.parts.vocabulary
         )
         np.array(back, copy=False)[...] = np.array(by_hidden, copy=False)
         for place, gradient in zip(self._beside, by_beside, strict=True):
@@ -174,9 +173,7 @@ class Forward:
             self.put(dict(zip(self._names, values, strict=True)))
             hidden = self._hidden(batch, given[0] if given else None)
             beside = [values[place] for place in self._beside]
-            return losses.summed(
-                self._head, hidden, beside, batch.targets, batch.counts, self.parts.vocabulary
-            )
+            return losses.summed(self._head, hidden, beside, batch, self.parts.vocabulary)
 
         found: tuple[mx.array, list[mx.array]] = mx.value_and_grad(loss)(values)
         return found

@@ -16,6 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from athanor.batches import Supervised
+
 # Bytes of float32 logits at a time.
 CHUNK = 1 << 27
 
@@ -28,9 +30,9 @@ def chunks(positions: int, vocabulary: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, positions, size))
 
 
-def of_each(head: Head, hidden: mx.array, targets: mx.array, vocabulary: int) -> np.ndarray:
-    """The cross-entropy of each target in nats, n of them, for hidden, n × width."""
-    found = []
+def of_each(head: Head, hidden: mx.array, batch: Supervised, vocabulary: int) -> np.ndarray:
+    """The cross-entropy in nats of each target that counts, for hidden, n × width."""
+    found, targets = [], batch.targets
     for piece in chunks(len(targets), vocabulary):
         logits = head(hidden[piece]).astype(mx.float32)
         if in_numpy():
@@ -38,7 +40,7 @@ def of_each(head: Head, hidden: mx.array, targets: mx.array, vocabulary: int) ->
         else:
             losses = np.array(nn.losses.cross_entropy(logits, targets[piece]))
         found.append(losses)
-    return np.concatenate(found)
+    return np.concatenate(found)[np.array(batch.counts) > 0]
 
 
 def in_numpy() -> bool:
@@ -50,8 +52,7 @@ def evaluated(
     head: Head,
     hidden: mx.array,
     weights: list[mx.array],
-    targets: mx.array,
-    counts: mx.array,
+    batch: Supervised,
     vocabulary: int,
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
     """On a CPU: the summed loss in nats, and its gradients by hidden and by the head's weights.
@@ -59,9 +60,8 @@ def evaluated(
     Args:
         head: the logits of hidden and weights.
         hidden: n × width, evaluated.
-        targets: n tokens.
-        counts: n numbers, 1 for a target that counts and 0 for one that does not.
     """
+    targets, counts = batch.targets, batch.counts
     total, by_hidden = 0.0, []
     by_weights: list[mx.array] = [mx.zeros_like(weight) for weight in weights]
     for piece in chunks(len(targets), vocabulary):
@@ -103,8 +103,7 @@ def summed(
     head: Head,
     hidden: mx.array,
     weights: list[mx.array],
-    targets: mx.array,
-    counts: mx.array,
+    batch: Supervised,
     vocabulary: int,
 ) -> mx.array:
     """The summed loss in nats, to be differentiated by mlx; arguments as for `evaluated`.
@@ -112,6 +111,7 @@ def summed(
     The gradients are computed with the loss, chunk after chunk, and only scaled when they are asked
     for. No second derivative.
     """
+    targets, counts = batch.targets, batch.counts
 
     def of_piece(
         hidden: mx.array, weights: list[mx.array], targets: mx.array, counts: mx.array

@@ -16,6 +16,8 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from athanor.computing.dropouts import drops
+
 # How far two computations of the same may be apart, of the largest value at a position: in one and
 # the same shape, and in others, summed in another order (float32 products on a GPU may be TF32).
 SAME_SHAPE = {mx.float32: 1e-6, mx.float16: 1e-3, mx.bfloat16: 1e-3}
@@ -151,9 +153,7 @@ class Parts:
         for place in cuts:
             layers[place] = noting(place, layers[place])
         layers[last + 1 :] = [_StandIn(layer, _handed_on) for layer in layers[last + 1 :]]
-        self._with_layers(layers)(
-            ids, None
-        )  # nothing is computed yet, and of this only what was noted
+        self._with_layers(layers)(ids, None)  # a graph only, of which what was noted is computed
         if set(noted) != set(cuts):
             raise Misfit("its layers are not the ones that it computes")
         return noted
@@ -182,10 +182,8 @@ class Parts:
 
     def _try_cut(self, cut: int) -> None:
         ids = self.tried_on
-        dropouts = [
-            layer for place, layer in enumerate(self._layers()) if place < cut and drops(layer)
-        ]
-        if dropouts or _drops_around(self.model):
+        above = {id(module) for layer in self._layers()[cut:] for module in layer.modules()}
+        if any(drops(module) for module in self.model.modules() if id(module) not in above):
             raise Misfit("it drops out below the cut")
         given = self.lower(ids, [cut])[cut]
         # What a layer remembers of these tokens must not be what it is compared with.
@@ -197,18 +195,17 @@ class Parts:
         _refuse_other(alone, given[:1, :short], OTHER_SHAPE, "a row depends on its company")
 
     def _found_body(self) -> Any:
-        if self.whole is not None:
-            return self.model
+        return self.model if self.whole is not None else self._holder()
+
+    def _holder(self) -> Any:
+        """The module that has the layers."""
         found: Any = self.model
         for name in self.path:
             found = found[name]
         return found
 
     def _layers(self) -> list[Any]:
-        found: Any = self.model
-        for name in self.path:
-            found = found[name]
-        return list(found[self.key])
+        return list(self._holder()[self.key])
 
     def _with_body(self, body: Any) -> Any:
         """The model with another body; everything else is shared."""
@@ -221,10 +218,7 @@ class Parts:
 
     def _with_layers(self, layers: list[Any]) -> Any:
         """The body with other layers; everything else is shared."""
-        holder: Any = self.model
-        for name in self.path:
-            holder = holder[name]
-        body = _over(holder, self.key, layers)
+        body = _over(self._holder(), self.key, layers)
         return body if self.whole is None else self._with_body(body)
 
 
@@ -239,20 +233,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         if before:
             model.train()
-
-
-def drops(module: nn.Module) -> bool:
-    """Whether anything in a module drops out."""
-    return any(isinstance(part, nn.Dropout) and part._p_1 < 1 for part in module.modules())
-
-
-def _drops_around(model: nn.Module) -> bool:
-    inside = {id(module) for layer in model.layers for module in layer.modules()}
-    return any(
-        isinstance(module, nn.Dropout) and module._p_1 < 1
-        for module in model.modules()
-        if id(module) not in inside
-    )
 
 
 def _place_of_layers(model: nn.Module) -> tuple[tuple[str, ...], str]:

@@ -173,6 +173,13 @@ class Run:
         self._journal.append(said)
         self._said.put(said)
 
+    def _heard(self, seconds: float | None) -> "list[Said | None]":
+        """What is said next, if anything is within so many seconds."""
+        try:
+            return [self._said.get(timeout=seconds)]
+        except queue.Empty:
+            return []
+
     def _work(self) -> None:
         waiting: deque[Said] = deque()
         sender, more = Sender(self._journal.folder, goes_on=True), True
@@ -180,16 +187,12 @@ class Run:
         swept, failures, not_before = False, 0, 0.0
         while more:
             pause = max(0.0, not_before - time.monotonic()) if waiting else None
-            try:
-                said = self._said.get(timeout=pause)
-            except queue.Empty:
-                pass  # nothing was said since: time to send what waits
-            else:
+            for said in self._heard(pause):
                 more = said is not None
                 if said is not None:
                     waiting.append(said)
-                if more and (not self._said.empty() or time.monotonic() < not_before):
-                    continue
+            if more and (not self._said.empty() or time.monotonic() < not_before):
+                continue
             try:
                 if not swept:
                     # First, because a training's record may be among it, to which this one adds.
