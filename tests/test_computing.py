@@ -383,6 +383,41 @@ def test_the_memory_of_a_training_is_predicted_once_a_shape(
     assert said[:3] == said[3:]
 
 
+class Wide(nn.Module):
+    """Another kind of layer than Layer."""
+
+    ran = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def __call__(self, h: mx.array) -> mx.array:
+        Wide.ran += 1
+        return h + self.down(nn.relu(self.up(h)))
+
+
+def test_layers_of_every_kind_are_computed_again_with_grad_checkpoint() -> None:
+    model = Small()
+    model.body.layers[1], model.body.layers[3] = Wide(), Wide()
+    model.freeze()
+    for layer in model.layers[1:]:
+        layer.unfreeze()
+    frozen = Frozen(Parts.of(model, trial(ROWS)), PLENTY)
+    expected = plain(model)
+    before: list[Any] = [Layer.__call__, Wide.__call__]
+    counts = []
+    for again in (False, True):
+        forward = Forward(model, frozen.parts, frozen, 1, grad_checkpoint=again)
+        ready = forward.ready(ROWS)
+        Wide.ran = 0
+        assert_same(forward.gradient(trainable(model), ready), expected)
+        counts.append(Wide.ran)
+    assert counts == [2, 4]
+    after: list[Any] = [Layer.__call__, Wide.__call__]
+    assert after == before
+
+
 def test_nothing_is_kept_below_a_first_layer_that_learns(
     tiny: Path, tokens: list[Tokens], config: Callable[..., Any]
 ) -> None:
