@@ -297,6 +297,27 @@ def test_gradients_are_clipped_to_their_limit(trainer: Callable[..., Trainer]) -
     assert distance(clipped) == pytest.approx(0.5, rel=1e-3)
 
 
+def test_an_update_can_have_the_memory_of_the_gradient(trainer: Callable[..., Trainer]) -> None:
+    """What is trained whole is the larger part of its memory: a set too many would be seen."""
+    one = trainer(iters=3, method="full", batch_size=1)
+    learner, update = one.learner, one.learner.update
+    size = sum(array.nbytes for array in learner.weights.values())
+    before: list[int] = []
+
+    def watched(scale: mx.array) -> mx.array:
+        mx.eval(learner.gradient)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before.append(mx.get_active_memory())
+        return update(scale)
+
+    learner.update = watched  # type: ignore[method-assign]
+    sets: list[float] = []
+    one.on_iteration = lambda _: sets.append((mx.get_peak_memory() - before[-1]) / size)
+    one.run()
+    assert max(sets[1:]) < 2.2  # in the first, what the model was loaded with is there, too
+
+
 def test_grad_checkpoint_saves_memory_and_changes_no_result(
     trainer: Callable[..., Trainer],
 ) -> None:

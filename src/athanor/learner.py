@@ -11,9 +11,9 @@ from mlx.utils import tree_map, tree_map_with_path
 
 Arrays = dict[str, mx.array]
 
-# Arrays of up to so many bytes are updated as one, together with as many as make PACK.
-SMALL = 1 << 20
-PACK = 1 << 26
+# Bytes of the arrays that are updated as one: enough that an operation is more than its start, and
+# so few that they stay in a processor's cache, and that the sum of their squares is exact to 1e-5.
+PACK = 1 << 18
 
 
 class Learner:
@@ -66,8 +66,8 @@ class Learner:
 
     def put_back(self, weights: Arrays, moments: Arrays) -> None:
         """Makes these, by their names, the weights and the optimizer's state."""
-        self.weights = {name: weights[name] for name in self.weights}
         self._packed = self._pack(weights)
+        self.weights = self._unpack(self._packed)  # as an update leaves them
         # In place: the compiled update holds on to this tree.
         self.optimizer.state.update(_named(self.optimizer.state, moments))
 
@@ -102,7 +102,7 @@ class Learner:
 
 
 def packs(weights: Arrays) -> list[list[str]]:
-    """Names of weights that are updated as one array: small ones of one dtype together.
+    """Names of weights that are updated as one array: small ones of one dtype, up to PACK.
 
     Adapters are hundreds of small arrays, and an update has some 17 operations for each, of which
     every one costs a few µs on a CPU, or a kernel on a GPU, however few numbers it has.
@@ -110,9 +110,6 @@ def packs(weights: Arrays) -> list[list[str]]:
     found: list[list[str]] = []
     begun: dict[mx.Dtype, list[str]] = {}
     for name, weight in weights.items():
-        if weight.nbytes > SMALL:
-            found.append([name])
-            continue
         pack = begun.get(weight.dtype)
         if pack is None or sum(weights[one].nbytes for one in pack) + weight.nbytes > PACK:
             pack = begun[weight.dtype] = []

@@ -67,8 +67,18 @@ DECIDING = (
 # The param that says how many layers are trained, where train.num_layers can be -1 for all.
 LAYERS = "trained_layers"
 
-# What the memory that a training needs does not depend on.
-TAKES_NO_MEMORY = {"seed", "train.learning_rate", "train.iters", "train.epochs", "train.warmup"}
+# Keys that sweeps go over and that the memory of a training does not depend on.
+TAKES_NO_MEMORY = {
+    "seed",
+    "train.learning_rate",
+    "train.lr_schedule",
+    "train.lr_end",
+    "train.warmup",
+    "train.max_grad_norm",
+    "train.iters",
+    "train.epochs",
+    "train.patience",
+}
 
 # What depends on the machine's mood and so is in metrics.json and MLflow, not in history.csv.
 MEASURED = {"iterations_per_second", "tokens_per_second", "peak_memory", "active_memory"}
@@ -414,7 +424,7 @@ def _begin(
     """
     import mlx.core as mx
 
-    trainable, total = models.parameter_counts(trainer.forward.model)
+    learned, total = models.parameter_counts(trainer.forward.model)
     limit = models.memory_limit()
     shape = checkpoints.key({k: v for k, v in _params(cfg).items() if k not in TAKES_NO_MEMORY})
     if shape not in peaks:
@@ -424,7 +434,7 @@ def _begin(
     # What one iteration frees, the next can have; more than that is kept from others for nothing.
     mx.set_cache_limit(peak)
     say(
-        f"train {cfg.train.method}: {trainable:,} of {total:,} parameters, "
+        f"train {cfg.train.method}: {learned:,} of {total:,} parameters, "
         f"{trainer.iters} iterations, on {models.device()}; the longest batch needs about "
         f"{peak / 1e9:.2f} of {limit / 1e9:.1f} GB"
     )

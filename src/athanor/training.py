@@ -175,9 +175,10 @@ class Trainer:
                 _, gradient = self.forward.gradient(learner.weights, ready)
                 mx.eval(gradient)
             peaks.append(mx.get_peak_memory())
+        learner.add(gradient)
+        del gradient
         mx.reset_peak_memory()
         with fits():
-            learner.add(gradient)
             learner.update(mx.array(0.0))
             mx.eval(learner.weights, learner.optimizer.state)
         learner.put_back(weights, moments)
@@ -246,6 +247,7 @@ class Trainer:
         with fits():
             loss, gradient = self._loss_and_gradient(ready)
             learner.add(gradient)
+            del gradient  # an update can have its memory
             state.update_tokens += batch.tokens
             norm = None
             if iteration % self.grad_accumulation_steps == 0 or iteration == self.iters:
