@@ -1,6 +1,7 @@
 """What a training takes in memory, for Qwen2.5's shapes and each method: one table.
 
-    uv run python benchmarks/memory.py                # counted, and measured where it fits
+    uv run python benchmarks/memory.py                # counted, and measured where it fits: slow
+    uv run python benchmarks/memory.py --counted      # no step of a whole model
     uv run python benchmarks/memory.py --device gpu
 
 For 4 rows of 512 tokens, 60% prompt, a base in half precision (on a CPU all is float32), learned
@@ -157,6 +158,7 @@ def line(shape: Shape, way: Way, dtype: mx.Dtype, limit: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="memory of trainings")
     parser.add_argument("--device", choices=["cpu", "gpu"], default=None)
+    parser.add_argument("--counted", action="store_true", help="no step of a whole model")
     parser.add_argument("--only", default=",".join(shape.name for shape in SHAPES))
     args = parser.parse_args()
     if args.device:
@@ -171,7 +173,7 @@ def main() -> None:
     for shape in SHAPES:
         if shape.name in args.only.split(","):
             for way in WAYS:
-                print(line(shape, way, dtype, int(limit * 0.7)), flush=True)
+                print(line(shape, way, dtype, 0 if args.counted else int(limit * 0.7)), flush=True)
                 mx.clear_cache()
 
 
