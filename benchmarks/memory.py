@@ -12,6 +12,7 @@ whatever the depth. "whole" is mlx's peak for a step of the whole model, where i
 """
 
 import argparse
+import gc
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,7 +129,8 @@ def taken(shape: Shape, way: Way, dtype: mx.Dtype) -> Taken:
     forward = Forward(model, frozen.parts, frozen, cut, grad_checkpoint=way.grad_checkpoint)
     ready = forward.ready(rows)
     held = sum(one.nbytes for _, one in tree_flatten(model.parameters()))
-    mx.eval(weights)
+    mx.eval(weights, model.parameters())
+    gc.collect()  # the model before this one
     mx.clear_cache()
     mx.reset_peak_memory()
     start = mx.get_active_memory()

@@ -3,8 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from athanor.paths import OUTBOX
 
@@ -95,3 +98,44 @@ def all_is_there(folder: Path) -> None:
 
 if __name__ == "__main__":
     work(int(sys.argv[1]))
+
+
+def test_a_run_that_was_just_created_when_its_store_failed_is_told_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where two processes add the same dataset at once, and neither has more to say."""
+    from mlflow import MlflowClient
+
+    from athanor.record import store, tracking
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    log_inputs = MlflowClient.log_inputs
+    failed: list[str] = []
+
+    def fails_once(self: Any, run: str, *given: Any) -> None:
+        if not failed:
+            failed.append(run)
+            raise OSError("UNIQUE constraint failed")
+        log_inputs(self, run, *given)
+
+    heard = tracking.Run._heard
+    ended: list[None] = []
+
+    def when_all_is_said(self: Any, seconds: float | None) -> Any:
+        while not ended:
+            ended.extend(said for said in list(self._said.queue) if said is None)
+            time.sleep(0.01)
+        return heard(self, seconds)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", fails_once)
+    monkeypatch.setattr(tracking.Run, "_heard", when_all_is_said)
+    rows = tracking.Dataset("train.jsonl", "training", "0" * 64, 6)
+    with tracking.start("short", {"a": 1}, {}, [rows]):
+        pass
+    assert "took no record" not in capsys.readouterr().err
+    run = store.client().get_run(failed[0])
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"a": "1"}
+    assert len(run.inputs.dataset_inputs) == 1
+    assert not any((tmp_path / OUTBOX).glob("*"))

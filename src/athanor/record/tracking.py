@@ -206,7 +206,7 @@ class Run:
                 pause = min(2**failures, SECONDS_BETWEEN_TRIES)
                 not_before = time.monotonic() + pause
                 failures += 1
-                if not more and self.id is not None and failures <= TRIES_AT_THE_END:
+                if not more and sender.run is not None and failures <= TRIES_AT_THE_END:
                     time.sleep(pause)  # it was there a moment ago
                     more = True
                     self._said.put(None)
