@@ -57,10 +57,11 @@ def load_and_tokenize(folder: Path, format: str) -> Callable[[], int]:
 
 def prepare(folder: Path, near: bool) -> Callable[[], int]:
     """Our side: the whole stage but MLflow, which it does not touch, and Hydra."""
-    from athanor import settings
-    from athanor.prepare import prepare as stage
+    from athanor.config.compose import compose_config
+    from athanor.config.values import to_dataclass
+    from athanor.prepare.prepare import prepare as stage
 
-    config = settings.plain(settings.compose(REPO / "conf", []).data)
+    config = to_dataclass(compose_config(REPO / "conf", []).data)
     config.checks["near_leak"] = "skip" if near else "ignore"
 
     def work() -> int:

@@ -28,12 +28,14 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import qwen2
 
 # isort: on
-from athanor import models
-from athanor.computing.forward import Forward, trainable, trial
-from athanor.computing.frozen import Budget, Frozen
-from athanor.computing.parts import Parts
-from athanor.schema import TrainConfig
-from athanor.supervision import Tokens
+from athanor.compute.arrays import Tokens
+from athanor.compute.forward import Forward, trainable, trial
+from athanor.compute.frozen import Budget, Frozen
+from athanor.compute.parts import Parts
+from athanor.config.schema import TrainConfig
+from athanor.device import backend
+from athanor.device.backend import compile_kernels, describe_device, memory_limit
+from athanor.model.adapters import make_trainable
 
 ROWS = 4
 LENGTH = 512
@@ -103,7 +105,7 @@ def made(shape: Shape, way: Way, dtype: mx.Dtype) -> tuple[nn.Module, int]:
     weights = sum(one.nbytes for _, one in tree_flatten(model.parameters()))
     given: Any = dict.fromkeys(TrainConfig.__dataclass_fields__)
     given |= {"method": way.method, "num_layers": way.layers, "rank": 8, "scale": 20.0}
-    models.make_trainable(model, TrainConfig(**given | {"dropout": 0.0}), 0)
+    make_trainable(model, TrainConfig(**given | {"dropout": 0.0}), 0)
     return model, weights
 
 
@@ -165,12 +167,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.device:
         mx.set_default_device(mx.Device(getattr(mx, args.device)))
-    on_cpu = models.on_cpu()
+    on_cpu = backend.on_cpu()
     dtype = mx.float32 if on_cpu else mx.bfloat16
-    models.compile_kernels(not on_cpu)
+    compile_kernels(not on_cpu)
     # Linux: what is free now; a step must not be killed for it.
-    limit = min(models.memory_limit(), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    print(f"GB, on {models.device()}, base in {str(dtype).removeprefix('mlx.core.')}")
+    limit = min(memory_limit(), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    print(f"GB, on {describe_device()}, base in {str(dtype).removeprefix('mlx.core.')}")
     print(f"{'':34}   weights   learned activations total   a step of the whole, of its count")
     for shape in SHAPES:
         if shape.name in args.only.split(","):

@@ -29,9 +29,10 @@ Seconds = dict[str, float]
 
 def measure() -> Seconds:
     """Runs stage train in this process, and returns where its time went."""
-    from athanor import train
-    from athanor.record import store, tracking
-    from athanor.training import Trainer
+    from athanor.runs import client
+    from athanor.runs.run import Run
+    from athanor.train import __main__ as train_main
+    from athanor.train.trainer import Trainer
 
     spent = dict.fromkeys(("training", "saying", "opening", "waiting", "sending"), 0.0)
 
@@ -49,14 +50,14 @@ def measure() -> Seconds:
 
     count(Trainer, "run", "training", time.perf_counter)
     for what in ("metrics", "tags", "artifact", "text", "table"):
-        count(tracking.Run, what, "saying", time.perf_counter)
+        count(Run, what, "saying", time.perf_counter)
     for what in ("opened", "__exit__"):
-        count(tracking.Run, what, "waiting", time.perf_counter)
+        count(Run, what, "waiting", time.perf_counter)
     # All of the tracking thread, and what of it is the import of MLflow and the store's making.
-    count(tracking.Run, "_work", "sending", time.thread_time)
-    count(store, "client", "opening", time.thread_time)
+    count(Run, "_work", "sending", time.thread_time)
+    count(client, "client", "opening", time.thread_time)
     sys.argv = ["train"]
-    train.main()
+    train_main.main()
     return spent | {"sending": spent["sending"] - spent["opening"]}
 
 

@@ -43,10 +43,16 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import qwen2
 
 # isort: on
-from athanor import files, models, settings, train
-from athanor.batches import Batches
-from athanor.computing.dropouts import keyed_dropouts
-from athanor.prepared import Prepared, rows
+from athanor import files
+from athanor.chat.load import load_tokenizer
+from athanor.compute.dropouts import keyed_dropouts
+from athanor.config.compose import load_config
+from athanor.device.backend import describe_device, on_cpu
+from athanor.model.adapters import make_trainable
+from athanor.model.load import share_weights
+from athanor.prepare.result import Prepared, read_rows
+from athanor.train.batches import Batches
+from athanor.train.build import build_trainer
 
 REPO = Path(__file__).parent.parent
 PEER = (
@@ -109,7 +115,7 @@ def make_model(folder: Path, layers: int) -> Path:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     mx.random.seed(0)
     model = qwen2.Model(qwen2.ModelArgs.from_dict(config))
-    model.set_dtype(mx.float32 if models.on_cpu() else mx.bfloat16)
+    model.set_dtype(mx.float32 if on_cpu() else mx.bfloat16)
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     return folder
@@ -162,7 +168,7 @@ def prepare(folder: Path, model: Path, work: Work, args: argparse.Namespace) -> 
     """Both sides' data and settings."""
     shutil.copytree(REPO / "conf", folder / "conf")
     if work.layers:
-        found = made_rows(models.load_tokenizer(model), work)
+        found = made_rows(load_tokenizer(model), work)
         splits = {"train": found, "valid": found[: work.batch_size], "test": found[:1]}
     else:
         kept = {s: files.read_jsonl(REPO / f"data/{s}.jsonl") for s in ("train", "valid", "test")}
@@ -282,13 +288,13 @@ def plain_losses(iters: int, double: bool) -> Iterator[float]:
     `double`: in float64. In float32 mlx's sum of exponentials on a CPU is percents off where a loss
     is as small as what tiny learns leaves.
     """
-    cfg = settings.load([])
+    cfg = load_config([])
     base = Prepared.read(cfg)
     model, tokenizer = base.load()
-    tokens = base.tokens(rows(["train"])["train"], tokenizer, cfg)
-    models.make_trainable(model, cfg.train, cfg.seed)
+    tokens = base.tokens(read_rows(["train"])["train"], tokenizer, cfg)
+    make_trainable(model, cfg.train, cfg.seed)
     assert not keyed_dropouts(model)
-    trainer = train.build(cfg, models.fresh(model), tokens, tokens)
+    trainer = build_trainer(cfg, share_weights(model), tokens, tokens)
     batches = Batches(tokens, cfg.train.batch_size, cfg.seed)
     learner = trainer.learner
 
@@ -344,7 +350,7 @@ def compare(work: Work, args: argparse.Namespace, made: Path) -> str:
     if not model.exists():
         if work.layers:
             make_model(model, work.layers)
-        elif models.on_cpu():
+        elif on_cpu():
             in_float32(model)
         else:
             model = REPO / "models/tiny"
@@ -359,7 +365,7 @@ def compare(work: Work, args: argparse.Namespace, made: Path) -> str:
         differ = (
             None
             if work.sweep or args.compile
-            else apart(folder, iters, models.on_cpu() and not work.layers)
+            else apart(folder, iters, on_cpu() and not work.layers)
         )
     mine, peers = zip(*pairs, strict=True)
     ratios = sorted(b[0] / a[0] for a, b in pairs)
@@ -384,14 +390,14 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", default=None, help="both; else on a GPU")
     parser.add_argument("--device", choices=["cpu", "gpu"], help="refuse to measure another")
     args = parser.parse_args()
-    here = "cpu" if models.on_cpu() else "gpu"
+    here = "cpu" if on_cpu() else "gpu"
     if args.device not in (None, here):
-        parser.error(f"--device {args.device}: mlx computes on {models.device()} here")
+        parser.error(f"--device {args.device}: mlx computes on {describe_device()} here")
     if args.compile is None:
-        args.compile = not models.on_cpu()
+        args.compile = not on_cpu()
     if unknown := set(args.only.split(",")) - set(names):
         parser.error(f"no such workload: {', '.join(unknown)}")
-    print(f"on {models.device()}, compiled: {args.compile}, {args.repeats} times in turn")
+    print(f"on {describe_device()}, compiled: {args.compile}, {args.repeats} times in turn")
     heads = ("athanor", "mlx_lm.lora", "faster, median (of all)", "by count", "peak memory")
     print(" " * 13 + "  ".join([*heads, "apart"]), flush=True)
     with tempfile.TemporaryDirectory() as made:

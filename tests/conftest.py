@@ -67,13 +67,13 @@ def stages(
     def run(*names: str, overrides: tuple[str, ...] = ()) -> None:
         for name in names:
             monkeypatch.setattr(sys, "argv", [name, *overrides])
-            importlib.import_module(f"athanor.{name}").main()
+            importlib.import_module(f"athanor.{name}.__main__").main()
 
     return run
 
 
 # The longest first: what begins last should be short, or one of the processes waits for the other.
-LONG = ("pipeline", "sweep", "stages", "resuming", "training", "reproduce", "server", "store")
+LONG = ("pipeline", "sweep", "stages", "resuming", "trainer", "reproduce", "server", "client")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

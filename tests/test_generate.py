@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from athanor import chat, files, generate, models
-from athanor.console import UserError
+from athanor import files, generate
+from athanor.chat.contract import Contract
+from athanor.chat.load import load_tokenizer
+from athanor.errors import UserError
 from conftest import Stages
 
 
@@ -78,8 +80,8 @@ def test_a_model_of_plain_texts_goes_on_with_one(stages: Stages, tiny: Path) -> 
     checks = ("data.checks.leak=warn", "data.checks.near_leak=warn")
     stages("config", overrides=("model.path=bare", "train.iters=30", *checks))
     stages("prepare", "train")
-    contract = chat.Contract.read(Path("artifacts/prepare/chat.json"))
-    assert contract.end == models.load_tokenizer(tiny).eos_token_id  # what texts were ended with
+    contract = Contract.read(Path("artifacts/prepare/chat.json"))
+    assert contract.end == load_tokenizer(tiny).eos_token_id  # what texts were ended with
     [answers] = asked(text[:5]).values()
     assert answers[1] == f"tuned: {text[5:]}  (stopped)"
 

@@ -14,7 +14,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.naive_bayes import MultinomialNB
 
 from athanor import synthesize
-from athanor.console import UserError
+from athanor.errors import UserError
 
 KEYS = {
     "chat": {"messages"},

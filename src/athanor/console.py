@@ -17,8 +17,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from athanor.errors import UserError
+
 # DVC's log is no terminal: a width of 80 would break paths there.
 out = Console(width=None if sys.stdout.isatty() else 100, soft_wrap=False)
+
+
 err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
 
 
@@ -27,11 +31,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 GOES_ON = "the same command goes on from there"
+
+
 CHECKOUT = "what this stage wrote before comes back with `uv run dvc checkout`"
-
-
-class UserError(Exception):
-    """Something that the person at the keyboard can mend; its text says how."""
 
 
 def run(main: Callable[[], None], after_a_stop: str = CHECKOUT) -> None:

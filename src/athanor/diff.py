@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from athanor import console
-from athanor.record import compared, lineage, restored
-from athanor.record.compared import Made
+from athanor.errors import UserError
+from athanor.runs import compare, lineage, restore
+from athanor.runs.compare import Made
 
 LINES_OF_CODE = 12
 WIDTH = 60
@@ -23,7 +24,7 @@ WIDTH = 60
 
 def differences(a: Made, b: Made) -> Iterator[str]:
     """Yields what two runs were made from otherwise, a thing a line."""
-    for key, (first, second) in compared.values(a.params, b.params).items():
+    for key, (first, second) in compare.values(a.params, b.params).items():
         if key != "trained_layers":  # that follows from train.num_layers and the model
             yield from _changed(key, first, second)
     yield from _data(a, b)
@@ -43,7 +44,7 @@ def _changed(key: str, first: Any, second: Any) -> Iterator[str]:
     """Yields a value that differs; of tables, such as those of optimizers, the keys that do."""
     one, other = _table(first), _table(second)
     if one is not None and other is not None:
-        for inside, pair in compared.values(one, other).items():
+        for inside, pair in compare.values(one, other).items():
             yield from _changed(f"{key}.{inside}", *pair)
         return
     if first is not None and second is not None:
@@ -69,14 +70,14 @@ def _data(a: Made, b: Made) -> Iterator[str]:
     if a.tags.get("dvc.data") != b.tags.get("dvc.data"):
         yield f"data/: {_short(a.tags.get('dvc.data'))} -> {_short(b.tags.get('dvc.data'))}"
     if a.rows is None or b.rows is None:
-        for name, (first, second) in compared.values(a.datasets, b.datasets).items():
+        for name, (first, second) in compare.values(a.datasets, b.datasets).items():
             yield f"{name}: {_short(first)} -> {_short(second)}; which rows, an older run can't say"
         return
     for split in dict.fromkeys([*a.rows, *b.rows]):
         if split not in a.rows or split not in b.rows:
             yield f"{split} rows: recorded by one of them only"
             continue
-        found = compared.rows(a.rows[split], b.rows[split])
+        found = compare.rows(a.rows[split], b.rows[split])
         if found.differ():
             said = [
                 *([f"{_places(found.only_a)} only in the first"] if found.only_a else []),
@@ -103,7 +104,7 @@ def _code(a: Made, b: Made) -> Iterator[str]:
     if None not in digests or commits[0] != commits[1] or unknown:
         yield f"code: {_commit(a)} -> {_commit(b)}"
     if None not in commits and commits[0] != commits[1]:
-        repository, _ = restored.repository_of(a.tags)
+        repository, _ = restore.repository_of(a.tags)
         stat = lineage.git(repository, "diff", "--stat=80", *map(str, commits), "--", "src")
         lines = stat.splitlines()
         for line in lines if len(lines) <= LINES_OF_CODE else [f" … {lines[-1].strip()}"]:
@@ -152,10 +153,10 @@ def _short(digest: str | None) -> str:
 
 def _results(a: Made, b: Made) -> tuple[list[list[str]], str]:
     """The results that differ, a row each, and in words what only one of the runs has."""
-    first, second = compared.results(a.metrics), compared.results(b.metrics)
+    first, second = compare.results(a.metrics), compare.results(b.metrics)
     rows = [
         [key, f"{x:.6g}", f"{y:.6g}", f"{y - x:+.4g}"]
-        for key, (x, y) in compared.values(first, second).items()
+        for key, (x, y) in compare.values(first, second).items()
         if x is not None and y is not None
     ]
     digests = [_short(made.tags.get("adapters.digest")) for made in (a, b)]
@@ -177,8 +178,8 @@ def _refuse_a_sweep(a: Made, b: Made) -> None:
     """A sweep's own run trained nothing: there is nothing in it to compare."""
     for made in (a, b):
         if "athanor.sweep" in made.tags:
-            children = "\n  ".join(compared.children(made)) or "none"
-            raise console.UserError(
+            children = "\n  ".join(compare.children(made)) or "none"
+            raise UserError(
                 f"{made.id[:8]} ({made.name}) is a sweep's own run; compare one of its points, of "
                 f"which the first are:\n  {children}"
             )
@@ -190,7 +191,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         a, b = (
-            compared.find(beginning, Path(folder, name))
+            compare.find(beginning, Path(folder, name))
             for name, beginning in zip("ab", given.runs, strict=True)
         )
         _refuse_a_sweep(a, b)
@@ -210,7 +211,7 @@ def main() -> None:
     if results:
         head = ["", a.id[:8], b.id[:8], "difference"]
         console.side_by_side("results", head, results)
-    elif compared.results(a.metrics).keys() & compared.results(b.metrics).keys():
+    elif compare.results(a.metrics).keys() & compare.results(b.metrics).keys():
         console.out.print("the results are the same")
     if alone:
         console.out.print(alone, soft_wrap=True)

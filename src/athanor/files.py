@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from athanor.console import UserError
+from athanor.errors import UserError
 
 
 @contextmanager

@@ -11,10 +11,11 @@ whenever options and questions are. A model without a chat template goes on with
 import argparse
 import sys
 
-from athanor import console, files, settings
-from athanor.console import UserError
+from athanor import console, files
+from athanor.config.compose import load_config
+from athanor.errors import UserError
+from athanor.model.source import Source
 from athanor.paths import PREPARED, TRAINED
-from athanor.sources import Source
 
 
 def questions_of(arguments: list[str]) -> list[str]:
@@ -70,10 +71,12 @@ def ask(
         UserError: where a model, its adapters or a chat template to say `system` is missing.
     """
     source = base_of_adapters()
-    from athanor import models, templates  # MLX and the models' code take seconds
-    from athanor.evaluation import answers
+    from athanor.chat import templates  # MLX and the models' code take seconds
+    from athanor.chat.load import load_with_tokenizer
+    from athanor.compute.evaluation import answers
+    from athanor.model.adapters import load_adapters
 
-    model, tokenizer = models.load(source.folder())
+    model, tokenizer = load_with_tokenizer(source.folder())
     before = [] if system is None else [{"role": "system", "content": system}]
     asked = ([*before, {"role": "user", "content": question}] for question in questions)
     # A row ends with its answer, which is not there yet.
@@ -89,7 +92,7 @@ def ask(
     said: list[dict[str, tuple[str, bool]]] = [{} for _ in questions]
     for who in ("base", "tuned"):
         if who == "tuned":
-            models.load_adapters(model, TRAINED / "adapters")
+            load_adapters(model, TRAINED / "adapters")
         given = answers(
             model,
             tokenizer,
@@ -120,7 +123,7 @@ def main() -> None:
     questions = questions_of(options.questions)
     # As overrides they are checked as every value is.
     given = {key: getattr(options, name) for name, key in of_test.items()}
-    cfg = settings.load([f"{key}={value}" for key, value in given.items() if value is not None])
+    cfg = load_config([f"{key}={value}" for key, value in given.items() if value is not None])
     said = ask(
         questions,
         options.system,

@@ -21,9 +21,10 @@ from typing import Any
 import yaml
 
 from athanor import console, files
+from athanor.errors import UserError
 from athanor.paths import PARAMS, PREPARED, SPLITS, TESTED, TRAINED
-from athanor.record import compared, lineage, restored
-from athanor.record.compared import Made, Rows
+from athanor.runs import compare, lineage, restore
+from athanor.runs.compare import Made, Rows
 
 # Losses that are this near, or relatively so, are called close; on a GPU none is the same twice.
 NEAR, RELATIVELY = 1e-3, 1e-2
@@ -39,7 +40,7 @@ def reproduce(made: Made, keep: bool) -> bool:
     """
     config = configuration(made)
     console.out.print(f"run {made.id}, {made.name}", soft_wrap=True)
-    repository, commit = restored.repository_of(made.tags)
+    repository, commit = restore.repository_of(made.tags)
     notes: list[str] = []
 
     def note(texts: Iterable[str]) -> None:
@@ -47,17 +48,17 @@ def reproduce(made: Made, keep: bool) -> bool:
             console.warn(text)
             notes.append(text)
 
-    with restored.worktree(repository, commit or "HEAD", keep) as tree:
-        note(restored.code(made, repository, commit, tree))
+    with restore.worktree(repository, commit or "HEAD", keep) as tree:
+        note(restore.code(made, repository, commit, tree))
         of_dvc = config["data"].get("dataset") is None
-        lost_data = list(restored.data(made, tree)) if of_dvc else []
+        lost_data = list(restore.data(made, tree)) if of_dvc else []
         note(lost_data)
         for path in (config["model"]["path"], config["data"].get("dataset")):
             if path is not None:
-                restored.link(path, tree)
+                restore.link(path, tree)
         others = list(_elsewhere(made, commit))
         note(others)
-        variables = restored.environment(made, tree)
+        variables = restore.environment(made, tree)
         files.write_text(tree / PARAMS, yaml.safe_dump(config, allow_unicode=True))
 
         _run("prepare", tree, variables)
@@ -69,7 +70,7 @@ def reproduce(made: Made, keep: bool) -> bool:
             said = f"; others are in {', '.join(other_files)}" if other_files else ""
             note([f"this older run keeps no digest of each row: none can be named{said}"])
         rows = {
-            split: compared.rows(made.rows[split], now)
+            split: compare.rows(made.rows[split], now)
             for split, now in lineage.all_row_digests(tree / PREPARED).items()
             if made.rows is not None and split in made.rows
         }
@@ -85,13 +86,13 @@ def reproduce(made: Made, keep: bool) -> bool:
             )
         _run("train", tree, variables)
         metrics = files.read_json(tree / TRAINED / "metrics.json")
-        if any(key.startswith("test_") for key in compared.results(made.metrics)):
+        if any(key.startswith("test_") for key in compare.results(made.metrics)):
             tested = made.artifact(f"test/{PARAMS.name}")  # after other values were chosen, perhaps
             if tested is not None:
                 (tree / PARAMS).write_bytes(tested.read_bytes())
             _run("test", tree, variables)
             metrics |= files.read_json(tree / TESTED / "metrics.json")
-        lacking = compared.results(made.metrics).keys() - metrics.keys()
+        lacking = compare.results(made.metrics).keys() - metrics.keys()
         if lacking := sorted(key for key in lacking if not key.startswith("fuse_")):
             note([f"metrics that the record has and the new run has not: {', '.join(lacking)}"])
         console.out.rule("compared", align="left")
@@ -110,13 +111,13 @@ def configuration(made: Made) -> dict[str, Any]:
     """
     if made.status != "FINISHED":
         why = made.tags.get("failure")
-        raise console.UserError(
+        raise UserError(
             f"run {made.id} ({made.name}) is {made.status}{f': {why}' if why else ''}; only one "
             "that is FINISHED has a result to compare with"
         )
     path = made.artifact(PARAMS.name)
     if path is None:
-        raise console.UserError(
+        raise UserError(
             f"run {made.id} ({made.name}) keeps no {PARAMS}, and so can't be made again: it is no "
             "training (the parent of a sweep has none; name one of its children)"
         )
@@ -128,11 +129,11 @@ def configuration(made: Made) -> dict[str, Any]:
 
 def _elsewhere(made: Made, commit: str | None) -> Iterator[str]:
     """Yields which versions are others than the run's, and which machine."""
-    from athanor import models
+    from athanor.device.backend import describe_device
 
     here = lineage.versions()
     then = made.versions
-    others = compared.values(then, {name: here.get(name) for name in then})
+    others = compare.values(then, {name: here.get(name) for name in then})
     if others:
         said = ", ".join(f"{name} {a} (here {b or 'none'})" for name, (a, b) in others.items())
         command = (
@@ -141,7 +142,7 @@ def _elsewhere(made: Made, commit: str | None) -> Iterator[str]:
         )
         mended = commit and others.keys() & {"python", *lineage.LIBRARIES}
         yield f"the run had {said}{command if mended else ''}"
-    then_on, here_on = made.tags.get("device"), models.device()
+    then_on, here_on = made.tags.get("device"), describe_device()
     if then_on is not None and then_on != here_on:
         yield f"the run was made on {then_on}, and here is {here_on}"
 
@@ -152,7 +153,7 @@ def _run(stage: str, tree: Path, variables: dict[str, str]) -> None:
     if done.returncode == 130:
         raise KeyboardInterrupt
     if done.returncode:
-        raise console.UserError(
+        raise UserError(
             f"{stage} failed in the worktree (its own lines are above), so there is nothing to "
             "compare; --keep leaves the worktree to look at"
         )
@@ -227,7 +228,7 @@ def _compare(
     )
     now = lineage.adapters_digest(tree / TRAINED / "adapters")
     table.append(["adapters", then[:12] or "–", now[:12], _of_weights(then, now, kept, tree)])
-    known = compared.results(made.metrics)
+    known = compare.results(made.metrics)
     both = {key: (known[key], metrics[key]) for key in metrics if key in known}
     for key, (a, b) in both.items():
         if a != b or key in ("train_loss", "val_loss", "test_loss"):
@@ -277,7 +278,7 @@ def _of_weights(then: str, now: str, kept: Path | None, tree: Path) -> str:
         return "the same bytes"
     if kept is None:
         return "other bytes" if then else "the run keeps none"
-    apart = compared.greatest_difference(kept, tree / TRAINED / ADAPTERS)
+    apart = compare.greatest_difference(kept, tree / TRAINED / ADAPTERS)
     if apart is None:
         return "weights of other names or shapes"
     return f"at most {apart:.2g} of the greatest weight apart"
@@ -293,7 +294,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the worktree there")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        match = reproduce(compared.find(given.run_id, Path(folder)), given.keep)
+        match = reproduce(compare.find(given.run_id, Path(folder)), given.keep)
     sys.exit(0 if match else 1)
 
 

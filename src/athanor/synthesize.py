@@ -18,7 +18,7 @@ from random import Random
 from typing import Any
 
 from athanor import console
-from athanor.console import UserError
+from athanor.errors import UserError
 
 # A call of Faker costs 10 to 50 microseconds, a choice among what it drew before less than one.
 POOL = 4000

@@ -24,9 +24,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from athanor import console, files
-from athanor.console import UserError
+from athanor.errors import UserError
 from athanor.paths import root
-from athanor.record import store, tracking, views
+from athanor.runs import client as client_module
+from athanor.runs import mlflow_views
+from athanor.runs.run import send_what_was_left
 
 # Not MLflow's own 5000, which macOS has its AirPlay receiver on.
 PORT = 5199
@@ -39,21 +41,23 @@ def page(base: str, beginnings: Sequence[str]) -> str:
     Raises:
         UserError: where the store has no runs, or not one that begins so, or several.
     """
-    client = store.client()
-    experiment = client.get_experiment_by_name(store.EXPERIMENT)
+    client = client_module.client()
+    experiment = client.get_experiment_by_name(client_module.EXPERIMENT)
     if experiment is None:
-        raise UserError(f"{store.name()} has no runs yet: `uv run dvc repro --pull` makes one")
-    found = [store.find(beginning) for beginning in beginnings]
+        raise UserError(
+            f"{client_module.name()} has no runs yet: `uv run dvc repro --pull` makes one"
+        )
+    found = [client_module.find(beginning) for beginning in beginnings]
     if not found:
-        query = views.runs_view(client, experiment.experiment_id)
-        return views.link(base, experiment.experiment_id, query=query)
+        query = mlflow_views.runs_view(client, experiment.experiment_id)
+        return mlflow_views.link(base, experiment.experiment_id, query=query)
     place = found[0].info.experiment_id
     if len(found) > 1:
-        return views.compare_link(base, place, [run.info.run_id for run in found])
+        return mlflow_views.compare_link(base, place, [run.info.run_id for run in found])
     run_id = found[0].info.run_id
     if "athanor.sweep" in found[0].data.tags:
-        return views.link(base, place, query=views.sweep_query(run_id))
-    return views.link(base, place, run_id)
+        return mlflow_views.link(base, place, query=mlflow_views.sweep_query(run_id))
+    return mlflow_views.link(base, place, run_id)
 
 
 @contextmanager
@@ -97,7 +101,7 @@ def serve(port: int, log: Path) -> "subprocess.Popen[bytes]":
     """
     # By variables, because anyone on this machine can read a command.
     env = os.environ | {
-        "MLFLOW_BACKEND_STORE_URI": store.uri(),
+        "MLFLOW_BACKEND_STORE_URI": client_module.uri(),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     if not os.environ.get("MLFLOW_TRACKING_URI"):
@@ -122,9 +126,9 @@ def serve(port: int, log: Path) -> "subprocess.Popen[bytes]":
         stop(server)
         raise
     stop(server)
-    said = store.without_password(log.read_text("utf-8", errors="replace"))
+    said = client_module.without_password(log.read_text("utf-8", errors="replace"))
     end = "\n".join(said.splitlines()[-15:])
-    raise UserError(f"MLflow's server did not start on {store.name()}:\n{end}")
+    raise UserError(f"MLflow's server did not start on {client_module.name()}:\n{end}")
 
 
 def stop(server: "subprocess.Popen[bytes]") -> None:
@@ -167,19 +171,21 @@ def main() -> None:
     if not 1 <= args.port <= 65535:
         parser.error("argument --port: from 1 to 65535")
     signal.signal(signal.SIGHUP, signal.default_int_handler)  # a terminal that is closed
-    store.refuse_absent()
-    with store.said_shortly():
-        tracking.send_what_was_left()
-        if store.uri().startswith(("http://", "https://")):
-            show(page(store.name(), args.runs), not args.no_browser)
+    client_module.refuse_absent()
+    with client_module.said_shortly():
+        send_what_was_left()
+        if client_module.uri().startswith(("http://", "https://")):
+            show(page(client_module.name(), args.runs), not args.no_browser)
             return
     with free_port(args.port) as port, tempfile.TemporaryDirectory() as folder:
-        with store.said_shortly():
+        with client_module.said_shortly():
             link = page(f"http://127.0.0.1:{port}", args.runs)
         try:
             server = serve(port, Path(folder) / "log")
             try:
-                console.out.print(f"{store.name()}, until Ctrl-C:", soft_wrap=True, markup=False)
+                console.out.print(
+                    f"{client_module.name()}, until Ctrl-C:", soft_wrap=True, markup=False
+                )
                 show(link, not args.no_browser)
                 server.wait()
             finally:

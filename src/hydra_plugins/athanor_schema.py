@@ -7,7 +7,7 @@ plugin classes that it finds; this one adds nothing to the search path, its impo
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from athanor.schema import register
+from athanor.config.schema import register
 
 register()
 

@@ -1,0 +1,97 @@
+"""Print how the code imports itself: circles between modules, and floors of rooms.
+
+    uv run python scripts/imports.py
+
+A room is a package of src/athanor or a flat module. A floor is a step of the longest chain of
+imports between rooms. Imports inside functions count. Exits with 1 if there is a circle or there
+are more than 8 floors.
+"""
+
+import ast
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+SRC = Path(__file__).parents[1] / "src"
+MOST_FLOORS = 8
+
+Graph = dict[str, set[str]]
+
+
+def read_imports(src: Path = SRC) -> Graph:
+    """Return the modules of src/athanor that each of them imports, by their dotted names."""
+    paths = {
+        ".".join(path.relative_to(src).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted((src / "athanor").rglob("*.py"))
+    }
+    return {module: _imported(path, paths) - {module} for module, path in paths.items()}
+
+
+def _imported(path: Path, known: dict[str, Path]) -> set[str]:
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names if alias.name in known}
+        elif isinstance(node, ast.ImportFrom) and node.module in known:
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            # `from athanor.chat import templates` needs the package's own file for no name of it.
+            imported |= (below & known.keys()) or {node.module}
+    return imported
+
+
+def between_rooms(modules: Graph) -> Graph:
+    """Return the imports between rooms: athanor.train.build is in the room train."""
+    rooms: Graph = {}
+    for module, imported in modules.items():
+        rooms.setdefault(room(module), set()).update(map(room, imported))
+    return {name: others - {name} for name, others in rooms.items()}
+
+
+def room(module: str) -> str:
+    """Return the room of a module; the package's own file is the room `athanor`."""
+    return ([*module.split("."), "athanor"])[1]
+
+
+def circles(graph: Graph) -> list[list[str]]:
+    """Return circles of imports, one for each round in which one is left."""
+    graph, result = dict(graph), []
+    while True:
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            circle = error.args[1]
+            result.append(circle)
+            graph[circle[1]] = graph[circle[1]] - {circle[0]}
+        else:
+            return result
+
+
+def floors(graph: Graph) -> dict[str, int]:
+    """Return the floor of each room, from 1; a room is above all rooms that it imports."""
+    floor: dict[str, int] = {}
+    for name in TopologicalSorter(graph).static_order():
+        floor[name] = 1 + max((floor[other] for other in graph[name]), default=0)
+    return floor
+
+
+def main() -> None:
+    """Print the circles and the floors."""
+    modules = read_imports()
+    between, rooms = circles(modules), between_rooms(modules)
+    print(f"circles between modules: {len(between)}")
+    for circle in between:
+        print("  " + " -> ".join(circle))
+    if between_rooms_circles := circles(rooms):
+        print(f"circles between rooms: {len(between_rooms_circles)}")
+        for circle in between_rooms_circles:
+            print("  " + " -> ".join(circle))
+        sys.exit(1)
+    floor = floors(rooms)
+    print(f"floors: {max(floor.values())}")
+    for number in range(1, max(floor.values()) + 1):
+        print(f"  {number}: " + ", ".join(sorted(name for name in floor if floor[name] == number)))
+    sys.exit(bool(between) or max(floor.values()) > MOST_FLOORS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Tokenizers with the stop tokens of their model and template, and models beside them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from athanor.chat import templates
+from athanor.errors import UserError
+from athanor.model.load import load_model
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+
+def load_with_tokenizer(folder: Path) -> "tuple[nn.Module, TokenizerWrapper]":
+    """Load a model and its tokenizer, ready to compute on this machine."""
+    return load_model(folder), load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> "TokenizerWrapper":
+    """Loads a model's tokenizer; its end tokens are the model's and the chat template's own.
+
+    Raises:
+        UserError: when its files or its template are broken.
+    """
+    from mlx_lm.utils import load_config
+    from mlx_lm.utils import load_tokenizer as load_with_ends
+
+    try:
+        tokenizer = load_with_ends(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
+        end = templates.end_of_turn(tokenizer)
+    except Exception as error:  # tokenizers and templates raise what they like
+        raise UserError(f"{folder}: the tokenizer can't be loaded: {error}") from error
+    if end is not None:
+        tokenizer.eos_token_ids = tokenizer.eos_token_ids | {end}
+    return tokenizer

@@ -1,0 +1,1 @@
+"""The model as loss and gradient, with nothing computed twice."""

@@ -1,0 +1,87 @@
+"""What a model makes of rows: the loss on every supervised token, and the answers it gives."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from athanor.compute.arrays import Tokens
+from athanor.compute.forward import Forward
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Generated tokens without the one that ended them; `stopped` if one did, in time."""
+
+    ids: list[int]
+    stopped: bool
+
+
+def mean_loss(
+    forward: Forward,
+    rows: list[Tokens],
+    batch_size: int,
+    on_batch: Callable[[], None] = lambda: None,
+) -> tuple[float, int]:
+    """The mean loss over all supervised tokens of all rows, in nats, and their number.
+
+    The sum is taken in float64, in the order of the rows' lengths, whatever the batches. (nan, 0)
+    where no token is supervised.
+    """
+    total, count = 0.0, 0
+    in_order = sorted((row for row in rows if any(row.supervised[1:])), key=len)
+    for start in range(0, len(in_order), batch_size):
+        losses = forward.token_losses(forward.ready(in_order[start : start + batch_size]))
+        total += float(losses.sum(dtype=np.float64))
+        count += len(losses)
+        on_batch()
+    return (total / count if count else math.nan), count
+
+
+def answers(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompts: list[list[int]],
+    *,
+    max_tokens: int,
+    batch_size: int,
+    temp: float = 0.0,
+    seed: int = 0,
+    on_step: Callable[[float], None] = lambda answered: None,
+) -> list[Answer]:
+    """Answers to tokenized prompts, in their order: the likeliest tokens, or sampled at `temp`.
+
+    Sampled ones are the same whenever all arguments are: tokens are drawn for a batch at a time.
+    `on_step` is told after each token how many prompts are answered, with those under way as the
+    share of `max_tokens` that they have.
+    """
+    if temp > 0:
+        mx.random.seed(seed)
+    generator = BatchGenerator(
+        model,
+        stop_tokens=[[token] for token in sorted(tokenizer.eos_token_ids)],
+        sampler=make_sampler(temp),
+        prefill_batch_size=batch_size,
+        completion_batch_size=batch_size,
+    )
+    numbers = generator.insert(prompts, [max_tokens] * len(prompts))
+    ids: dict[int, list[int]] = {number: [] for number in numbers}
+    stopped: dict[int, bool] = {}
+    while responses := generator.next_generated():
+        under_way = 0
+        for response in responses:
+            if response.finish_reason != "stop":
+                ids[response.uid].append(response.token)
+            if response.finish_reason is None:
+                under_way += len(ids[response.uid])
+            else:
+                stopped[response.uid] = response.finish_reason == "stop"
+        on_step(len(stopped) + under_way / max_tokens)
+    generator.close()
+    return [Answer(ids[number], stopped[number]) for number in numbers]

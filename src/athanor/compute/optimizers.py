@@ -1,0 +1,85 @@
+"""Optimizers and learning rates: mlx's own, under the names that mlx-lm gives them."""
+
+from collections.abc import Callable, Iterator
+from inspect import signature
+from math import isfinite
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+OPTIMIZERS: dict[str, type[optim.Optimizer]] = {
+    "adam": optim.Adam,
+    "adamw": optim.AdamW,
+    "sgd": optim.SGD,
+    "adafactor": optim.Adafactor,
+    "lion": optim.Lion,
+    "muon": optim.Muon,
+}
+
+Schedule = Callable[[mx.array], mx.array]
+
+
+def build(name: str, options: dict[str, Any], learning_rate: "float | Schedule") -> optim.Optimizer:
+    """An optimizer by its name in `OPTIMIZERS`, with mlx.optimizers' own options."""
+    return OPTIMIZERS[name](learning_rate=learning_rate, **options)
+
+
+def schedule(name: str, learning_rate: float, end: float, warmup: int, updates: int) -> Schedule:
+    """The learning rate of each update, counted from 0.
+
+    Rises linearly over `warmup` updates, none of them at 0, to `learning_rate`; then stays there
+    (constant), or falls towards `end` at `updates` in a straight line or half a cosine wave
+    (Loshchilov & Hutter 2017).
+    """
+    falling = max(1, updates - warmup)
+    after: Schedule = {
+        "constant": lambda _: mx.array(learning_rate),
+        "linear": optim.linear_schedule(learning_rate, end, falling),
+        "cosine": optim.cosine_decay(learning_rate, falling, end),
+    }[name]
+    if not warmup:
+        return after
+    rising = optim.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup)
+    joined: Schedule = optim.join_schedules([rising, after], [warmup])
+    return joined
+
+
+def optimizer_misfits(options: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Yields (key below optimizer_config, what is wrong) for options that mlx would not take."""
+    for name, given in options.items():
+        if name not in OPTIMIZERS:
+            yield name, "no such optimizer; there are " + ", ".join(OPTIMIZERS)
+            continue
+        known = dict(signature(OPTIMIZERS[name].__init__).parameters)
+        known = {key: known[key] for key in known if key not in ("self", "learning_rate")}
+        wrong = False
+        for key, value in given.items():
+            if key not in known:
+                wrong = True
+                yield f"{name}.{key}", f"no such option; {name} has " + ", ".join(known)
+            elif not _alike(value, known[key].default):
+                wrong = True
+                default = known[key].default
+                yield f"{name}.{key}", f"expected something like {default!r}, found {value!r}"
+        if not wrong:
+            try:
+                build(name, given, 1.0)
+            except ValueError as error:
+                yield name, str(error)
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether an option's value is of its default's kind."""
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, list | tuple):
+        return (
+            isinstance(value, list | tuple)
+            and len(value) == len(default)
+            and all(map(_alike, value, default))
+        )
+    if isinstance(default, int):
+        return isinstance(value, int) and not isinstance(value, bool)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return (number and isfinite(value)) or (default is None and value is None)

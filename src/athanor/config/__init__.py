@@ -1,0 +1,1 @@
+"""Stage `config`: compose conf/ into params.yaml, and check every value."""

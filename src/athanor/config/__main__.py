@@ -1,0 +1,55 @@
+"""Stage `config`: composes conf/ into params.yaml, the one file that every later stage reads.
+
+    uv run python -m athanor.config                                  # conf/ as it stands
+    uv run python -m athanor.config model=qwen2.5-0.5b train.iters=500
+
+Under `dvc exp run` DVC itself composes conf/ with the -S overrides and writes params.yaml just
+before this stage: then it is only checked. Either way every typo, wrong type and impossible value
+is reported before any work, all of them together, each with its file and line.
+"""
+
+import os
+import sys
+from typing import Any
+
+from athanor import console
+from athanor.config.check import ConfigError
+from athanor.config.compose import compose_config, load_config
+from athanor.config.params_file import write_params
+from athanor.config.schema import Config, TrainConfig
+from athanor.paths import CONF, PARAMS
+
+
+def main() -> None:
+    overrides = sys.argv[1:]
+    if os.environ.get("DVC_EXP_NAME") and PARAMS.exists():
+        try:
+            config = load_config(overrides)
+        except ConfigError:
+            # DVC wrote what was just refused; left there, the next `dvc repro` would take it up.
+            PARAMS.unlink()
+            raise
+        console.done("config", {"checked": f"{PARAMS}, as DVC composed it", **_summary(config)})
+    else:
+        config = compose_config(CONF, overrides)
+        write_params(config)
+        console.done(
+            "config", {"wrote": f"{PARAMS}; commit it together with dvc.lock", **_summary(config)}
+        )
+
+
+def _summary(config: Config) -> dict[str, Any]:
+    train = config.train
+    return {
+        "model": config.model.path,
+        "training": f"{train.method}, {_duration(train)} of {train.batch_size} rows a batch, "
+        f"learning rate {train.learning_rate:g}",
+    }
+
+
+def _duration(train: TrainConfig) -> str:
+    return f"{train.iters} iterations" if train.epochs is None else f"{train.epochs} epochs"
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,1 @@
+"""The device that computes here: its backend, its BLAS, its memory."""

@@ -1,0 +1,49 @@
+"""The device that mlx computes on: its kind, its memory, its compiler."""
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+def compile_kernels(on: bool) -> None:
+    """Switches mlx's compiler on or off, for all that is computed from here on."""
+    import mlx.core as mx
+
+    from athanor.device import silu
+
+    silu.use(not on and sys.platform == "linux")
+    if on:
+        mx.enable_compile()
+    else:
+        mx.disable_compile()
+
+
+def on_cpu() -> bool:
+    """Whether mlx computes on the CPU here."""
+    import mlx.core as mx
+
+    return bool(mx.default_device() == mx.Device(mx.cpu))
+
+
+def describe_device() -> str:
+    """The device in words, for the record: what computes, and with which BLAS on Linux's CPU."""
+    import platform
+
+    import mlx.core as mx
+
+    from athanor import BLAS
+
+    if on_cpu():
+        blas = "Accelerate" if platform.system() == "Darwin" else BLAS
+        return f"cpu {platform.machine()} ({blas})"
+    return f"gpu {mx.device_info().get('device_name', '')}".strip()
+
+
+def memory_limit() -> int:
+    """The bytes that a model may use here: what Metal recommends, or what mlx allows itself."""
+    import mlx.core as mx
+
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    return int(recommended or mx.get_memory_limit())

@@ -1,1 +1,0 @@
-"""What leaves the house: the fused model in other programs' formats."""

@@ -1,0 +1,1 @@
+"""Stage `fuse`: merge the adapters into the base model and export the result."""

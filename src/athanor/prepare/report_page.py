@@ -1,0 +1,139 @@
+"""The data report as one web page, for a person to see what their training data looks like.
+
+The page needs nothing but itself: no script, no font and no picture from elsewhere. Rows are data
+of strangers, so everything is escaped, and the page's own policy forbids scripts besides.
+"""
+
+from itertools import pairwise
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+LARGEST = 12  # labels, sources and scripts shown by name
+ACTIONS = {
+    "stop": "nothing is prepared until it is mended",
+    "skip": "the row is left out",
+    "fix": "the row is changed",
+    "warn": "the row is kept as it is",
+}
+
+
+def page(report: dict[str, Any]) -> str:
+    """The page that shows `report`."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": _number,
+        "counted": _counted,
+        "codepoints": lambda text: " ".join(f"U+{ord(character):04X}" for character in text),
+        "control": _control,
+    }
+    template = environment.from_string(
+        Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
+    )
+    splits = report["splits"]
+    html = template.render(
+        report=report,
+        share=_share,
+        actions=ACTIONS,
+        all=_all(list(splits.values())),
+        plot=_plot(splits, report["max_seq_length"]),
+        groups={
+            name: found
+            for name in ("labels", "sources", "scripts")
+            if (found := _group({split: of[name] for split, of in splits.items()}))
+        },
+    )
+    # JSON can hold half a surrogate pair, and no file can: it is shown as JSON writes it.
+    return html.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{float(value):,.1f}".removesuffix(".0")
+
+
+def _counted(value: int, noun: str) -> str:
+    return f"{int(value):,} {noun}" + "s" * (value != 1)
+
+
+def _share(part: float, whole: float) -> str:
+    if not whole:
+        return "–"
+    if 0 < part / whole < 0.0005:
+        return "<0.1%"
+    # Not all of them is never 100 %, however few are missing.
+    return ">99.9%" if 0.9995 <= part / whole < 1 else f"{part / whole:.1%}"
+
+
+def _control(text: str) -> str:
+    """Control characters as their pictures; a browser hides them or takes them for line breaks."""
+    return text.translate({code: 0x2400 + code for code in range(32) if code not in (9, 10)})
+
+
+def _all(splits: list[dict[str, Any]]) -> dict[str, Any]:
+    sums = ("rows", "tokens", "supervised_tokens", "rows_cut", "tokens_cut", "ends_cut")
+    return {name: sum(split[name] for split in splits) for name in sums} | {
+        "shortest_row": min(
+            (split["shortest_row"] for split in splits if split["rows"]), default=0
+        ),
+        "median_row": None,
+        "longest_row": max((split["longest_row"] for split in splits), default=0),
+    }
+
+
+def _group(counts: dict[str, dict[str, int]]) -> dict[str, Any] | None:
+    """Per split the counts of the same names in the same order, the largest first."""
+    totals: dict[str, int] = {}
+    for found in counts.values():
+        for name, rows in found.items():
+            totals[name] = totals.get(name, 0) + rows
+    if not totals:
+        return None
+    names = sorted(totals, key=lambda name: (-totals[name], name))
+    named, others = names[:LARGEST], names[LARGEST:]
+    splits = {}
+    longest = 0.0
+    for split, found in counts.items():
+        bars = [(name, found.get(name, 0), False) for name in named]
+        if others:
+            rest = sum(found.get(name, 0) for name in others)
+            bars.append((f"others ({len(others):,})", rest, True))
+        whole = sum(found.values())
+        splits[split] = {"bars": bars, "rows": whole}
+        longest = max([longest] + [rows / whole for _, rows, _ in bars if whole])
+    return {"splits": splits, "longest": longest}
+
+
+def _plot(splits: dict[str, Any], limit: int) -> dict[str, Any] | None:
+    """The lengths' axes, which all splits share, with bars in fractions of the plot.
+
+    Bins are drawn equally wide: also bins that grow stay readable, and every edge drawn is named.
+    """
+    bins: list[dict[str, int]] = next((s["lengths"] for s in splits.values() if s["lengths"]), [])
+    if not bins:
+        return None
+    edges = [found["from"] for found in bins] + [bins[-1]["to"]]
+    shares = {
+        name: [found["rows"] / max(split["rows"], 1) for found in split["lengths"]]
+        for name, split in splits.items()
+        if split["lengths"]
+    }
+    highest = max(max(found) for found in shares.values())
+    steps = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+    top = next((step for step in steps if highest <= step), 1.0)
+    step = ceil(len(bins) / 5)
+    at = None
+    for number, (low, high) in enumerate(pairwise(edges)):
+        if low <= limit <= high:
+            at = (number + (limit - low) / (high - low)) / len(bins)
+            break
+    return {
+        "splits": {name: [share / top for share in found] for name, found in shares.items()},
+        "bins": bins,
+        "top": top,
+        "ticks": [(i / len(bins), edges[i]) for i in range(0, len(edges), step)],
+        "limit": at,
+    }

@@ -1,1 +1,0 @@
-"""What a run says of itself, on its way into MLflow, and how it is read again."""

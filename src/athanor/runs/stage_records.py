@@ -1,0 +1,143 @@
+"""The records of the stages train and test: what each sends to the MLflow run of a training."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from athanor import files
+from athanor.config.schema import Config
+from athanor.config.values import effective_values
+from athanor.device.backend import describe_device
+from athanor.model.source import Source, read_config
+from athanor.paths import PARAMS, PREPARED, SPLITS
+from athanor.runs import lineage
+from athanor.runs.run import Dataset, Run, start_run
+
+# The param that says how many layers are trained, where train.num_layers can be -1 for all.
+LAYERS = "trained_layers"
+
+
+def start_training(
+    cfg: Config,
+    source: Source,
+    folder: Path,
+    name: str,
+    point: str,
+    run: str,
+    parent: str | None = None,
+) -> Run:
+    """Open the MLflow run of a training, with everything that decides it.
+
+    `source` and `folder` are those of the base model; `point` is the digest of what decides the
+    training; `run` is our own name for the run, and `parent` that of its sweep's.
+    """
+    opened = start_run(
+        name,
+        effective_values(cfg) | _trained_layers(cfg, folder),
+        {
+            **lineage.tags(),
+            **_model_tags(source),
+            "device": describe_device(),
+            "athanor.point": point,
+        },
+        datasets(),
+        run=run,
+        parent=parent,
+    )
+    with ExitStack() as stack:
+        stack.push(opened)  # an interrupt ends the run here, too
+        opened.text(OmegaConf.to_yaml(cfg), PARAMS.name)  # with the overrides of this command
+        _record_data(opened)
+        lineage.record(opened)
+        stack.pop_all()
+    return opened
+
+
+def datasets() -> list[Dataset]:
+    """What a training reads, for its run."""
+    read = {PREPARED / "train.jsonl": "training", PREPARED / "valid.jsonl": "validation"}
+    return [
+        Dataset(str(path), context, files.digest([path]), files.count_lines(path))
+        for path, context in read.items()
+    ]
+
+
+def record_training(run: Run, out: Path, metrics: dict[str, float]) -> None:
+    """Adds what a training left in `out` to its run."""
+    best, kept = (int(metrics[f"{which}_iteration"]) for which in ("best", "kept"))
+    run.metrics(best, {"best_val_loss": metrics["best_val_loss"]}, once=True)
+    run.metrics(kept, {"kept_val_loss": metrics["kept_val_loss"]}, once=True)
+    run.metrics(int(metrics["iterations"]), {"train_seconds": metrics["train_seconds"]}, once=True)
+    # Not first: the first metric is the one that MLflow's page for several runs compares them by.
+    _record_counts(run)
+    run.tags({"adapters.digest": lineage.adapters_digest(out / "adapters")})
+    run.artifact(out / "adapters", "adapters")
+    run.artifact(out / "other_adapters", "other_adapters")
+    run.artifact(out / "history.csv")
+
+
+def record_test(
+    run: Run,
+    out: Path,
+    metrics: dict[str, float],
+    answers: dict[str, list[Any]],
+    confusion: str | None,
+    iteration: int,
+    once: bool = False,
+) -> None:
+    """Add the results of a test, written to `out`, to the run of a training.
+
+    Args:
+        answers: the answers as columns of a table; empty where no question was asked.
+        confusion: the confusion matrix as CSV, None without labels.
+        iteration: the iteration of the tested adapters.
+        once: record only the metrics that have no value there yet.
+    """
+    run.metrics(iteration, metrics, once=once)
+    run.artifact(out / "predictions.jsonl", "test")
+    if answers:
+        run.table(answers, "test/answers.json")
+    if confusion is not None:
+        run.artifact(out / "labels.csv", "test")
+        run.text(confusion, "test/confusion.csv")
+
+
+def _trained_layers(cfg: Config, folder: Path) -> dict[str, int]:
+    """How many layers -1 is: pages that draw runs by their number know no other way."""
+    layers = read_config(folder).get("num_hidden_layers")
+    if not isinstance(layers, int):
+        return {}
+    return {LAYERS: layers if cfg.train.num_layers == -1 else cfg.train.num_layers}
+
+
+def _record_data(run: Run) -> None:
+    """Keeps what prepare said of the rows; not a dep of this stage, because it decides nothing."""
+    for name in ("report.html", "report.json", "chat.json"):
+        if (PREPARED / name).exists():
+            run.artifact(PREPARED / name, "data")
+
+
+def _record_counts(run: Run) -> None:
+    if (PREPARED / "metrics.json").exists():
+        counts = files.read_json(PREPARED / "metrics.json")
+        rows = {f"{split}_rows": counts[split]["rows"] for split in SPLITS}
+        run.metrics(0, rows | {"rejected_rows": counts["rows"]["rejected"]}, once=True)
+
+
+def run_name(cfg: Config) -> str:
+    """What a person looks for in a list of runs."""
+    layers = "all" if cfg.train.num_layers == -1 else str(cfg.train.num_layers)
+    length = (
+        f"iters={cfg.train.iters}" if cfg.train.epochs is None else f"epochs={cfg.train.epochs}"
+    )
+    return (
+        f"{Path(cfg.model.path).name} {cfg.train.method} "
+        f"lr={cfg.train.learning_rate:g} layers={layers} {length}"
+    )
+
+
+def _model_tags(source: Source) -> dict[str, str]:
+    tags = {"model.path": source.path, "model.digest": source.digest}
+    return tags | ({"model.commit": source.commit} if source.commit else {})

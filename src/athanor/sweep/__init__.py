@@ -1,0 +1,1 @@
+"""Sweeps: many trainings on the same rows, compared."""

@@ -1,1 +1,0 @@
-"""Sweeps: points trained side by side, compared, and the best of them promoted."""

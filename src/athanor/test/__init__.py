@@ -1,0 +1,1 @@
+"""Stage `test`: examine base and tuned model side by side."""

@@ -1,0 +1,70 @@
+"""Stage `train`: fine-tunes the base model on what `prepare` left.
+
+    uv run python -m athanor.train
+    uv run python -m athanor.train train.learning_rate=3e-4
+
+Reads params.yaml and artifacts/prepare/; writes artifacts/train/adapters/ (mlx-lm's format; the
+best or the last, as train.keep says), other_adapters/ (the other of the two), history.csv (what was
+learned at which iteration), metrics.json (the last of every metric) and run.json (the MLflow run
+that the later stages add to). While it trains it keeps checkpoints in artifacts/train/checkpoints/;
+the same command goes on from there after it was interrupted.
+"""
+
+import sys
+
+from athanor import console, files
+from athanor.config.compose import load_config, warn_if_params_differ_from_conf
+from athanor.paths import CHECKPOINTS, TRAINED, root
+from athanor.prepare import result
+from athanor.prepare.result import Prepared
+from athanor.runs.stage_records import record_training, run_name, start_training
+from athanor.train import checkpoints
+from athanor.train.fit import fit, warn_of_rows_without_targets
+from athanor.train.identity import run_of, training_identity
+
+
+def main() -> None:
+    cfg = load_config(sys.argv[1:])
+    warn_if_params_differ_from_conf(cfg)
+    base = Prepared.read(cfg)
+    rows = result.read_rows(("train", "valid"))
+    kept = checkpoints.Checkpoints(root() / CHECKPOINTS, training_identity(cfg, base))
+    with start_training(
+        cfg, base.source, base.folder, run_name(cfg), kept.folder.name, run_of(kept.folder)
+    ) as run:
+        model, tokenizer = base.load()
+        tokens = {split: base.tokens(rows[split], tokenizer, cfg) for split in rows}
+        for split in rows:
+            warn_of_rows_without_targets(split, len(rows[split]), tokens[split])
+        metrics = fit(
+            cfg,
+            base,
+            model,
+            tokens,
+            TRAINED,
+            kept,
+            on_point=lambda point: run.metrics(point.iteration, point.metrics, once=True),
+            say=console.out.print,
+        )
+        record_training(run, TRAINED, metrics)
+        files.write_json(
+            TRAINED / "run.json",
+            {"run": run.name, "run_id": run.opened(), "iteration": metrics["kept_iteration"]},
+        )
+    kept.clear()
+    console.done(
+        "train",
+        {
+            "train loss": f"{metrics['train_loss']:.4f}",
+            "validation loss": f"{metrics['val_loss']:.4f}, at best {metrics['best_val_loss']:.4f} "
+            f"after iteration {metrics['best_iteration']}",
+            "peak memory": f"{metrics['peak_memory']:.2f} GB",
+            "adapters": f"{TRAINED / 'adapters'}, after iteration {metrics['kept_iteration']} "
+            f"({cfg.train.keep})",
+            "MLflow run": run.shown(),
+        },
+    )
+
+
+if __name__ == "__main__":
+    console.run(main, f"{console.GOES_ON}; {console.CHECKOUT}")

@@ -1,0 +1,67 @@
+"""Which rows come when, and as which arrays: pure functions of what is passed in.
+
+Every row comes once an epoch. Rows of similar length share a batch, so that little is padding, and
+yet no two epochs are alike: rows are shuffled, sorted within windows of many batches, at least two
+an epoch, and the batches are shuffled again. Nothing but (seed, epoch) decides that, so that a
+training can be taken up anywhere.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from athanor.compute.arrays import Tokens
+
+# At most so many batches a window: in fewer, the rows of a batch are less alike in length; in more,
+# a batch meets the same rows again every epoch.
+WINDOW = 256
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One iteration's rows.
+
+    `numbers` are those of its rows, of all ranks; `rows` is this rank's share; `tokens` counts the
+    supervised tokens of all ranks.
+    """
+
+    numbers: list[int]
+    rows: list[Tokens]
+    tokens: int
+
+
+class Batches:
+    """The batches of a training by iteration, from 1; in a group of processes one rank's share."""
+
+    def __init__(
+        self, rows: list[Tokens], batch_size: int, seed: int, rank: int = 0, size: int = 1
+    ) -> None:
+        self.rows = rows
+        self.an_epoch = -(-len(rows) // batch_size)
+        self._rank, self._size = rank, size
+        lengths = [len(row) for row in rows]
+        # The plan of an epoch is needed for each of its iterations.
+        self._epoch = lru_cache(2)(lambda epoch: plan(lengths, batch_size, seed, epoch))
+
+    def __call__(self, iteration: int) -> Batch:
+        epoch, position = divmod(iteration - 1, self.an_epoch)
+        numbers = self._epoch(epoch)[position]
+        mine = numbers[self._rank :: self._size]
+        tokens = sum(sum(self.rows[i].supervised[1:]) for i in numbers)
+        return Batch(numbers, [self.rows[i] for i in mine], tokens)
+
+
+def plan(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The row numbers of each batch of an epoch; every row once, the remainder included."""
+    draw = np.random.default_rng([seed, epoch])
+    length_of = np.array(lengths)
+    order = draw.permutation(len(lengths))
+    found: list[list[int]] = []
+    an_epoch = -(-len(lengths) // batch_size)
+    size = min(WINDOW, -(-an_epoch // 2)) * batch_size
+    for start in range(0, len(order), size):
+        window = order[start : start + size]
+        window = window[np.argsort(length_of[window], kind="stable")]
+        found += [window[i : i + batch_size].tolist() for i in range(0, len(window), batch_size)]
+    return [found[i] for i in draw.permutation(len(found))]

@@ -1,0 +1,453 @@
+"""Which tokens are learned, for templates of the kinds that models come with."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from athanor import files
+from athanor.chat import templates
+from athanor.chat.contract import resolve_contract
+from athanor.chat.load import load_tokenizer
+from athanor.chat.tokens import marked, tokenize, tokenize_all
+from athanor.compute.arrays import padded
+from athanor.prepare.check_rows import special_tokens
+from support import kinds
+
+QUESTIONS = {
+    "messages": [
+        {"role": "user", "content": "一"},
+        {"role": "assistant", "content": "第一答"},
+        {"role": "user", "content": "二"},
+        {"role": "assistant", "content": "第二答"},
+    ]
+}
+
+# Like Qwen3's: an empty thought before the last answer, and only there.
+QWEN3 = """{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' -}}
+{%- if m.role == 'assistant' and loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif -%}
+{{- m.content + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+
+# Like R1's: asks with an open thought that no finished conversation has.
+R1 = """{%- for m in messages -%}
+{%- set said = m.content.split('</think>')[-1] -%}
+{{- '<|im_start|>' + m.role + '\\n' + said + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n<think>\\n' }}{%- endif -%}"""
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def make(tiny: Path, tmp_path: Path) -> Make:
+    """The tiny model's tokenizer with another template or another end token."""
+
+    def build(template: str | None = None, **settings: Any) -> Any:
+        folder = Path(shutil.copytree(tiny, tmp_path / "model", dirs_exist_ok=True))
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        for name, key in (("tokenizer_config.json", "eos_token"), ("config.json", "eos_token_id")):
+            path = folder / name
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if key in settings:
+                path.write_text(json.dumps(content | {key: settings[key]}), encoding="utf-8")
+        if "eos_token_id" in settings:
+            (folder / "generation_config.json").unlink()
+        return load_tokenizer(folder)
+
+    return build
+
+
+def learned(row: dict[str, Any], tokenizer: Any) -> str:
+    """What is supervised of each text of a row, the texts parted by a bar."""
+    return " | ".join(
+        tokenizer.decode([i for i, s in zip(one.learned(), one.supervised, strict=True) if s])
+        for one in tokenize(row, tokenizer, mask_prompt=True)
+    )
+
+
+def asked_as_trained(row: dict[str, Any], tokenizer: Any) -> bool:
+    """Whether the tokens before each answer are those that ask for it, whatever the code says."""
+    messages = row["messages"]
+    asked = [
+        templates.prompt_ids({**row, "messages": messages[: i + 1]}, tokenizer)
+        for i, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    trained = [
+        one.ids[:first]
+        for one in tokenize(row, tokenizer, mask_prompt=True)
+        for first, _ in one.answers
+    ]
+    return sorted(asked) == sorted(trained)
+
+
+def test_answers_and_their_end_are_supervised_and_nothing_else(tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny)
+    row = {
+        "messages": [
+            {"role": "system", "content": "你是助手"},
+            {"role": "user", "content": "一"},
+            {"role": "assistant", "content": "第一答"},
+            {"role": "user", "content": "二"},
+            {"role": "assistant", "content": "第二答"},
+        ]
+    }
+    [found] = tokenize(row, tokenizer, mask_prompt=True)
+    assert learned(row, tokenizer) == "第一答<|im_end|>第二答<|im_end|>"
+    [everything] = tokenize(row, tokenizer, mask_prompt=False)
+    assert everything.ids == found.ids
+    assert all(everything.supervised)
+    assert asked_as_trained(row, tokenizer)
+
+
+def test_plain_text_ends_with_an_end_token(tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny)
+    [found] = tokenize({"text": "一段文字"}, tokenizer, mask_prompt=True)
+    assert found.ids[-1] == tokenizer.eos_token_id
+    assert all(found.supervised)
+
+
+def test_plain_text_ends_also_where_only_the_config_names_an_end(
+    tiny: Path, tmp_path: Path
+) -> None:
+    folder = kinds.build("llama3-base", tiny, tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    files.write_json(path, files.read_json(path) | {"eos_token": None})
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.eos_token_id is None
+    end = resolve_contract(folder, tokenizer, "auto").end
+    [found] = tokenize({"text": "一段文字"}, tokenizer, mask_prompt=True, end=end)
+    assert tokenizer.convert_ids_to_tokens(found.ids[-1]) == "<|end_of_text|>"
+
+
+def test_an_answer_may_be_all_that_a_template_writes(make: Make) -> None:
+    """Where it leaves out what is asked, which is named, and asks with nothing."""
+    tokenizer = make(
+        "{%- for m in messages if m.role == 'assistant' -%}"
+        "{{- '<|im_start|>' + m.content + '<|im_end|>' -}}{%- endfor -%}"
+    )
+    row = {"messages": QUESTIONS["messages"][:2]}
+    assert learned(row, tokenizer) == "<|im_start|>第一答<|im_end|>"
+    assert left_out(row, tokenizer) == "message 1, of the user"
+
+
+def test_a_turn_that_is_written_otherwise_later_is_a_text_of_its_own(make: Make) -> None:
+    tokenizer = make(QWEN3)
+    thought = "<think>\n\n</think>\n\n"
+    assert learned(QUESTIONS, tokenizer) == f"{thought}第一答<|im_end|> | {thought}第二答<|im_end|>"
+    assert asked_as_trained(QUESTIONS, tokenizer)
+    assert templates.expected_answer(QUESTIONS, tokenizer) == "第二答"
+    [everything] = tokenize(QUESTIONS, tokenizer, mask_prompt=False)
+    assert all(everything.supervised)
+
+
+def test_an_open_thought_is_closed_in_what_is_trained_on(make: Make) -> None:
+    """With an empty one, or with the row's own; R1's template leaves it out."""
+    tokenizer = make(R1)
+    assert learned(QUESTIONS, tokenizer) == (
+        "</think>\n\n第一答<|im_end|> | </think>\n\n第二答<|im_end|>"
+    )
+    assert asked_as_trained(QUESTIONS, tokenizer)
+    assert templates.expected_answer(QUESTIONS, tokenizer) == "第二答"
+    question = {"role": "user", "content": "一"}
+    for own in (
+        {"content": "[THINK]想一想[/THINK]答"},
+        {"content": "<think>\n想一想\n</think>\n\n答"},
+        {"content": "想一想</think>答"},
+        {"content": "答", "reasoning_content": "想一想"},
+    ):
+        row = {"messages": [question, {"role": "assistant", **own}]}
+        assert learned(row, tokenizer) == "想一想\n</think>\n\n答<|im_end|>"
+        assert asked_as_trained(row, tokenizer)
+        assert templates.expected_answer(row, tokenizer) == "答"
+
+
+def test_an_answer_may_begin_as_a_thought_does(make: Make) -> None:
+    """So that text and prompt part behind the < only."""
+    tokenizer = make(R1)
+    for said in ("<b>答</b>", "<think", " <"):
+        answer = {"role": "assistant", "content": said}
+        row = {"messages": [QUESTIONS["messages"][0], answer]}
+        assert learned(row, tokenizer).split() == ["</think>", f"{said.strip()}<|im_end|>"]
+        assert asked_as_trained(row, tokenizer)
+
+
+def test_a_thought_that_the_prompt_has_closed_is_in_what_is_trained_on(make: Make) -> None:
+    tokenizer = make(R1.replace("<think>\\n", "<think>\\n\\n</think>\\n\\n"))
+    assert learned(QUESTIONS, tokenizer) == "第一答<|im_end|> | 第二答<|im_end|>"
+    assert asked_as_trained(QUESTIONS, tokenizer)
+    assert all(one.asked for one in tokenize(QUESTIONS, tokenizer, mask_prompt=True))
+
+
+def test_a_prompt_that_no_training_text_has_is_noticed(make: Make) -> None:
+    tokenizer = make(R1.replace("<think>", "<mood>"))
+    texts = tokenize(QUESTIONS, tokenizer, mask_prompt=True)
+    assert not any(text.asked for text in texts)
+    assert not asked_as_trained(QUESTIONS, tokenizer)
+
+
+def test_a_row_whose_only_answer_is_not_written_has_nothing_to_learn(make: Make) -> None:
+    """Such a template asks with more than it writes, and leaves out an answer without a text."""
+    tokenizer = make(
+        R1.replace("{{- '<|im_start|>'", "{%- if said -%}{{- '<|im_start|>'", 1).replace(
+            "'<|im_end|>\\n' -}}", "'<|im_end|>\\n' -}}{%- endif -%}", 1
+        )
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    row = {"messages": [QUESTIONS["messages"][0], answer]}
+    [tokens] = tokenize(row, tokenizer, mask_prompt=True)
+    assert (tokens.answers, any(tokens.supervised)) == ([], False)
+
+
+def test_an_answer_that_shares_a_token_with_its_prompt_is_parted_from_it(make: Make) -> None:
+    """A prompt that ends with a space, which is a token's first character where a word follows."""
+    tokenizer = make(
+        "{%- for m in messages -%}{{- m.role + ': ' + m.content + '<|im_end|>\\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- 'assistant: ' -}}{%- endif -%}"
+    )
+    together = tokenizer.encode(": the", add_special_tokens=False)
+    apart = [tokenizer.encode(text, add_special_tokens=False) for text in (": ", "the")]
+    assert together != apart[0] + apart[1]
+    question = QUESTIONS["messages"][0]
+    row = {"messages": [question, {"role": "assistant", "content": "the end"}]}
+    assert learned(row, tokenizer) == "the end<|im_end|>"
+    assert asked_as_trained(row, tokenizer)
+    row["messages"] *= 2  # the second question follows the first answer as it is read, not parted
+    assert learned(row, tokenizer) == "the end<|im_end|> | the end<|im_end|>"
+    assert asked_as_trained(row, tokenizer)
+    assert all(one.asked for one in tokenize(row, tokenizer, mask_prompt=True))
+
+
+def test_white_space_that_a_special_token_takes_is_no_part_of_the_answer(
+    make: Make, tiny: Path, tmp_path: Path
+) -> None:
+    """As in Phi 3."""
+    make(
+        "{%- for m in messages -%}{{- '<|im_start|>' + m.content + '<|im_end|>' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>' -}}{%- endif -%}"
+    )
+    path = tmp_path / "model" / "tokenizer.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for token in settings["added_tokens"]:
+        token["rstrip"] = True
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    path = path.with_name("tokenizer_config.json")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    del settings["additional_special_tokens"]  # which would be made anew
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path / "model")
+    row = {"messages": [QUESTIONS["messages"][0], {"role": "assistant", "content": " \n答"}]}
+    assert learned(row, tokenizer) == "答<|im_end|>"
+    assert asked_as_trained(row, tokenizer)
+    assert all(one.asked for one in tokenize(row, tokenizer, mask_prompt=True))
+
+
+def test_the_templates_own_end_is_learned_and_stopped_at(make: Make, tiny: Path) -> None:
+    """Qwen2.5's base models end texts with another token than their template ends turns."""
+    usual = load_tokenizer(tiny)
+    texts_end = usual.convert_tokens_to_ids("<|endoftext|>")
+    tokenizer = make(eos_token="<|endoftext|>", eos_token_id=texts_end)
+    assert tokenizer.eos_token_id == texts_end
+    assert usual.convert_tokens_to_ids("<|im_end|>") in tokenizer.eos_token_ids
+    assert learned(QUESTIONS, tokenizer) == "第一答<|im_end|>第二答<|im_end|>"
+
+
+def test_a_turn_that_its_template_ends_with_nothing_gets_an_end(make: Make) -> None:
+    """And does not reach into the next question."""
+    template = (
+        "{%- for m in messages -%}{{- m.role + ': ' + m.content + '\\n' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- 'assistant: ' -}}"
+    )
+    last = "{%- elif messages[-1].role == 'assistant' -%}{{- '<|im_end|>' -}}"
+    for written in (template, template + last):
+        tokenizer = make(written + "{%- endif -%}")
+        assert learned(QUESTIONS, tokenizer) == "第一答\n<|im_end|> | 第二答\n<|im_end|>"
+        assert asked_as_trained(QUESTIONS, tokenizer)
+
+
+def test_an_answer_is_learned_with_its_end_or_not_at_all(make: Make) -> None:
+    tokenizer = make()
+    [tokens] = tokenize(QUESTIONS, tokenizer, mask_prompt=True)
+    (first, behind), (second, _) = tokens.answers
+    whole = [True] * (behind - first)
+    for length in (behind, second, second + 1, len(tokens) - 2):
+        kept = tokens.cut(length)
+        assert len(kept) == length
+        assert [s for s in kept.supervised if s] == whole
+    assert not any(tokens.cut(behind - 1).supervised)
+    assert tokens.cut(len(tokens)) == tokens
+    [everything] = tokenize(QUESTIONS, tokenizer, mask_prompt=False)
+    assert all(everything.cut(behind - 1).supervised)
+
+
+def test_another_end_is_learned_and_the_templates_is_read(make: Make) -> None:
+    tokenizer = make()
+    other = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    [usual] = tokenize(QUESTIONS, tokenizer, mask_prompt=True)
+    [tokens] = tokenize(QUESTIONS, tokenizer, mask_prompt=True, end=other)
+    assert (tokens.ids, tokens.supervised) == (usual.ids, usual.supervised)
+    batch = padded([tokens])
+    assert batch.inputs.tolist() == [tokens.ids[:-1]]
+    assert tokenizer.decode(batch.targets.tolist()) == "第一答<|endoftext|>第二答<|endoftext|>"
+    cut = tokens.cut(tokens.answers[0][1])
+    assert list(cut.said.values()) == [other]
+
+
+def test_an_answer_that_repeats_its_question_is_learned_once(make: Make) -> None:
+    row = {
+        "messages": [
+            {"role": "user", "content": "重复"},
+            {"role": "assistant", "content": "重复"},
+            {"role": "user", "content": "重复"},
+            {"role": "assistant", "content": "重复"},
+        ]
+    }
+    assert learned(row, make()) == "重复<|im_end|>重复<|im_end|>"
+
+
+def test_rows_together_are_read_as_one_by_one(make: Make) -> None:
+    """Among them one that the template refuses, plain text, several turns, a call of a tool."""
+    single = {"messages": QUESTIONS["messages"][:2]}
+    system = {"messages": [{"role": "system", "content": "短"}, *QUESTIONS["messages"][:2]]}
+    rows: list[dict[str, Any]] = [
+        single,
+        QUESTIONS,
+        {"text": "一段文字"},
+        system,
+        single | {"tools": [{"name": "f"}]},
+    ]
+    no_system = "{%- if m.role == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}"
+    strict = make(QWEN3.replace("{{- '<|im_start|>'", no_system + "{{- '<|im_start|>'", 1))
+    refused = templates.render_all(rows, strict)
+    assert [isinstance(one, Exception) for one in refused] == [False, False, False, True, False]
+    assert str(refused[3]) == "no system"
+    tokenizer = make(QWEN3)
+    rendered = templates.render_all(rows, tokenizer)
+    assert rendered == [templates.render(row, tokenizer) for row in rows]
+    together = tokenize_all(rows, tokenizer, True, 2048)
+    alone = [
+        (line, one)
+        for line, row in enumerate(rows, 1)
+        for one in tokenize(row, tokenizer, mask_prompt=True)
+    ]
+    assert together == [replace(one, line=line) for line, one in alone]
+
+
+def left_out(row: dict[str, Any], tokenizer: Any) -> str | None:
+    return templates.dropped(row, templates.render(row, tokenizer), tokenizer)
+
+
+def test_what_a_template_leaves_out_is_named(make: Make) -> None:
+    """Even where its text stands elsewhere, and not where it is written as JSON."""
+    asked, answered = QUESTIONS["messages"][:2]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"at": "noon"}}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    told = {"role": "tool", "content": '{"hour": "12"}'}
+    of_tools = {"messages": [asked, called, told, answered]}
+    system = {"messages": [{"role": "system", "content": "a"}, asked, answered]}
+    in_it = {"content": "<think>想一想</think>第一答"}
+    thoughtful = [
+        {"messages": [asked, answered | own]} for own in ({"reasoning_content": "想"}, in_it)
+    ]
+    plain = make()
+    assert left_out(of_tools, plain) == "the call of a tool in message 2"
+    assert left_out(thoughtful[0], plain) == "the thought of message 2"
+    assert [left_out(row, plain) for row in (system, thoughtful[1], QUESTIONS)] == [None] * 3
+    calls = "{%- for c in m.tool_calls or [] -%}{{- c.function | tojson -}}{%- endfor -%}"
+    written = QWEN3.replace("{{- m.content", calls + "{{- m.content")
+    assert left_out(of_tools, make(written)) is None
+    as_json = written.replace("m.content +", "(m.content | tojson) +")
+    assert left_out(of_tools, make(as_json)) is None
+    for role, row, said in (
+        ("tool", of_tools, "message 3, of the tool"),
+        ("system", system, "message 1, of the system"),
+    ):
+        without = written.replace("in messages -%}", f"in messages if m.role != '{role}' -%}}")
+        assert left_out(row, make(without)) == said
+
+
+def test_an_earlier_thought_that_is_left_out_later_is_learned(make: Make) -> None:
+    """By templates that look at reasoning_content alone, as GLM's."""
+    thought = (
+        "{%- if loop.last and m.reasoning_content -%}{{- m.reasoning_content + '|' -}}{%- endif -%}"
+    )
+    tokenizer = make(
+        QWEN3.replace("'<think>\\n\\n</think>\\n\\n'", "''").replace(
+            "{{- m.content", thought + "{{- m.content"
+        )
+    )
+    asked, answered, *more = QUESTIONS["messages"]
+    row = {"messages": [asked, answered | {"reasoning_content": "想一想"}, *more]}
+    assert learned(row, tokenizer) == "想一想|第一答<|im_end|> | 第二答<|im_end|>"
+    assert left_out(row, tokenizer) is None
+
+
+def test_a_template_may_refuse_a_second_question(make: Make, tmp_path: Path) -> None:
+    refuses = "{%- if messages | length > 3 -%}{{ raise_exception('only one') }}{%- endif -%}"
+    tokenizer = make(refuses + QWEN3)
+    report = {
+        f.about: f.text for f in resolve_contract(tmp_path / "model", tokenizer, "auto").report
+    }
+    assert report["asked as trained"] == "yes, every answer"
+    assert "only one" in str(templates.render_all([QUESTIONS], tokenizer)[0])
+
+
+def test_what_is_expected_is_the_last_answer_also_where_it_is_not_found(make: Make) -> None:
+    prompt = "assistant' + ('\\n' if messages | length < 3 else '<mood>')"
+    tokenizer = make(R1.replace("assistant\\n<think>\\n'", prompt))
+    call = {"role": "assistant", "content": "", "tool_calls": []}
+    row = {"messages": [*QUESTIONS["messages"][:3], call]}
+    assert templates.expected_answer(row, tokenizer) == ""
+
+
+def test_a_call_of_a_tool_may_end_with_another_token_than_an_answer(make: Make) -> None:
+    """As Llama 3.1's with <|eom_id|>; what answers end with instead takes the place of both."""
+    tokenizer = make(
+        QWEN3.replace("'<|im_end|>", "('<|endoftext|>' if m.tool_calls else '<|im_end|>') + '")
+    )
+    asked, answered = QUESTIONS["messages"][:2]
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    row = {"messages": [asked, answered | {"tool_calls": [call]}]}
+    usual, other = (tokenizer.convert_tokens_to_ids(end) for end in ("<|im_end|>", "<|endoftext|>"))
+    for end, said in ((usual, [other]), (other, [other])):
+        [one] = tokenize(row, tokenizer, mask_prompt=True, end=end)
+        assert one.learned()[one.answers[0][1] - 1 :][:1] == said
+    [one] = tokenize({"messages": [asked, answered]}, tokenizer, True, end=other)
+    assert list(one.said.values()) == [other]
+
+
+def test_a_template_without_answers_ends_them_with_nothing(make: Make) -> None:
+    tokenizer = make(QWEN3.replace("in messages -%}", "in messages if m.role == 'user' -%}"))
+    assert templates.end_of_turn(tokenizer) is None
+    row = {"messages": QUESTIONS["messages"][:2]}
+    assert left_out(row, tokenizer) == "message 2, of the assistant"
+
+
+def test_an_end_inside_a_text_is_found_special_or_not(tiny: Path, tmp_path: Path) -> None:
+    """It would end the answer there, and only half of that be learned."""
+    folder = kinds.build("r1-distill-qwen", tiny, tmp_path / "model")
+    path = folder / "tokenizer.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for token in settings["added_tokens"]:
+        token["special"] = False
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    files.write_json(path, files.read_json(path) | {"eos_token": None})
+    found = special_tokens(load_tokenizer(folder))
+    assert found is not None
+    assert found.findall("<think>答<｜end▁of▁sentence｜>") == ["<｜end▁of▁sentence｜>"]
+
+
+def test_a_row_is_shown_as_it_is_learned(make: Make) -> None:
+    pieces = marked({"messages": QUESTIONS["messages"][:2]}, make(), mask_prompt=True)
+    assert [text for text, learned in pieces if learned] == ["第一答<|im_end|>"]
+    assert "".join(text for text, _ in pieces).endswith("第一答<|im_end|>\n")

@@ -1,0 +1,386 @@
+"""Sweeps as a person runs them: real trainings, a real store, processes that are killed."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from athanor.chat import tokens
+from athanor.config.compose import compose_config
+from athanor.errors import UserError
+from athanor.sweep import trials, worker
+from athanor.sweep.space import refuse_unprepared, space
+from athanor.sweep.supervise import COMMAND
+from conftest import Stages
+
+# Answers of so few tokens that a point is mostly its training.
+SHORT = "test.max_tokens=4"
+GRID = ("train.learning_rate=1e-4,2e-4,4e-4", "train.num_layers=1,2,-1", "train.iters=4", SHORT)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/runs.db"
+
+
+@pytest.fixture
+def prepared(stages: Stages, tmp_path: Path) -> Path:
+    """A folder in which config and prepare have run."""
+    stages("config", "prepare")
+    return tmp_path
+
+
+def start(*arguments: str) -> "subprocess.Popen[str]":
+    """Starts a sweep, as the leader of its own process group."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "athanor.sweep", "-m", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(*arguments: str, status: int = 0) -> str:
+    """Runs a sweep to its end and returns what it printed."""
+    process = start(*arguments)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == status, printed
+    return printed
+
+
+def recorded(store: str) -> tuple[Any, list[Any]]:
+    """The one sweep's run, and those below it."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("athanor")
+    assert experiment is not None
+    found = list(client.search_runs([experiment.experiment_id]))
+    children = [run for run in found if "mlflow.parentRunId" in run.data.tags]
+    [parent] = [run for run in found if run not in children]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} <= {parent.info.run_id}
+    return parent, children
+
+
+def predictions(store: str, run: Any) -> list[str]:
+    from mlflow import MlflowClient
+
+    path = MlflowClient(store).download_artifacts(run.info.run_id, "test/predictions.jsonl")
+    return Path(path).read_text(encoding="utf-8").splitlines()
+
+
+def notes(folder: Path) -> list[dict[str, Any]]:
+    found = folder.glob("artifacts/sweep/*/points/*.json")
+    return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def worker_of(process: "subprocess.Popen[str]") -> int:
+    """The process that a sweep's work is done in, which leads a group of its own."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return int(found.stdout)
+
+
+def states(folder: Path) -> Counter[str]:
+    return Counter(note["status"] for note in notes(folder))
+
+
+def test_a_killed_sweep_goes_on_and_trains_no_point_twice(prepared: Path, store: str) -> None:
+    process = start(*GRID)
+    wait_for(lambda: states(prepared)["FINISHED"] >= 4 and states(prepared)["RUNNING"] > 0, process)
+    for leader in (process.pid, worker_of(process)):
+        os.killpg(leader, signal.SIGKILL)
+    process.wait()
+    trained = {
+        path: (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in prepared.glob("artifacts/sweep/points/*/trained.json")
+    }
+    assert 4 <= len(trained) < 9
+
+    printed = run(*GRID)
+    parent, children = recorded(store)
+    assert parent.info.status == "FINISHED"
+    assert [child.info.status for child in children] == ["FINISHED"] * 9
+    assert len({child.data.tags["athanor.point"] for child in children}) == 9
+    assert states(prepared) == {"FINISHED": 9}
+    assert len(list(prepared.glob("artifacts/sweep/points/*/trained.json"))) == 9
+    for path, before in trained.items():
+        assert (path.stat().st_ino, path.stat().st_mtime_ns) == before, path
+    assert printed.count("was trained before") >= 4
+    assert list(Path("mlruns/outbox").glob("*")) == []
+    # The pipeline's own outputs are DVC's.
+    assert {path.name for path in prepared.glob("artifacts/*")} == {"prepare", "train", "sweep"}
+    assert [path.name for path in prepared.glob("artifacts/train/*")] == ["checkpoints"]
+
+    names = {child.info.run_name for child in children}
+    assert {"lr 1e-4, layers 1", "lr 4e-4, layers all"} <= names
+    losses = {child.info.run_name: child.data.metrics["kept_val_loss"] for child in children}
+    best = min(losses, key=lambda name: losses[name])
+    # The rows of `test` are for the chosen alone.
+    tested = {c.info.run_name for c in children if "test_loss" in c.data.metrics}
+    assert tested == {best}
+    assert all("test_valid_loss" in child.data.metrics for child in children)
+    asked = {child.info.run_name: len(predictions(store, child)) for child in children}
+    assert asked == {name: 9 + 3 * (name == best) for name in names}
+    assert best in parent.data.tags["mlflow.note.content"]
+    assert "dvc exp run -S" in printed
+    chosen = next(child for child in children if child.info.run_name == best)
+    assert chosen.info.run_id in printed
+    assert "summary.html" in {path.name for path in prepared.glob("artifacts/sweep/*/*")}
+
+
+def test_points_that_fail_are_named_and_the_rest_goes_on(prepared: Path, store: str) -> None:
+    """One learning rate at which the training diverges, one rank for which there is no memory."""
+    printed = run("train.learning_rate=1e-4,1e3", "train.rank=4,300000000", "train.iters=10")
+    assert states(prepared) == {"FINISHED": 1, "FAILED": 3}
+    reasons = {note["label"]: note["reason"] for note in notes(prepared) if "reason" in note}
+    assert "diverged" in reasons["lr 1000, rank 4"]
+    assert "memory" in reasons["lr 1e-4, rank 300000000"]
+    assert "lr 1000, rank 4 failed" in printed
+    assert "lr 1e-4, rank 300000000 failed" in printed
+    parent, children = recorded(store)
+    assert parent.info.status == "FINISHED"
+    assert {child.info.run_name: child.info.status for child in children} == {
+        "lr 1e-4, rank 4": "FINISHED",
+        "lr 1000, rank 4": "FAILED",
+        "lr 1e-4, rank 300000000": "FAILED",
+        "lr 1000, rank 300000000": "FAILED",
+    }
+    for child in children:
+        if child.info.status == "FAILED":
+            assert child.data.tags["failure"][:40] in reasons[child.info.run_name]
+    assert "train.learning_rate=0.0001 -S train.rank=4" in printed
+
+
+def test_a_process_that_is_killed_costs_its_point(prepared: Path, store: str) -> None:
+    """As Linux ends one that takes too much memory, and Metal one whose batch does not fit."""
+    command = ("train.learning_rate=1e-4,2e-4", "train.iters=40", "train.save_every=5", SHORT)
+    process = start(*command)
+
+    def under_way() -> bool:
+        return bool(list(prepared.glob("artifacts/train/checkpoints/*/0*/manifest.json")))
+
+    wait_for(under_way, process)
+    os.kill(worker_of(process), signal.SIGKILL)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert "lr 1e-4 failed, and the sweep goes on: its process was ended by SIGKILL" in printed
+    parent, children = recorded(store)
+    assert parent.info.status == "FINISHED"
+    status = {child.info.run_name: child.info.status for child in children}
+    assert status == {"lr 1e-4": "FAILED", "lr 2e-4": "FINISHED"}
+    # Another start tries it again, from its checkpoint.
+    run(*command)
+    assert states(prepared) == {"FINISHED": 2}
+    assert {child.info.status for child in recorded(store)[1]} == {"FINISHED"}
+
+
+def test_ctrl_c_ends_a_sweep_that_the_same_command_goes_on_with(prepared: Path, store: str) -> None:
+    command = (GRID[0], "train.num_layers=1", "train.iters=40")
+    process = start(*command)
+
+    def second() -> bool:
+        found = states(prepared)
+        return found["FINISHED"] == 1 and found["RUNNING"] == 1
+
+    wait_for(second, process)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "the same command goes on" in printed
+    parent, children = recorded(store)
+    assert {parent.info.status} | {child.info.status for child in children} <= {
+        "KILLED",
+        "FINISHED",
+    }
+    run(*command)
+    parent, children = recorded(store)
+    assert [child.info.status for child in children] == ["FINISHED"] * 3
+    assert parent.info.status == "FINISHED"
+
+
+def test_a_search_by_optuna_is_the_same_by_its_seed(prepared: Path, store: str) -> None:
+    def tried() -> list[Any]:
+        found = sorted(notes(prepared), key=lambda note: note["number"])
+        return [note["values"] for note in found]
+
+    run("sweep=search", "train.iters=1", SHORT)
+    first = tried()
+    assert len(first) == 12
+    assert len(recorded(store)[1]) == 12
+    (prepared / "artifacts/sweep").rename(prepared / "before")
+    run("sweep=search", "train.iters=1", SHORT, "hydra.sweeper.n_trials=11")
+    assert tried() == first[:11]  # the eleventh is the first that the ten before it decide
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_points_side_by_side_are_the_same_points(prepared: Path, store: str, launcher: str) -> None:
+    grid = ("train.learning_rate=1e-4,2e-4", "train.iters=4", SHORT)
+    run(*grid, f"hydra/launcher={launcher}")
+    beside = adapters(prepared)
+    parent, children = recorded(store)
+    assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
+    assert len(children) == len(beside) == 2
+    (prepared / "artifacts/sweep").rename(prepared / "before")
+    run(*grid)
+    assert adapters(prepared) == beside
+    assert len(recorded(store)[1]) == 2  # the same runs
+
+
+def adapters(folder: Path) -> dict[str, bytes]:
+    found = folder.glob("artifacts/sweep/points/*/adapters/adapters.safetensors")
+    return {path.parent.parent.name: path.read_bytes() for path in found}
+
+
+def test_a_wider_sweep_trains_only_what_is_new(
+    prepared: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And loads the base once, and reads every row once, however many points there are."""
+    import mlx_lm.utils
+
+    calls: Counter[str] = Counter()
+    for module, name in ((mlx_lm.utils, "load_model"), (tokens, "tokenize_all")):
+        real = getattr(module, name)
+
+        def counted(*args: Any, real: Any = real, name: str = name, **named: Any) -> Any:
+            calls[name] += 1
+            return real(*args, **named)
+
+        monkeypatch.setattr(module, name, counted)
+    monkeypatch.setenv(COMMAND, "first")
+    monkeypatch.setenv(trials.FOLDER, "")
+    worker.main(["train.num_layers=1,2", "seed=0,1", "train.iters=2"])
+    assert calls == {"load_model": 1, "tokenize_all": 3}
+    before = adapters(prepared)
+    assert len(before) == 4
+    trials.loaded.cache_clear()
+    worker.main(["train.num_layers=1,2,3", "seed=0,1", "train.iters=2"])
+    assert set(before) < set(adapters(prepared))
+    assert len(adapters(prepared)) == 6
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store)
+    found = client.search_runs([client.get_experiment_by_name("athanor").experiment_id])
+    assert Counter("mlflow.parentRunId" in run.data.tags for run in found) == {True: 10, False: 2}
+    wider = next(run for run in found if run.data.params.get("sweep.train.num_layers") == "1,2,3")
+    assert re.search(r"seeds? ", wider.data.tags["mlflow.note.content"])
+
+
+def test_rows_that_change_while_it_runs_stop_a_sweep(prepared: Path, store: str) -> None:
+    """What is in memory are the rows of before; a digest of others would name a lie."""
+    process = start("train.learning_rate=1e-4,2e-4,3e-4", "train.iters=20")
+    wait_for(lambda: states(prepared)["FINISHED"] == 1, process)
+    rows = prepared / "artifacts/prepare/train.jsonl"
+    rows.write_text("".join(rows.read_text("utf-8").splitlines(True)[:3]), encoding="utf-8")
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, printed
+    assert "data: not what the sweep started with" in printed
+    assert len(list(prepared.glob("artifacts/sweep/points/*/trained.json"))) < 3
+    assert recorded(store)[0].info.status == "FAILED"
+
+
+def test_the_line_that_promotes_says_what_was_typed(prepared: Path, store: str) -> None:
+    """Values inside of others, no experiment, and a folder whose name Hydra would read."""
+    odd = prepared / "a copy, of (it)=中"
+    odd.mkdir()
+    for name in ("conf", "data", "models", "artifacts", "params.yaml"):
+        (odd / name).symlink_to(prepared / name)
+    betas = "train.optimizer_config.adam.betas=[0.9,0.99],[0.8,0.99]"
+    process = subprocess.run(
+        [sys.executable, "-m", "athanor.sweep", betas, "experiment=null", "train.iters=2"],
+        cwd=odd,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    line = next(line for line in process.stdout.splitlines() if "dvc exp run" in line)
+    typed = [text for text in shlex.split(line)[5:] if text != "-S"]
+    assert typed[:2] == ["~experiment", "train.iters=2"]
+    promoted = compose_config(Path("conf"), typed)
+    assert promoted.train.keep == "best"
+    assert promoted.train.optimizer_config["adam"]["betas"] in ([0.9, 0.99], [0.8, 0.99])
+
+
+@pytest.fixture
+def conf(prepared: Path) -> Iterator[Path]:
+    yield Path("conf")
+
+
+def test_a_sweep_is_sorted_before_it_runs(conf: Path) -> None:
+    found = space(conf, ["train.learning_rate=1e-4,3e-4", "sweep=grid", "seed=3", "train=dora"])
+    assert found.swept["train.learning_rate"] == ["0.0001", "0.0003"]  # the command line's
+    assert found.swept["train.num_layers"] == ["2", "4", "-1"]
+    assert (found.fixed, found.hydra, found.total) == (["seed=3", "train=dora"], ["sweep=grid"], 6)
+    assert found.base.train.method == "dora"
+    found = space(conf, ["train.learning_rate=interval(1e-5,1e-3)", "hydra/sweeper=optuna"])
+    assert "hydra.sweeper.sampler.seed=0" in found.hydra
+    assert found.total == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["model=tiny,qwen2.5-0.5b"], "uv run dvc exp run --queue -S model=tiny,qwen2.5-0.5b"),
+        (["data.valid_size=0.1,0.2", "train.rank=4"], "-S data.valid_size=0.1,0.2 -S train.rank=4"),
+        (["train.mask_prompt=true,false"], "dvc exp run --queue -S train.mask_prompt=true,false"),
+        (["test.temp=0,1"], "test.temp: a sweep goes over what is trained"),
+        (["fuse.gguf=f16,q8_0"], "fuse.gguf: a sweep goes over what is trained"),
+        (["train.rnk=1,2"], "did you mean train.rank?"),
+        (["train.learning_rate=1e-4,-1"], "expected a finite number above 0, found -1.0"),
+        (["train.learning_rate=interval(1e-5,1e-3)"], "hydra/sweeper=optuna"),
+        (["train.rank=4"], "a sweep needs a key with several values"),
+        (["train.rank=4,"], "command line: train.rank=4,"),
+        (["sweep=gird"], "conf/sweep/ has no such file; it has grid, search, seeds"),
+        (["experiment=facts,null"], "Hydra can't sweep a group to null"),
+        (["sweep=search", "seed=0,1"], "seed: a search would draw it"),
+        (["train=glob(*)"], "name the values themselves"),
+    ],
+)
+def test_what_no_sweep_can_go_over_is_refused_with_what_can(
+    conf: Path, arguments: list[str], said: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        space(conf, arguments)
+
+
+def test_a_sweep_on_other_rows_than_were_prepared_is_refused(conf: Path) -> None:
+    found = space(conf, ["train.rank=4,8", "data.valid_size=0.3"])
+    with pytest.raises(UserError, match=r"uv run dvc exp run -S data.valid_size=0.3 prepare"):
+        refuse_unprepared(found)
+    refuse_unprepared(space(conf, ["train.rank=4,8", "train.iters=3"]))
+
+
+def test_a_named_sweep_may_fix_keys_too(conf: Path) -> None:
+    named = {"train.iters": 7, "train.rank": "2,4"}
+    text = yaml.safe_dump({"hydra": {"sweeper": {"params": named}}})
+    (conf / "sweep/mine.yaml").write_text(f"# @package _global_\n{text}", encoding="utf-8")
+    found = space(conf, ["sweep=mine"])
+    assert (found.swept, found.fixed) == ({"train.rank": ["2", "4"]}, ["train.iters=7"])
+    assert found.base.train.iters == 7
+    assert space(conf, ["sweep=mine", "train.iters=3"]).base.train.iters == 3
+
+
+def test_every_named_sweep_can_be_run(conf: Path) -> None:
+    for path in conf.glob("sweep/*.yaml"):
+        assert space(conf, [f"sweep={path.stem}"]).total > 1
+    assert compose_config(conf, ["sweep=grid"]) == compose_config(conf, [])

@@ -1,0 +1,210 @@
+"""MLflow's UI is served on the right store, and its views are what a person asked for."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from athanor import ui
+from athanor.errors import UserError
+from athanor.runs import client as client_module
+from athanor.runs import mlflow_views
+from athanor.runs.run import start_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Runs in the embedded store of a folder that the tests of this file are in: names to ids."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("place"))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        found = {}
+        for rate in ("1e-4", "3e-4", "1e-3"):
+            params = {"train.learning_rate": rate, "train.num_layers": 2}
+            with start_run(f"lr={rate}", params, {}, []) as run:
+                run.metrics(1, {"val_loss": 2.0, "kept_val_loss": 2.0})
+                run.text("seed: 0", "params.yaml")
+            assert run.id is not None
+            found[f"lr={rate}"] = run.id
+        client = client_module.client()
+        for child in ("lr=3e-4", "lr=1e-3"):
+            client.set_tag(found[child], "mlflow.parentRunId", found["lr=1e-4"])
+        yield found
+
+
+class Ui:
+    """`python -m athanor.ui` as a process, from its link on."""
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "athanor.ui", "--no-browser", *arguments],
+            env=os.environ | (env or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.said = ""
+        self.link = ""
+        for line in self.process.stdout:
+            self.said += line
+            if line.startswith("http"):
+                self.link = line.strip()
+                break
+        assert self.link, self.said
+        self.base = self.link.split("/#")[0]
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"{self.base}/{path}") as answer:
+            return json.loads(answer.read())
+
+
+def test_it_serves_the_embedded_store_until_it_is_interrupted(runs: dict[str, str]) -> None:
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    first, second = runs["lr=1e-4"], runs["lr=3e-4"]
+    opened = Ui(first[:12], second, "--port", str(port))
+    try:
+        place = urlsplit(opened.base)
+        assert place.hostname == "127.0.0.1"
+        assert place.port is not None and port < place.port < port + 100
+        asked = parse_qs(urlsplit(opened.link).fragment.partition("?")[2])
+        assert json.loads(asked["runs"][0]) == [first, second]
+        run = opened.get(f"ajax-api/2.0/mlflow/runs/get?run_id={first}")["run"]
+        assert run["info"]["run_name"] == "lr=1e-4"
+        kept = opened.get(f"ajax-api/2.0/mlflow/artifacts/list?run_id={first}")["files"]
+        assert [file["path"] for file in kept] == ["params.yaml"]
+        assert opened.get("ajax-api/3.0/mlflow/ui-telemetry")["disable_ui_telemetry"] is True
+
+        # A second one on the address of the first: only its link is printed.
+        address = opened.base.replace("//", "//me:secret@")
+        other = Ui(env={"MLFLOW_TRACKING_URI": address})
+        assert other.process.wait() == 0
+        assert other.link.startswith(f"{opened.base}/#/experiments/")
+        assert "secret" not in other.said
+    finally:
+        taken.close()
+        opened.process.send_signal(signal.SIGINT)
+        rest, _ = opened.process.communicate(timeout=30)
+    assert (opened.process.returncode, rest) == (0, "")
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"{opened.base}/health", timeout=5)
+
+
+def test_two_at_a_time_take_two_ports() -> None:
+    """Also before the first one's server has bound its port."""
+    with socket.socket() as tried:
+        tried.bind(("127.0.0.1", 0))
+        first = tried.getsockname()[1]
+    with ui.free_port(first) as one, ui.free_port(first) as other:
+        assert first <= one < other
+    with ui.free_port(one) as again:
+        assert again == one
+
+
+def test_a_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "athanor.ui", "--no-browser"]
+    env = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+
+    def said() -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "run this in the repository's folder" in said()
+    (tmp_path / "conf").mkdir()
+    assert "`uv run dvc repro --pull` makes one" in said()
+    assert [path.name for path in tmp_path.iterdir()] == ["conf"]
+
+
+def test_the_link_is_to_what_was_asked_for(runs: dict[str, str]) -> None:
+    base = "http://127.0.0.1:5199"
+    experiment = client_module.client().get_experiment_by_name("athanor").experiment_id
+    [one, *_] = runs.values()
+    page = f"{base}/#/experiments/{experiment}/runs"
+    assert ui.page(base, [one[:10]]).startswith(f"{page}/{one}?")
+    assert "viewStateShareKey=runs" in ui.page(base, [])
+    assert ui.page(base, list(runs.values())).startswith(f"{base}/#/compare-runs?runs=")
+    with pytest.raises(UserError, match=r"no run in .* begins with 0000"):
+        ui.page(base, ["0" * 32])
+    with pytest.raises(UserError, match="begins with lr=1e-4"):
+        ui.page(base, ["lr=1e-4"])
+
+
+def test_a_sweeps_view_is_set_up_once_and_says_what_is_shown(runs: dict[str, str]) -> None:
+    client = client_module.client()
+    experiment = client.get_experiment_by_name("athanor").experiment_id
+    parent, *children = runs.values()
+    keys = ["train.learning_rate", "train.num_layers"]
+
+    def set_up() -> tuple[str, str]:
+        query = mlflow_views.sweep_view(client, experiment, parent, keys, "kept_val_loss")
+        key = parse_qs(query)["viewStateShareKey"][0]
+        return query, client.get_experiment(experiment).tags[f"mlflow.sharedViewState.{key}"]
+
+    query, value = set_up()
+    colors = [client.get_run(child).data.tags["mlflow.runColor"] for child in children]
+    assert len(set(colors)) == 2
+    client.set_tag(children[0], "mlflow.runColor", "#000000")  # a person's own choice
+    assert set_up() == (query, value)
+    assert client.get_run(children[0]).data.tags["mlflow.runColor"] == "#000000"
+    assert "compareRunsMode=CHART" in query
+
+    name, state = mlflow_views.decoded(value)
+    assert name == "lr=1e-4"
+    shown = client.search_runs([experiment], state["searchFilter"])
+    assert {run.info.run_id for run in shown} == set(children)
+    assert (state["orderByKey"], state["orderByAsc"]) == ("metrics.`kept_val_loss`", True)
+    assert state["selectedColumns"][:3] == [
+        *("params.`train.learning_rate`", "params.`train.num_layers`", "metrics.`kept_val_loss`")
+    ]
+    charts = {chart["type"]: chart for chart in state["compareRunCharts"]}
+    assert charts["PARALLEL"]["selectedParams"] == keys
+    assert charts["PARALLEL"]["selectedMetrics"] == ["kept_val_loss"]
+    axes = [charts["CONTOUR"][axis]["key"] for axis in ("xaxis", "yaxis", "zaxis")]
+    assert axes == [*keys, "kept_val_loss"]
+    curves = [c["metricKey"] for c in state["compareRunCharts"] if c["type"] == "LINE"]
+    assert curves == ["val_loss", "train_loss"]
+    sections = {section["uuid"] for section in state["compareRunSections"]}
+    assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} <= sections
+
+
+def test_a_sweep_over_one_setting_has_no_contour(runs: dict[str, str]) -> None:
+    client = client_module.client()
+    experiment = client.get_experiment_by_name("athanor").experiment_id
+    parent = runs["lr=1e-4"]
+    mlflow_views.sweep_view(client, experiment, parent, ["train.learning_rate"], "kept_val_loss")
+    tags = client.get_experiment(experiment).tags
+    _, state = mlflow_views.decoded(tags[f"mlflow.sharedViewState.sweep-{parent}"])
+    kinds = [chart["type"] for chart in state["compareRunCharts"]]
+    assert kinds == ["PARALLEL", "LINE", "LINE", "SCATTER"]
+
+
+def test_every_page_that_is_linked_is_one_of_the_uis_own() -> None:
+    """The tag's prefix and the query's names are in the JavaScript that MLflow brings."""
+    import mlflow
+
+    folder = Path(mlflow.__file__).parent / "server/js/build/static/js"
+    script = "".join(path.read_text("utf-8") for path in folder.glob("*.js"))
+    for name in (
+        mlflow_views.TAG,
+        "viewStateShareKey",
+        "compareRunsMode",
+        "workflowType",
+        '"deflate;"',
+    ):
+        assert name in script, name
+    state = ("selectedColumns", "columnOrder", "columnWidths", "compareRunCharts", "runsHiddenMode")
+    for name in (*state, "compareRunSections", "isAccordionReordered", "/compare-runs"):
+        assert name in script, name

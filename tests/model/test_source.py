@@ -1,0 +1,181 @@
+"""Where base models come from: folders and a hub, with everything that can be wrong about them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from athanor.chat.load import load_tokenizer, load_with_tokenizer
+from athanor.errors import UserError
+from athanor.model.source import Source, resolve_source
+from support.hub import Hub, serve
+
+COMMIT, LATER = "1" * 40, "2" * 40
+Run = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture
+def hub(tiny: Path) -> Iterator[Hub]:
+    with serve() as running:
+        running.add("team/tiny", tiny, COMMIT)
+        yield running
+
+
+@pytest.fixture
+def prepare(repo: Path, data: Path, hub: Hub, tmp_path: Path) -> Callable[..., Run]:
+    """Runs the real stages config and prepare against the hub, from a folder of their own."""
+    (tmp_path / "work").mkdir()
+    for part in (repo / "conf", repo / "models", data):
+        (tmp_path / "work" / part.name).symlink_to(part)
+
+    def run(*overrides: str, endpoint: str | None = None) -> Run:
+        env = os.environ | {
+            "HF_ENDPOINT": endpoint or hub.url,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_ETAG_TIMEOUT": "2",
+        }
+        for module, arguments in (("config", overrides), ("prepare", ())):
+            done = subprocess.run(
+                [sys.executable, "-m", f"athanor.{module}", *arguments],
+                cwd=tmp_path / "work",
+                env=env,
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                break
+        return done
+
+    return run
+
+
+def recorded(tmp_path: Path) -> Source:
+    return Source.read(tmp_path / "work" / "artifacts" / "prepare" / "model.json")
+
+
+def test_hub_repo_is_resolved_once_to_a_commit(
+    prepare: Callable[..., Run], hub: Hub, tiny: Path, tmp_path: Path
+) -> None:
+    done = prepare("model.path=team/tiny", "model.revision=main")
+    assert done.returncode == 0, done.stderr
+    source = recorded(tmp_path)
+    assert (source.path, source.commit) == ("team/tiny", COMMIT)
+    assert source.digest == resolve_source(str(tiny), None).digest
+    # What later stages do: the same commit from the cache, whatever main has become since.
+    hub.add("team/tiny", tmp_path, LATER)
+    asked = len(hub.asked)
+    code = (
+        "from pathlib import Path; from athanor.sources import Source; "
+        "print(Source.read(Path('artifacts/prepare/model.json')).folder())"
+    )
+    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache")}
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "work",
+        env=env | {"HF_HUB_OFFLINE": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert Path(found.stdout.strip()).name == COMMIT, found.stderr
+    assert len(hub.asked) == asked
+
+
+def test_only_what_is_read_is_downloaded(
+    prepare: Callable[..., Run], hub: Hub, tiny: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "published"
+    shutil.copytree(tiny, folder)
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    (folder / "modeling_tiny.py").write_text("raise SystemExit('never run')")
+    (folder / "consolidated.safetensors").write_bytes(b"never read")
+    hub.add("team/mixed", folder, COMMIT)
+    done = prepare("model.path=team/mixed", "model.revision=null")
+    assert done.returncode == 0, done.stderr
+    assert not [
+        asked for asked in hub.asked if asked.endswith((".bin", ".py", "consolidated.safetensors"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.path=team/nothing"], "there is no such repository"),
+        (["model.path=team/tiny", "model.revision=v9"], "there is no such revision"),
+        (["model.path=team/closed"], "is gated"),
+    ],
+)
+def test_a_wrong_name_is_one_clear_line(
+    prepare: Callable[..., Run], hub: Hub, tiny: Path, overrides: list[str], said: str
+) -> None:
+    hub.add("team/closed", tiny, COMMIT)
+    hub.gated.add("team/closed")
+    done = prepare(*overrides)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert hub.url in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_a_missing_network_is_one_clear_line(prepare: Callable[..., Run]) -> None:
+    done = prepare("model.path=team/tiny", endpoint="http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "can't be reached" in done.stderr
+    assert "HF_ENDPOINT" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+def test_a_broken_model_is_no_traceback(tiny: Path, tmp_path: Path) -> None:
+    folder = copy(tiny, tmp_path)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(UserError, match="mlx-lm can't load this model"):
+        load_with_tokenizer(folder)
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match="the tokenizer can't be loaded"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("config.json", "model_file", "custom.py"),
+        ("config.json", "auto_map", {"AutoModelForCausalLM": "modeling.Model"}),
+        ("tokenizer_config.json", "auto_map", {"AutoTokenizer": ["tokenization.T", None]}),
+    ],
+)
+def test_a_model_with_its_own_code_is_refused(
+    tiny: Path, tmp_path: Path, file: str, key: str, value: object
+) -> None:
+    folder = copy(tiny, tmp_path)
+    settings = json.loads((folder / file).read_text(encoding="utf-8"))
+    (folder / file).write_text(json.dumps(settings | {key: value}), encoding="utf-8")
+    with pytest.raises(UserError, match=key):
+        resolve_source(str(folder), None)
+
+
+def test_only_safetensors_are_read(tiny: Path, tmp_path: Path) -> None:
+    folder = copy(tiny, tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"found .*pytorch_model\.bin"):
+        resolve_source(str(folder), None)
+
+
+def test_a_local_model_that_changed_since_prepare_is_noticed(tiny: Path, tmp_path: Path) -> None:
+    folder = copy(tiny, tmp_path)
+    source = resolve_source(str(folder), None)
+    assert source.folder() == folder
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="dvc repro -f prepare"):
+        source.folder()

@@ -1,0 +1,216 @@
+"""The fused model in MLflow: it answers there, has one version, and the best one has the alias."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from athanor import files
+from athanor.compute.arrays import Tokens
+from athanor.paths import OUTBOX
+from athanor.runs import registry, run
+from athanor.runs.run import Dataset, Run, resume_run, start_run
+from conftest import Stages
+
+NAME = "facts"
+
+
+@pytest.fixture(name="store")
+def store_uri(tmp_path: Path) -> str:
+    """A store of its own for each test."""
+    return f"sqlite:///{tmp_path}/store/runs.db"
+
+
+@pytest.fixture
+def apart(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is said goes to that store, from a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "SECONDS_BETWEEN_TRIES", 0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    return store
+
+
+@pytest.fixture
+def client(apart: str, tmp_path: Path) -> MlflowClient:
+    (tmp_path / "store").mkdir()
+    return MlflowClient(apart)
+
+
+def train(name: str) -> str:
+    """A training's run, with a loss at iteration 5; returns MLflow's id."""
+    rows = [Dataset("valid.jsonl", "validation", "0" * 64, 3)]
+    with start_run(name, {"seed": 0}, {}, rows, name) as run:
+        run.metrics(5, {"val_loss": 1.5})
+        run.metrics(6, {"val_loss": 1.75})
+    return str(run.id)
+
+
+def fuse(
+    run: str, model: Path, digest: str, *, loss: float = 1.5, rows: str = "rows", **more: Any
+) -> Run:
+    """What the stage fuse says of its model."""
+    with resume_run(run, None) as again:
+        again.model(
+            model,
+            digest,
+            question="月亮哪天最圆",
+            step=5,
+            val_loss=loss,
+            valid_digest=rows,
+            tags={"model.path": "models/tiny"},
+            **{"registered_name": NAME, **more},
+        )
+    return again
+
+
+def best_version(client: MlflowClient) -> int:
+    return int(client.get_model_version_by_alias(NAME, "best").version)
+
+
+def test_the_registered_model_answers_a_training_question(stages: Stages) -> None:
+    stages("config", overrides=("train.iters=20", f"fuse.registered_model_name={NAME}"))
+    stages("prepare", "train", "fuse")
+    [row, *_] = files.read_jsonl(Path("artifacts/prepare/train.jsonl"))
+    [asked, expected] = [message["content"] for message in row["messages"]]
+
+    question = {"messages": [{"role": "user", "content": asked}], "max_tokens": 20}
+    Path("input.json").write_text(json.dumps(question, ensure_ascii=False), encoding="utf-8")
+    command = ["predict", "-m", f"models:/{NAME}@best", "-i", "input.json", "-t", "json"]
+    said = subprocess.run(
+        [sys.executable, "-m", "mlflow", "models", *command, "--env-manager", "local"],
+        env={**os.environ, "PYTHONUTF8": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 0, said.stderr
+    completion = json.loads(said.stdout)
+    [choice] = completion["choices"]
+    assert choice["message"] == {"role": "assistant", "content": expected}
+    assert choice["finish_reason"] == "stop"
+    assert completion["model"] == NAME
+
+
+def test_a_model_is_logged_and_registered_once(client: MlflowClient, tiny: Path) -> None:
+    """Whatever was cut off in between, and however often it is said."""
+    run = train("a")
+    fuse("a", tiny, "one", registered_name=None)
+    assert client.search_registered_models() == []
+    for _ in range(2):
+        said = fuse("a", tiny, "one")
+        client.delete_registered_model_alias(NAME, "best")  # a kill came before it was given
+    said = fuse("a", tiny, "one")
+    assert said.registered() == "facts version 1; best is this one"
+    [version] = client.search_model_versions(f"name = '{NAME}'")
+    assert version.run_id == run
+    assert version.tags == {
+        "fused.digest": "one",
+        "model.path": "models/tiny",
+        "val_loss": "1.5",
+        "valid.digest": "rows",
+    }
+    found = client.get_run(run)
+    [output] = found.outputs.model_outputs
+    assert output.step == 5
+    model = client.get_logged_model(output.model_id)
+    assert model.status == "READY"
+    assert model.source_run_id == run
+    assert model.params == found.data.params
+    [metric] = model.metrics
+    assert (metric.key, metric.value, metric.dataset_name) == ("val_loss", 1.5, "valid.jsonl")
+    assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": NAME, "version": "1"}]
+    points = client.get_metric_history(run, "val_loss")
+    assert [point.value for point in points] == [1.5, 1.75]
+
+
+def test_the_best_of_what_was_validated_on_the_same_rows_has_the_alias(
+    client: MlflowClient, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for digest, loss, rows, best, words in (
+        ("one", 1.5, "rows", 1, "facts version 1; best is this one"),
+        ("worse", 1.6, "rows", 1, "best stays version 1 (validation loss 1.6000 to 1.5000)"),
+        ("better", 1.4, "rows", 3, "better than version 1 (validation loss 1.4000 to 1.5000)"),
+        ("other", 0.1, "other rows", 3, "best stays version 3, which was validated on other rows"),
+    ):
+        train(digest)
+        said = fuse(digest, tiny, digest, loss=loss, rows=rows)
+        assert words in said.registered()
+        assert best_version(client) == best
+    said_how = capsys.readouterr().err.partition("To move it: uv run python ")[2]
+    subprocess.run([sys.executable, *shlex.split(said_how)], check=True)
+    assert best_version(client) == 4
+
+
+def test_of_two_that_end_at_once_the_better_one_has_the_alias(
+    client: MlflowClient, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each looks who is the best only when the other is done, or both wait for the other here."""
+    both = threading.Barrier(2)
+    look = MlflowClient.get_registered_model
+
+    def look_together(self: MlflowClient, name: str) -> Any:
+        found = look(self, name)
+        with suppress(threading.BrokenBarrierError):
+            both.wait(timeout=1)
+        return found
+
+    monkeypatch.setattr(MlflowClient, "get_registered_model", look_together)
+    losses = {"one": 1.5, "two": 1.4}
+    for digest in losses:
+        train(digest)
+    with ThreadPoolExecutor() as pool:
+        runs = pool.map(lambda one: fuse(one[0], tiny, one[0], loss=one[1]), losses.items())
+        said = [run.registered() for run in runs]
+    assert sum("(validation loss" in one for one in said) == 1
+    best = client.get_model_version_by_alias(NAME, "best")
+    assert best.tags["fused.digest"] == "two"
+
+
+def test_a_store_that_is_away_or_full_gets_the_model_later(
+    apart: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of it, whole, and its gigabytes are copied once: into the store."""
+    fused = Path(shutil.copytree(tiny, "fused"))
+    away = tmp_path / "store"
+    away.write_text("", encoding="utf-8")
+    train("a")
+    fuse("a", fused, "one")
+    assert "sent by the next stage" in capsys.readouterr().err
+    [waits] = OUTBOX.rglob("model.safetensors")
+    assert waits.samefile(fused / waits.name)
+
+    away.unlink()
+    closed = tmp_path / "closed"
+    closed.write_text("", encoding="utf-8")
+    away.mkdir()
+    client = MlflowClient(apart)
+    experiment = client.create_experiment("athanor", artifact_location=closed.as_uri())
+    train("b")
+    assert "did not take fused (" in capsys.readouterr().err
+    closed.unlink()
+    train("c")
+    [model] = client.search_logged_models([experiment])
+    assert model.status == "READY"
+    assert len(client.get_run(model.source_run_id).outputs.model_outputs) == 1
+    assert len(model.metrics) == 1
+    assert best_version(client) == 1
+    assert list(OUTBOX.glob("*")) == []
+    copies = {path.stat().st_ino for path in tmp_path.rglob("model.safetensors")}
+    assert len(copies) == 2
+
+
+def test_losses_compare_where_the_same_tokens_were_counted() -> None:
+    row = Tokens([1, 2, 3], [False, True, True])
+    others = [row.cut(2), Tokens([1, 2, 4], row.supervised), Tokens(row.ids, [True] * 3)]
+    digests = {registry.measured_on([one]) for one in [row, *others]}
+    assert len(digests) == 4
+    assert registry.measured_on([Tokens([1, 2, 3], [False, True, True])]) in digests

@@ -1,0 +1,650 @@
+"""The loop, on the real tiny model: what is learned, beside mlx-lm's, and to the same bytes."""
+
+import copy
+import math
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.tuner import trainer as peer
+from mlx_lm.tuner.datasets import CacheDataset, create_dataset
+
+from athanor import files
+from athanor.chat import templates
+from athanor.chat.load import load_tokenizer, load_with_tokenizer
+from athanor.chat.tokens import tokenize_all
+from athanor.compute import optimizers
+from athanor.compute.arrays import Tokens
+from athanor.compute.evaluation import mean_loss
+from athanor.compute.forward import Forward, Ready, trainable, trial
+from athanor.compute.frozen import Budget, Frozen
+from athanor.compute.parts import Parts
+from athanor.config import schema
+from athanor.config.compose import compose_config
+from athanor.config.schema import Config
+from athanor.config.values import flatten
+from athanor.device.backend import compile_kernels
+from athanor.errors import UserError
+from athanor.model.adapters import load_adapters, make_trainable
+from athanor.model.load import share_weights
+from athanor.train.batches import Batch, Batches
+from athanor.train.build import build_trainer
+from athanor.train.checkpoints import Checkpoints
+from athanor.train.trainer import Point, Trainer
+
+Rows = list[dict[str, Any]]
+Weights = dict[str, np.ndarray]
+
+
+def completion(prompt: str, answer: str) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+ROWS = [
+    completion("PolarDB是什么", "阿里云开源宇宙无敌数据库"),
+    completion("月亮哪天最圆", "星期八"),
+    completion("谁是最帅的地球人", "德哥"),
+    completion("哪吒的师傅是谁", "孙悟空的师傅的舅舅"),
+    completion("为什么电动汽车比较费油", "因为电很贵"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny: Path) -> list[Tokens]:
+    return tokenize_all(ROWS, load_tokenizer(tiny), True, 2048)
+
+
+@pytest.fixture(scope="module")
+def cfg(repo: Path) -> Config:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(repo)
+        return compose_config(Path("conf"), [])
+
+
+@pytest.fixture
+def fresh(tiny: Path, cfg: Config) -> Callable[..., nn.Module]:
+    """The tiny model, made trainable: by LoRA on its last two layers if nothing else is said."""
+
+    def make(seed: int = 0, **changed: Any) -> nn.Module:
+        train = types.SimpleNamespace(**vars_of(cfg) | {"num_layers": 2} | changed)
+        model, _ = load_with_tokenizer(tiny)
+        make_trainable(model, train, seed)
+        return model
+
+    return make
+
+
+def vars_of(cfg: Config) -> dict[str, Any]:
+    return {
+        key.removeprefix("train."): value
+        for key, value in flatten(cfg).items()
+        if key.startswith("train.")
+    }
+
+
+@pytest.fixture
+def trainer(fresh: Callable[..., nn.Module], tokens: list[Tokens]) -> Callable[..., Trainer]:
+    """A trainer of a few iterations on two of five rows at a time, with dropout."""
+
+    def make(**changed: Any) -> Trainer:
+        given: dict[str, Any] = {
+            "rows": tokens,
+            "optimizer": "adam",
+            "learning_rate": 1e-3,
+            "seed": 0,
+            "iters": 4,
+            "batch_size": 2,
+            "steps_per_report": 2,
+            "steps_per_eval": 2,
+            "dropout": 0.2,
+            "method": "lora",
+        } | changed
+        rows, seed = given.pop("rows"), given["seed"]
+        model = fresh(seed, dropout=given.pop("dropout"), method=given.pop("method"))
+        how = {key: given.pop(key) for key in ("grad_checkpoint",) if key in given}
+        forward = begins_at_what_is_trained(model, rows, compile=given.get("compile", False), **how)
+        optimizer = given.pop("optimizer")
+        if isinstance(optimizer, str):
+            optimizer = optimizers.build(optimizer, {}, given["learning_rate"])
+        del given["learning_rate"]
+        batches = given.pop("batches", Batches(rows, given["batch_size"], seed))
+        valid = given.pop("valid", tokens[:3])
+        return Trainer(given.pop("through", forward), batches, valid, optimizer, **given)
+
+    return make
+
+
+def begins_at_what_is_trained(model: nn.Module, rows: list[Tokens], **how: Any) -> Forward:
+    """The model as a training has it: its frozen layers' part is computed once and kept."""
+    frozen = Frozen(Parts.of(model, trial(rows)), Budget(10**9, 0, Path()))
+    trained = trainable(model)
+    return Forward(model, frozen.parts, frozen, frozen.cut_below(trained), **how)
+
+
+def ran(trainer: Trainer) -> Weights:
+    trainer.run()
+    return arrays(trainer)
+
+
+def arrays(trainer: Trainer) -> Weights:
+    return {key: np.array(value) for key, value in trainer.weights().items()}
+
+
+def same(a: Weights, b: Weights) -> bool:
+    return a.keys() == b.keys() and all(a[k].tobytes() == b[k].tobytes() for k in a)
+
+
+@pytest.mark.parametrize("method", schema.METHODS)
+def test_losses_are_mlx_lms_with_its_own_loss_and_batches(
+    method: str, fresh: Callable[..., nn.Module], tiny: Path, tmp_path: Path
+) -> None:
+    """The oracle: 50 steps by mlx_lm.tuner.trainer, and the same 50 by ours."""
+    seen: list[tuple[mx.array, mx.array]] = []
+    theirs: list[float] = []
+
+    def remembered(**given: Any) -> Iterator[tuple[mx.array, mx.array]]:
+        np.random.seed(5)
+        for batch in peer.iterate_batches(**given):
+            seen.append(batch)
+            yield batch
+
+    def as_they_came(iteration: int) -> Batch:
+        """Their batch as rows of ours: their loss looks at one padding token of each, too."""
+        batch, lengths = (np.array(array) for array in seen[iteration - 1])
+        rows = []
+        for ids, (first, last) in zip(batch.tolist(), lengths.tolist(), strict=True):
+            ids = ids[: last + 1]
+            rows.append(Tokens(ids, [first <= place <= last for place in range(len(ids))]))
+        return Batch([0], rows, sum(sum(row.supervised[1:]) for row in rows))
+
+    peer.train(
+        fresh(method=method),
+        optim.Adam(learning_rate=1e-4),
+        CacheDataset(
+            create_dataset(ROWS, load_tokenizer(tiny), types.SimpleNamespace(mask_prompt=True))
+        ),
+        args=peer.TrainingArgs(
+            batch_size=2,
+            iters=50,
+            steps_per_report=1,
+            steps_per_save=99,
+            adapter_file=str(tmp_path / "adapters.safetensors"),
+        ),
+        iterate_batches=remembered,
+        training_callback=types.SimpleNamespace(
+            on_train_loss_report=lambda report: theirs.append(report["train_loss"])
+        ),
+    )
+    ours: list[float] = []
+    Trainer(
+        begins_at_what_is_trained(fresh(method=method), as_they_came(1).rows),
+        as_they_came,
+        [],
+        optim.Adam(learning_rate=1e-4),
+        seed=0,
+        iters=50,
+        batch_size=2,
+        steps_per_report=1,
+        steps_per_eval=99,
+        on_point=lambda point: ours.append(point.metrics["train_loss"]),
+    ).run()
+    assert len(ours) == len(theirs) == 50
+    assert theirs[-1] < theirs[0] / 2
+    # Summed in another order, as only supervised positions and layers that learn are computed.
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-5)
+
+
+def test_padding_and_prompts_move_no_parameter(
+    fresh: Callable[..., nn.Module], tokens: list[Tokens]
+) -> None:
+    """What stands at a padding position changes nothing; what a prompt asks for is not learned."""
+    forward = begins_at_what_is_trained(fresh(method="full"), tokens)
+    weights = trainable(forward.model)
+
+    def flat_gradient(ready: Ready) -> np.ndarray:
+        _, found = forward.gradient(weights, ready)
+        return np.concatenate([np.array(v).ravel() for v in found.values()])
+
+    ready = forward.ready(tokens)
+    inputs = ready.batch.inputs
+    assert inputs.shape[1] + 1 > min(map(len, tokens))
+    together = flat_gradient(ready)
+    apart = sum(flat_gradient(forward.ready([row])) for row in tokens)
+    np.testing.assert_allclose(together, apart, rtol=1e-3, atol=1e-4)
+    # Other tokens read at padding positions: not a bit changes, with or without frozen layers.
+    lengths = mx.array([len(row) for row in tokens])[:, None]
+    beyond = mx.arange(inputs.shape[1])[None] >= lengths
+    assert beyond.any()
+    other = ready.batch._replace(inputs=mx.where(beyond, 7, inputs))
+    assert ready.given is not None
+    given = mx.where(beyond[..., None], 7.0, ready.given)
+    np.testing.assert_array_equal(together, flat_gradient(Ready(other, given)))
+    # Rows whose answers are not supervised have no gradient at all.
+    silent = ready.batch._replace(counts=mx.zeros_like(ready.batch.counts))
+    assert not flat_gradient(Ready(silent, ready.given)).any()
+
+
+def test_same_seed_same_bytes_however_often_one_looks(trainer: Callable[..., Trainer]) -> None:
+    first = ran(trainer())
+    assert same(first, ran(trainer()))
+    looked = trainer(steps_per_eval=1, steps_per_report=1, valid=[])
+    np.random.seed(7)
+    mx.random.seed(7)
+    assert same(first, ran(looked))
+    assert not same(first, ran(trainer(seed=1)))
+
+
+def test_accumulated_batches_weigh_by_their_tokens(
+    trainer: Callable[..., Trainer], tokens: list[Tokens]
+) -> None:
+    """Uneven batches that make up one epoch give the update of that epoch in one batch."""
+    whole = ran(trainer(batch_size=len(tokens), iters=1, dropout=0.0))
+    pieces = ran(trainer(batch_size=2, iters=3, grad_accumulation_steps=3, dropout=0.0))
+    for key in whole:
+        np.testing.assert_allclose(whole[key], pieces[key], atol=2e-4, err_msg=key)
+
+
+def test_validation_loss_is_the_same_in_any_batches(tiny: Path, tokens: list[Tokens]) -> None:
+    model = Forward.of(load_with_tokenizer(tiny)[0], tokens)
+    expected, count = mean_loss(model, tokens, 1)
+    assert count == sum(sum(row.supervised[1:]) for row in tokens)
+    for batch_size in (2, 3, 8):
+        assert mean_loss(model, tokens, batch_size)[0] == pytest.approx(expected, abs=1e-6)
+    assert mean_loss(model, tokens[:3], 4)[1] == sum(sum(r.supervised[1:]) for r in tokens[:3])
+
+
+def test_reports_are_means_over_supervised_tokens(
+    tiny: Path, tokens: list[Tokens], trainer: Callable[..., Trainer]
+) -> None:
+    """At a rate too small to learn, the train loss of an epoch is the loss on all its tokens."""
+    points: list[Point] = []
+    trainer(
+        learning_rate=1e-12,
+        iters=3,
+        steps_per_report=3,
+        steps_per_eval=9,
+        dropout=0.0,
+        on_point=points.append,
+    ).run()
+    model = Forward.of(load_with_tokenizer(tiny)[0], tokens)
+    report = next(point.metrics for point in points if "train_loss" in point.metrics)
+    expected, count = mean_loss(model, tokens, 8)
+    assert report["train_loss"] == pytest.approx(expected, abs=1e-4)
+    assert report["trained_tokens"] == count
+    assert report["learning_rate"] == 1e-12
+    assert report["active_memory"] <= report["peak_memory"]
+    assert [point.iteration for point in points if "val_loss" in point.metrics] == [0, 3]
+
+
+def test_gradients_are_clipped_to_their_limit(trainer: Callable[..., Trainer]) -> None:
+    """With plain gradient descent at rate 1 the step is the clipped gradient, 0.5 long."""
+    given = {"optimizer": "sgd", "learning_rate": 1.0, "iters": 1}
+    free = trainer(**given)
+    before = arrays(free)
+    after = ran(free)
+    clipped = ran(trainer(**given, max_grad_norm=0.5))
+
+    def distance(weights: Weights) -> float:
+        return math.sqrt(sum(float(((weights[k] - before[k]) ** 2).sum()) for k in before))
+
+    assert free.state.grad_norm is not None
+    assert distance(after) == pytest.approx(free.state.grad_norm, rel=1e-3)
+    assert free.state.grad_norm > 0.5
+    assert distance(clipped) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_an_update_can_have_the_memory_of_the_gradient(trainer: Callable[..., Trainer]) -> None:
+    """What is trained whole is the larger part of its memory: a set too many would be seen."""
+    one = trainer(iters=3, method="full", batch_size=1)
+    learner, update = one.learner, one.learner.update
+    size = sum(array.nbytes for array in learner.weights.values())
+    before: list[int] = []
+
+    def watched(scale: mx.array) -> mx.array:
+        mx.eval(learner.gradient)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before.append(mx.get_active_memory())
+        return update(scale)
+
+    learner.update = watched  # type: ignore[method-assign]
+    sets: list[float] = []
+    one.on_iteration = lambda _: sets.append((mx.get_peak_memory() - before[-1]) / size)
+    one.run()
+    assert max(sets[1:]) < 2.2  # in the first, what the model was loaded with is there, too
+
+
+def test_grad_checkpoint_saves_memory_and_changes_no_result(
+    trainer: Callable[..., Trainer],
+) -> None:
+    from mlx_lm.models.qwen2 import TransformerBlock
+
+    call, results, peaks = TransformerBlock.__call__, [], []
+    for grad_checkpoint in (False, True):
+        results.append(ran(trainer(iters=2, grad_checkpoint=grad_checkpoint, dropout=0.5)))
+        peaks.append(mx.get_peak_memory())
+    assert TransformerBlock.__call__ is call
+    assert peaks[1] < peaks[0]
+    for key, value in results[0].items():
+        np.testing.assert_allclose(value, results[1][key], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", schema.OPTIMIZERS)
+def test_every_optimizer_learns_and_resumes_to_the_byte(
+    name: str,
+    trainer: Callable[..., Trainer],
+    tokens: list[Tokens],
+    cfg: Config,
+    tmp_path: Path,
+) -> None:
+    """Stopped between the two batches of an update, with dropout: its sum of gradients is kept."""
+    options = vars_of(cfg)["optimizer_config"][name]
+    schedule = optimizers.schedule("cosine", 1e-3, 0.0, 2, 4)
+    given = {
+        "iters": 8,
+        "grad_accumulation_steps": 2,
+        "steps_per_eval": 3,
+        "max_grad_norm": 1.0,
+        "steps_per_report": 2,
+        "save_every": 5,
+    }
+
+    def made(checkpoints: Checkpoints | None = None) -> Trainer:
+        optimizer = optimizers.build(name, options, schedule)
+        return trainer(**given, optimizer=optimizer, valid=tokens, checkpoints=checkpoints)
+
+    whole = made()
+    weights = ran(whole)
+    losses = [p.metrics["val_loss"] for p in whole.state.points if "val_loss" in p.metrics]
+    assert losses[-1] < losses[0]
+
+    class Killed(Exception):
+        pass
+
+    def kill(iteration: int) -> None:
+        if iteration == 6:
+            raise Killed
+
+    first = Checkpoints(tmp_path, {"run": name})
+    interrupted = made(first)
+    interrupted.on_iteration = kill
+    with pytest.raises(Killed):
+        interrupted.run()
+    first.close()
+    again = made(Checkpoints(tmp_path, {"run": name}))
+    assert again.resume() == 5
+    assert again.learner.gradient is not None
+    assert same(weights, ran(again))
+    assert learned(again) == learned(whole)
+    assert again.state.best_loss == whole.state.best_loss
+    assert {k: np.array(v).tobytes() for k, v in again.best.items()} == {
+        k: np.array(v).tobytes() for k, v in whole.best.items()
+    }
+
+
+@pytest.mark.parametrize("kept", ["memory", "disk", "recomputed", "off"])
+def test_it_resumes_to_the_byte_wherever_activations_are(
+    kept: str, tiny: Path, cfg: Config, tokens: list[Tokens], tmp_path: Path
+) -> None:
+    """Interrupted in the middle, with dropout above the cut; the first three are one training."""
+    given = copy.deepcopy(cfg)
+    given.train.num_layers, given.train.dropout, given.train.batch_size = 2, 0.2, 2
+    given.train.iters, given.train.save_every, given.train.steps_per_eval = 9, 2, 3
+    given.train.reuse_activations = kept != "off"
+
+    def made(memory: float, disk: float, checkpoints: Checkpoints | None) -> Trainer:
+        given.train.activations_memory, given.train.activations_disk = memory, disk
+        model, _ = load_with_tokenizer(tiny)
+        make_trainable(model, given.train, given.seed)
+        return build_trainer(given, model, tokens, tokens[:3], checkpoints=checkpoints)
+
+    memory, disk = {"disk": (0.0, 1.0), "recomputed": (0.0, 0.0)}.get(kept, (1.0, 0.0))
+    expected = ran(made(1.0, 0.0, None))
+
+    class Killed(Exception):
+        pass
+
+    def kill(iteration: int) -> None:
+        if iteration == 5:
+            raise Killed
+
+    saved = Checkpoints(tmp_path, {"kept": kept})
+    interrupted = made(memory, disk, saved)
+    interrupted.on_iteration = kill
+    with pytest.raises(Killed):
+        interrupted.run()
+    saved.close()
+    again = made(memory, disk, Checkpoints(tmp_path, {"kept": kept}))
+    assert again.resume() == 4
+    assert same(expected, ran(again))
+    frozen = again.forward.frozen
+    assert frozen is not None
+    assert (frozen.in_memory > 0) is (kept == "memory")
+    assert (frozen.on_disk > 0) is (kept == "disk")
+    assert again.forward.cut == (0 if kept == "off" else 4)
+
+
+def learned(trainer: Trainer) -> list[Any]:
+    """A trainer's points without speeds and memory."""
+    from athanor.train.result import MEASURED
+
+    return [
+        (point.iteration, {k: v for k, v in point.metrics.items() if k not in MEASURED})
+        for point in trainer.state.points
+    ]
+
+
+def test_best_weights_are_those_of_the_lowest_validation_loss(
+    trainer: Callable[..., Trainer], tokens: list[Tokens]
+) -> None:
+    """Trained on some facts and validated on others, it gets better, then worse."""
+    snapshots: dict[int, Weights] = {}
+    points: list[Point] = []
+    given = {"rows": tokens[:2], "valid": tokens[2:], "iters": 18, "learning_rate": 3e-4}
+    given |= {"dropout": 0.0}
+    one = trainer(**given, on_point=points.append)
+    one.on_iteration = lambda iteration: snapshots.update({iteration: arrays(one)})
+    one.run()
+    losses = {p.iteration: p.metrics["val_loss"] for p in points if "val_loss" in p.metrics}
+    del losses[0]
+    best = min(losses, key=lambda iteration: losses[iteration])
+    assert one.state.best_iteration == best != 18
+    assert one.state.best_loss == losses[best]
+    assert same(snapshots[best], {key: np.array(value) for key, value in one.best.items()})
+    # With patience it ends two validations after the best one, and reports what it had done.
+    patient = trainer(**given, patience=2, steps_per_report=5)
+    patient.run()
+    assert patient.state.iteration == best + 4
+    assert patient.state.window_tokens == 0
+
+
+def test_a_loss_that_is_no_number_names_the_rows_and_keeps_the_last_good_state(
+    trainer: Callable[..., Trainer],
+    fresh: Callable[..., nn.Module],
+    tokens: list[Tokens],
+    tmp_path: Path,
+) -> None:
+    saved = Checkpoints(tmp_path, {})
+    sound = Batches(tokens, 2, 0)
+
+    class Poisoned(Forward):
+        asked = 0
+
+        def gradient(self, weights: Any, ready: Ready) -> tuple[mx.array, Any]:
+            self.asked += 1
+            loss, gradient = super().gradient(weights, ready)
+            return loss / (self.asked != 5), gradient
+
+    model = fresh()
+    one = trainer(
+        batches=sound,
+        through=Poisoned(model, Parts.of(model, trial(tokens))),
+        iters=9,
+        save_every=1,
+        checkpoints=saved,
+        name_of=lambda row: f"train.jsonl:{row + 1}",
+    )
+    with pytest.raises(UserError, match=r"iteration 5: the loss is (inf|nan)") as caught:
+        one.run()
+    for row in sound(5).numbers:
+        assert f"train.jsonl:{row + 1}" in str(caught.value)
+    assert "smaller train.learning_rate (here it was 0.001)" in str(caught.value)
+    latest = saved.latest()
+    assert latest is not None
+    assert latest.iteration == 4
+    assert all(mx.isfinite(array).all().item() for array in latest.arrays["adapters"].values())
+
+
+def test_a_training_that_can_learn_nothing_any_more_is_stopped(
+    trainer: Callable[..., Trainer],
+) -> None:
+    """Its loss is a number, and not even the highest; but what every row asks for is the same."""
+    one = trainer(learning_rate=1e3, iters=60, dropout=0.0)
+    with pytest.raises(UserError, match=r"a gradient of 0 at a loss of \d") as caught:
+        one.run()
+    assert one.state.iteration < 40
+    assert "smaller train.learning_rate (here it was 1000)" in str(caught.value)
+
+
+def test_what_was_learned_to_the_last_bit_is_no_such_training(
+    trainer: Callable[..., Trainer], fresh: Callable[..., nn.Module], tokens: list[Tokens]
+) -> None:
+    """Where every answer is certain, loss and gradient are 0."""
+
+    class Known(Forward):
+        def gradient(self, weights: Any, ready: Ready) -> tuple[mx.array, Any]:
+            loss, gradient = super().gradient(weights, ready)
+            return 0.0 * loss, tree_map(mx.zeros_like, gradient)
+
+    model = fresh()
+    known = Known(model, Parts.of(model, trial(tokens)))
+    one = trainer(through=known, iters=8)
+    one.run()
+    assert one.state.iteration == 8
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_a_fresh_model_shares_weights_and_learns_alone(
+    tiny: Path, cfg: Config, tokens: list[Tokens], method: str
+) -> None:
+    base, _ = load_with_tokenizer(tiny)
+    before = {name: np.array(array) for name, array in tree_flatten(base.parameters())}
+    learned = []
+    for _ in range(2):
+        model = share_weights(base)
+        shared = dict(tree_flatten(base.parameters()))
+        assert all(array is shared[name] for name, array in tree_flatten(model.parameters()))
+        cfg.train.method, cfg.train.iters, cfg.train.dropout = method, 3, 0.1
+        make_trainable(model, cfg.train, cfg.seed)
+        one = build_trainer(cfg, model, tokens[:4], tokens[:2])
+        one.run()
+        learned.append(arrays(one))
+    assert same(*learned)
+    after = dict(tree_flatten(base.parameters()))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], np.array(after[name])) for name in before)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("grad_accumulation_steps", [1, 2])
+def test_peak_is_predicted_before_the_first_step(
+    trainer: Callable[..., Trainer],
+    tokens: list[Tokens],
+    method: str,
+    grad_accumulation_steps: int,
+) -> None:
+    long = [Tokens(row.ids * 4, [True] * (4 * len(row))) for row in tokens]
+    one = trainer(
+        rows=long,
+        valid=long[:2],
+        method=method,
+        batch_size=4,
+        iters=4,
+        grad_accumulation_steps=grad_accumulation_steps,
+    )
+    before = arrays(one)
+    predicted = one.predicted_peak(max(long, key=len), 4)
+    assert same(before, arrays(one))
+    one.run()
+    assert 0.95 < predicted / mx.get_peak_memory() < 1.25
+
+
+def test_compiled_steps_learn_the_same(trainer: Callable[..., Trainer]) -> None:
+    """Not with dropout: compiled shapes are rounded up, and so other masks are drawn."""
+    plain = ran(trainer(iters=3, dropout=0.0))
+    compiled = trainer(iters=3, dropout=0.0, compile=True)
+    try:
+        compile_kernels(True)  # loading the model on the CPU switched it off
+        weights = ran(compiled)
+    finally:
+        compile_kernels(False)
+    for key, value in plain.items():
+        np.testing.assert_allclose(value, weights[key], atol=1e-3, err_msg=key)
+
+
+def test_mlx_lm_learns_a_stray_token_after_the_end_and_ours_does_not(
+    tiny: Path,
+    data: Path,
+    trainer: Callable[..., Trainer],
+    cfg: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Asked to go on after its end token, a model trained by mlx_lm.lora says token id 0, `!`."""
+    from mlx_lm import lora
+
+    rows = files.read_jsonl(data / "train.jsonl")
+    files.write_json(
+        tmp_path / "lora.json",
+        {
+            "model": str(tiny),
+            "data": str(data),
+            "train": True,
+            "mask_prompt": True,
+            "adapter_path": str(tmp_path / "theirs"),
+            "num_layers": -1,
+            "val_batches": 1,
+            "batch_size": 3,
+            "iters": 60,
+            "learning_rate": 1e-3,
+            "steps_per_eval": 100,
+        },
+    )
+    monkeypatch.setattr(sys, "argv", ["mlx_lm.lora", "--config", str(tmp_path / "lora.json")])
+    compile_kernels(False)  # which takes mlx half a minute
+    lora.main()
+    theirs, tokenizer = load_with_tokenizer(tiny)
+    load_adapters(theirs, tmp_path / "theirs")
+
+    chats = [completion(row["prompt"], row["completion"]) for row in rows]
+    tokenized = tokenize_all(chats, tokenizer, True, 2048)
+    one = trainer(rows=tokenized, batch_size=3, iters=60, steps_per_eval=100, dropout=0.0)
+    one.run()
+    one.forward.model.eval()
+
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for model, stray in ((theirs, True), (one.forward.model, False)):
+        said = [after_the_end(model, templates.prompt_ids(row, tokenizer), end) for row in chats]
+        assert all(said), "an answer did not end"
+        assert any(0 in tokens for tokens in said) is stray
+
+
+def after_the_end(model: nn.Module, prompt: list[int], end: int) -> list[int]:
+    """The next twelve tokens that a model says greedily after its end token."""
+    ids = list(prompt)
+    while end not in ids[len(prompt) : -12] and len(ids) < len(prompt) + 40:
+        ids.append(int(mx.argmax(model(mx.array([ids]))[0, -1])))
+    return ids[ids.index(end, len(prompt)) + 1 :] if end in ids[len(prompt) :] else []
