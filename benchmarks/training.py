@@ -50,6 +50,7 @@ from athanor.config.compose import load_config
 from athanor.device.backend import describe_device, on_cpu
 from athanor.model.adapters import make_trainable
 from athanor.model.load import share_weights
+from athanor.paths import Workspace
 from athanor.prepare.result import Prepared, read_rows
 from athanor.train.batches import Batches
 from athanor.train.build import build_trainer
@@ -289,12 +290,13 @@ def plain_losses(iters: int, double: bool) -> Iterator[float]:
     is as small as what tiny learns leaves.
     """
     cfg = load_config([])
-    base = Prepared.read(cfg)
+    workspace = Workspace.here()
+    base = Prepared.read(cfg, workspace)
     model, tokenizer = base.load()
-    tokens = base.tokens(read_rows(["train"])["train"], tokenizer, cfg)
+    tokens = base.tokens(read_rows(workspace, ["train"])["train"], tokenizer, cfg)
     make_trainable(model, cfg.train, cfg.seed)
     assert not keyed_dropouts(model)
-    trainer = build_trainer(cfg, share_weights(model), tokens, tokens)
+    trainer = build_trainer(cfg, workspace, share_weights(model), tokens, tokens)
     batches = Batches(tokens, cfg.train.batch_size, cfg.seed)
     learner = trainer.learner
 

@@ -14,6 +14,7 @@ from athanor import files, generate
 from athanor.chat.contract import Contract
 from athanor.chat.load import load_tokenizer
 from athanor.errors import UserError
+from athanor.paths import Workspace
 from conftest import Stages
 
 
@@ -64,7 +65,7 @@ def test_both_models_answer_as_in_the_stage_test(stages: Stages) -> None:
     record = Path("artifacts/prepare/model.json")
     files.write_json(record, files.read_json(record) | {"digest": "0" * 64})
     with pytest.raises(UserError, match="`uv run dvc repro train` trains on that one"):
-        generate.base_of_adapters()
+        generate.base_of_adapters(Workspace.here())
     with pytest.raises(UserError, match=r"test\.max_tokens .*expected 1 or more, found 0"):
         stages("generate", overrides=("--max-tokens", "0", moon))
 

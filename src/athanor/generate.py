@@ -15,7 +15,7 @@ from athanor import console, files
 from athanor.config.compose import load_config
 from athanor.errors import UserError
 from athanor.model.source import Source
-from athanor.paths import PREPARED, TRAINED
+from athanor.paths import Workspace
 
 
 def questions_of(arguments: list[str]) -> list[str]:
@@ -34,23 +34,24 @@ def questions_of(arguments: list[str]) -> list[str]:
     return found
 
 
-def base_of_adapters() -> Source:
+def base_of_adapters(workspace: Workspace) -> Source:
     """The base model that the adapters were trained on.
 
     Raises:
         UserError: where one of the two is not there, or the base is another one by now.
     """
-    trained = TRAINED / "adapters" / "adapter_config.json"
-    for path in (PREPARED / "model.json", trained):
+    trained = workspace.trained / "adapters" / "adapter_config.json"
+    for path in (workspace.prepared / "model.json", trained):
         if not path.exists():
             raise UserError(
                 f"{path} is not there: `uv run dvc repro --pull` leaves a base and a tuned model "
                 "to ask"
             )
-    source, made_for = Source.read(PREPARED / "model.json"), files.read_json(trained)
+    source, made_for = Source.read(workspace.prepared / "model.json"), files.read_json(trained)
     if source.digest != made_for["model_digest"]:
         raise UserError(
-            f"{trained.parent} was trained on {made_for['model']}, and {PREPARED}/model.json is of "
+            f"{trained.parent} was trained on {made_for['model']}, and "
+            f"{workspace.prepared}/model.json is of "
             f"{source.path}: `uv run dvc repro train` trains on that one"
         )
     return source
@@ -70,7 +71,8 @@ def ask(
     Raises:
         UserError: where a model, its adapters or a chat template to say `system` is missing.
     """
-    source = base_of_adapters()
+    workspace = Workspace.here()
+    source = base_of_adapters(workspace)
     from athanor.chat import templates  # MLX and the models' code take seconds
     from athanor.chat.load import load_with_tokenizer
     from athanor.compute.evaluation import answers
@@ -92,7 +94,7 @@ def ask(
     said: list[dict[str, tuple[str, bool]]] = [{} for _ in questions]
     for who in ("base", "tuned"):
         if who == "tuned":
-            load_adapters(model, TRAINED / "adapters")
+            load_adapters(model, workspace.trained / "adapters")
         given = answers(
             model,
             tokenizer,

@@ -1,26 +1,84 @@
-"""Where things lie, relative to the repository: each stage writes to artifacts/<stage>/."""
+"""Where everything lies: each stage writes to artifacts/<stage>/ of the workspace."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-
-DATA = Path("data")
-CONF = Path("conf")
-PARAMS = Path("params.yaml")
-PREPARED = Path("artifacts/prepare")
-TRAINED = Path("artifacts/train")
-TESTED = Path("artifacts/test")
-FUSED = Path("artifacts/fuse")
-
-# Below root().
-SWEPT = Path("artifacts/sweep")
-
-# Below root(); beside train's outs, not in them: DVC deletes a stage's outs before it runs it.
-CHECKPOINTS = Path("artifacts/train/checkpoints")
-OUTBOX = Path("mlruns/outbox")
 
 SPLITS = ("train", "valid", "test")
 
 
-def root() -> Path:
-    """The repository's folder: DVC's, also when a queued experiment runs in a copy of it."""
-    return Path(os.environ.get("DVC_ROOT", ".")).resolve()
+@dataclass(frozen=True)
+class Workspace:
+    """The folders and files of a project.
+
+    `root` holds what the pipeline reads and writes: usually the working directory. `home` is the
+    repository's main folder, absolute, which a queued experiment that runs in a copy of it shares:
+    checkpoints, sweeps and runs outlive the copy.
+    """
+
+    root: Path
+    home: Path
+
+    @classmethod
+    def here(cls) -> "Workspace":
+        """Return the workspace of the working directory; DVC_ROOT names its home, if set."""
+        return cls(Path(), Path(os.environ.get("DVC_ROOT", ".")).resolve())
+
+    @property
+    def conf(self) -> Path:
+        """The folder of the configuration."""
+        return self.root / "conf"
+
+    @property
+    def params(self) -> Path:
+        """The composed configuration, which every stage reads."""
+        return self.root / "params.yaml"
+
+    @property
+    def data(self) -> Path:
+        """The folder of the rows, tracked by DVC."""
+        return self.root / "data"
+
+    @property
+    def prepared(self) -> Path:
+        """The output of the stage `prepare`."""
+        return self.root / "artifacts/prepare"
+
+    @property
+    def trained(self) -> Path:
+        """The output of the stage `train`."""
+        return self.root / "artifacts/train"
+
+    @property
+    def tested(self) -> Path:
+        """The output of the stage `test`."""
+        return self.root / "artifacts/test"
+
+    @property
+    def fused(self) -> Path:
+        """The output of the stage `fuse`."""
+        return self.root / "artifacts/fuse"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints of trainings. DVC deletes a stage's outs before it runs it: none of these."""
+        return self.home / "artifacts/train/checkpoints"
+
+    @property
+    def sweeps(self) -> Path:
+        """The output of sweeps."""
+        return self.home / "artifacts/sweep"
+
+    @property
+    def runs(self) -> Path:
+        """The folder of MLflow's embedded store."""
+        return self.home / "mlruns"
+
+    @property
+    def outbox(self) -> Path:
+        """Journals of runs, until MLflow has them."""
+        return self.runs / "outbox"
+
+    def rows(self, split: str) -> Path:
+        """The prepared rows of a split, JSON Lines."""
+        return self.prepared / f"{split}.jsonl"

@@ -22,7 +22,7 @@ import yaml
 
 from athanor import console, files
 from athanor.errors import UserError
-from athanor.paths import PARAMS, PREPARED, SPLITS, TESTED, TRAINED
+from athanor.paths import SPLITS, Workspace
 from athanor.runs import compare, lineage, restore
 from athanor.runs.compare import Made, Rows
 
@@ -59,10 +59,10 @@ def reproduce(made: Made, keep: bool) -> bool:
         others = list(_elsewhere(made, commit))
         note(others)
         variables = restore.environment(made, tree)
-        files.write_text(tree / PARAMS, yaml.safe_dump(config, allow_unicode=True))
+        files.write_text(Workspace(tree, tree).params, yaml.safe_dump(config, allow_unicode=True))
 
         _run("prepare", tree, variables)
-        model = files.read_json(tree / PREPARED / "model.json")["digest"]
+        model = files.read_json(Workspace(tree, tree).prepared / "model.json")["digest"]
         if model != made.tags.get("model.digest", model):
             note([f"the base {config['model']['path']} is not the one that the run had"])
         other_files = _other_files(made, tree)
@@ -71,7 +71,7 @@ def reproduce(made: Made, keep: bool) -> bool:
             note([f"this older run keeps no digest of each row: none can be named{said}"])
         rows = {
             split: compare.rows(made.rows[split], now)
-            for split, now in lineage.all_row_digests(tree / PREPARED).items()
+            for split, now in lineage.all_row_digests(Workspace(tree, tree).prepared).items()
             if made.rows is not None and split in made.rows
         }
         for split, found in rows.items():
@@ -85,13 +85,15 @@ def reproduce(made: Made, keep: bool) -> bool:
                 ]
             )
         _run("train", tree, variables)
-        metrics = files.read_json(tree / TRAINED / "metrics.json")
+        metrics = files.read_json(Workspace(tree, tree).trained / "metrics.json")
         if any(key.startswith("test_") for key in compare.results(made.metrics)):
-            tested = made.artifact(f"test/{PARAMS.name}")  # after other values were chosen, perhaps
+            tested = made.artifact(
+                f"test/{'params.yaml'}"
+            )  # after other values were chosen, perhaps
             if tested is not None:
-                (tree / PARAMS).write_bytes(tested.read_bytes())
+                (Workspace(tree, tree).params).write_bytes(tested.read_bytes())
             _run("test", tree, variables)
-            metrics |= files.read_json(tree / TESTED / "metrics.json")
+            metrics |= files.read_json(Workspace(tree, tree).tested / "metrics.json")
         lacking = compare.results(made.metrics).keys() - metrics.keys()
         if lacking := sorted(key for key in lacking if not key.startswith("fuse_")):
             note([f"metrics that the record has and the new run has not: {', '.join(lacking)}"])
@@ -115,10 +117,11 @@ def configuration(made: Made) -> dict[str, Any]:
             f"run {made.id} ({made.name}) is {made.status}{f': {why}' if why else ''}; only one "
             "that is FINISHED has a result to compare with"
         )
-    path = made.artifact(PARAMS.name)
+    path = made.artifact("params.yaml")
     if path is None:
         raise UserError(
-            f"run {made.id} ({made.name}) keeps no {PARAMS}, and so can't be made again: it is no "
+            f"run {made.id} ({made.name}) keeps no params.yaml, and so can't be made again: it is "
+            "no "
             "training (the parent of a sweep has none; name one of its children)"
         )
     config = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -161,7 +164,10 @@ def _run(stage: str, tree: Path, variables: dict[str, str]) -> None:
 
 def _other_files(made: Made, tree: Path) -> list[str]:
     """Which files of rows have another digest than the run's datasets."""
-    paths = {f"{PREPARED}/{split}.jsonl": tree / PREPARED / f"{split}.jsonl" for split in SPLITS}
+    paths = {
+        f"artifacts/prepare/{split}.jsonl": Workspace(tree, tree).prepared / f"{split}.jsonl"
+        for split in SPLITS
+    }
     return [
         name
         for name, then in made.datasets.items()
@@ -176,7 +182,7 @@ def _name_rows(split: str, found: Rows, tree: Path) -> None:
     name = f"{split}.jsonl"
     new, gone = set(found.only_b[:ROWS_SHOWN]), found.only_a[:ROWS_SHOWN]
     more = len(found.only_b) - len(new)
-    with (tree / PREPARED / name).open(encoding="utf-8") as file:
+    with (Workspace(tree, tree).prepared / name).open(encoding="utf-8") as file:
         lines = [
             f"{name}:{place}  {_text(json.loads(line))}"
             for place, line in enumerate(file, 1)
@@ -226,7 +232,7 @@ def _compare(
     then = made.tags.get("adapters.digest") or (
         lineage.adapters_digest(kept.parent) if kept else ""
     )
-    now = lineage.adapters_digest(tree / TRAINED / "adapters")
+    now = lineage.adapters_digest(Workspace(tree, tree).trained / "adapters")
     table.append(["adapters", then[:12] or "–", now[:12], _of_weights(then, now, kept, tree)])
     known = compare.results(made.metrics)
     both = {key: (known[key], metrics[key]) for key in metrics if key in known}
@@ -278,7 +284,7 @@ def _of_weights(then: str, now: str, kept: Path | None, tree: Path) -> str:
         return "the same bytes"
     if kept is None:
         return "other bytes" if then else "the run keeps none"
-    apart = compare.greatest_difference(kept, tree / TRAINED / ADAPTERS)
+    apart = compare.greatest_difference(kept, Workspace(tree, tree).trained / ADAPTERS)
     if apart is None:
         return "weights of other names or shapes"
     return f"at most {apart:.2g} of the greatest weight apart"

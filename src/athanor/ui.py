@@ -25,7 +25,7 @@ from pathlib import Path
 
 from athanor import console, files
 from athanor.errors import UserError
-from athanor.paths import root
+from athanor.paths import Workspace
 from athanor.runs import client as client_module
 from athanor.runs import mlflow_views
 from athanor.runs.run import send_what_was_left
@@ -105,7 +105,7 @@ def serve(port: int, log: Path) -> "subprocess.Popen[bytes]":
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     if not os.environ.get("MLFLOW_TRACKING_URI"):
-        env["MLFLOW_DEFAULT_ARTIFACT_ROOT"] = (root() / "mlruns" / "artifacts").as_uri()
+        env["MLFLOW_DEFAULT_ARTIFACT_ROOT"] = (Workspace.here().runs / "artifacts").as_uri()
     options = ("--host", "127.0.0.1", "--port", str(port), "--workers", "1")
     with log.open("wb") as file:
         server = subprocess.Popen(

@@ -29,6 +29,7 @@ from athanor.device.silu import silu
 from athanor.model import adapters
 from athanor.model.adapters import make_trainable
 from athanor.model.load import share_weights
+from athanor.paths import Workspace
 from athanor.train.build import build_frozen, build_trainer
 from athanor.train.fit import begin
 from athanor.train.trainer import Trainer
@@ -327,7 +328,9 @@ def test_a_frozen_layer_runs_once_a_row_whatever_epochs_and_points(
     for order in ((2, 4, 3), (4, 3, 2)):
         base, _ = load_with_tokenizer(tiny)
         layers = len(base.layers)
-        frozen = build_frozen(config(), base, tokens, [layers - number for number in order])
+        frozen = build_frozen(
+            config(), Workspace.here(), base, tokens, [layers - number for number in order]
+        )
         names = [id(layer["input_layernorm"]["weight"]) for layer in base.layers]
         expected: Counter[int] = Counter()
         asked = 0
@@ -336,7 +339,7 @@ def test_a_frozen_layer_runs_once_a_row_whatever_epochs_and_points(
             model = share_weights(base)
             cfg = config(num_layers=number)
             make_trainable(model, cfg.train, cfg.seed)
-            trainers.append(build_trainer(cfg, model, known, supervised, frozen))
+            trainers.append(build_trainer(cfg, Workspace.here(), model, known, supervised, frozen))
         with counted(base) as (ran, positions):
             for number, trainer in zip(order, trainers, strict=True):
                 trainer.run()
@@ -381,7 +384,7 @@ def test_the_memory_of_a_training_is_predicted_once_a_shape(
             cfg = config(num_layers=number, learning_rate=rate)
             model = share_weights(base)
             make_trainable(model, cfg.train, cfg.seed)
-            trainer = build_trainer(cfg, model, tokens, tokens)
+            trainer = build_trainer(cfg, Workspace.here(), model, tokens, tokens)
             begin(cfg, trainer, tokens, tmp_path / "kept", said.append, peaks)
     assert list(peaks.values()) == found
     assert len(found) == 3
@@ -432,10 +435,10 @@ def test_nothing_is_kept_below_a_first_layer_that_learns(
         model = share_weights(base)
         cfg = config(method=method, num_layers=number)
         make_trainable(model, cfg.train, cfg.seed)
-        trainer = build_trainer(cfg, model, tokens, tokens)
+        trainer = build_trainer(cfg, Workspace.here(), model, tokens, tokens)
         assert trainer.forward.cut == cut
         off = config(method=method, num_layers=number, reuse_activations="false")
-        assert build_trainer(off, model, tokens, tokens).forward.cut == 0
+        assert build_trainer(off, Workspace.here(), model, tokens, tokens).forward.cut == 0
 
 
 def test_where_activations_are_kept_changes_no_byte(tmp_path: Path) -> None:

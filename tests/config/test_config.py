@@ -15,6 +15,7 @@ from athanor.config.compose import compose_config, load_config
 from athanor.config.params_file import write_params
 from athanor.config.values import flatten
 from athanor.errors import UserError
+from athanor.paths import Workspace
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def test_seed_0_is_a_seed(conf: Path) -> None:
 
 
 def test_stages_read_what_was_written_and_take_overrides(conf: Path) -> None:
-    write_params(compose_config(conf, []))
+    write_params(compose_config(conf, []), Workspace.here())
     cfg = load_config(["train.iters=3"])
     assert cfg.train.iters == 3
     assert flatten(load_config([])) == flatten(compose_config(conf, []))
@@ -199,12 +200,14 @@ def test_stage_without_params_says_what_writes_them(
 
 def test_hand_edited_params_are_never_overwritten(conf: Path) -> None:
     params = Path("params.yaml")
-    write_params(compose_config(conf, []))
-    write_params(compose_config(conf, ["train.iters=9"]))  # its own words it may replace
+    write_params(compose_config(conf, []), Workspace.here())
+    write_params(
+        compose_config(conf, ["train.iters=9"]), Workspace.here()
+    )  # its own words it may replace
     edited = params.read_text(encoding="utf-8").replace("iters: 9", "iters: 11")
     params.write_text(edited, encoding="utf-8")
     with pytest.raises(UserError, match=r"dvc exp run -S train\.iters=11"):
-        write_params(compose_config(conf, []))
+        write_params(compose_config(conf, []), Workspace.here())
     assert params.read_text(encoding="utf-8") == edited
 
 
@@ -219,12 +222,12 @@ def test_hand_edited_params_are_never_overwritten(conf: Path) -> None:
 )
 def test_whatever_was_typed_is_told(conf: Path, old: str, new: str, said: str) -> None:
     params = Path("params.yaml")
-    write_params(compose_config(conf, []))
+    write_params(compose_config(conf, []), Workspace.here())
     text = params.read_text(encoding="utf-8")
     assert old in text
     params.write_text(text.replace(old, new), encoding="utf-8")
     with pytest.raises(UserError, match=re.escape(said)):
-        write_params(compose_config(conf, []))
+        write_params(compose_config(conf, []), Workspace.here())
 
 
 def test_dvcs_own_composition_knows_the_types(repo: Path, tmp_path: Path) -> None:

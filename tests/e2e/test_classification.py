@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from athanor import files, synthesize
-from athanor.paths import TESTED
+from athanor.paths import Workspace
 from athanor.test import scores, tables
 from athanor.test.examine import Outcome
 from athanor.test.figures import (
@@ -79,9 +79,9 @@ def test_a_classification_gets_its_figures(
     stages("config", overrides=("train.iters=60", "train.keep=last", "test.max_tokens=16"))
     stages("prepare", "train", "test")
 
-    lines = files.read_jsonl(TESTED / "predictions.jsonl")
+    lines = files.read_jsonl(Workspace.here().tested / "predictions.jsonl")
     assert Counter(line["split"] for line in lines) == {"train": 24, "valid": 6, "test": 6}
-    metrics = files.read_json(TESTED / "metrics.json")
+    metrics = files.read_json(Workspace.here().tested / "metrics.json")
     for split, prefix in (("test", "test_"), ("valid", "test_valid_"), ("train", "test_train_")):
         part = [line for line in lines if line["split"] == split]
         assert [line["label"] for line in part] == [label for _, label in parts[split]]
@@ -94,7 +94,7 @@ def test_a_classification_gets_its_figures(
     assert metrics["test_train_base_accuracy"] == 0
     assert metrics["test_train_accuracy"] > 0.5
 
-    table = rows_of_csv(TESTED / "labels.csv")
+    table = rows_of_csv(Workspace.here().tested / "labels.csv")
     assert [(row["split"], row["expected"]) for row in table] == [
         (line["split"], line["label"]) for line in lines
     ]
@@ -107,7 +107,9 @@ def test_a_classification_gets_its_figures(
     last = MlflowClient(store).get_run(files.read_json(Path("artifacts/train/run.json"))["run_id"])
     assert last.data.metrics["test_macro_f1"] == pytest.approx(metrics["test_macro_f1"])
     kept = MlflowClient(store).download_artifacts(last.info.run_id, "test")
-    assert (Path(kept) / "labels.csv").read_bytes() == (TESTED / "labels.csv").read_bytes()
+    assert (Path(kept) / "labels.csv").read_bytes() == (
+        Workspace.here().tested / "labels.csv"
+    ).read_bytes()
     pairs = Counter((row["expected"], row["tuned"]) for row in table if row["split"] == "test")
     confusion = {
         (row["expected"], said): int(row[said])
@@ -131,10 +133,14 @@ def test_other_rows_have_nothing_of_it(
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     stages("config", overrides=("train.iters=1",))
     stages("prepare", "train", "test")
-    metrics = files.read_json(TESTED / "metrics.json")
+    metrics = files.read_json(Workspace.here().tested / "metrics.json")
     assert not [key for key in metrics if key.endswith(FIGURES)]
-    assert not [line for line in files.read_jsonl(TESTED / "predictions.jsonl") if "label" in line]
-    text = (TESTED / "labels.csv").read_text(encoding="utf-8")
+    assert not [
+        line
+        for line in files.read_jsonl(Workspace.here().tested / "predictions.jsonl")
+        if "label" in line
+    ]
+    text = (Workspace.here().tested / "labels.csv").read_text(encoding="utf-8")
     assert text == "split,expected,base,tuned\n"
     run = files.read_json(Path("artifacts/train/run.json"))["run_id"]
     kept = MlflowClient(store).list_artifacts(run, "test")

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from athanor.paths import OUTBOX
+from athanor.paths import Workspace
 from athanor.runs.run import send_what_was_left, start_run
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
@@ -212,7 +212,7 @@ def test_nothing_is_lost_while_server_and_database_are_killed(
     assert training.process.wait() == 0, training.log.read_text("utf-8")
     said = training.log.read_text("utf-8")
     assert "note:" not in said, said
-    assert not any((tmp_path / OUTBOX).iterdir())
+    assert not any((tmp_path / Workspace.here().outbox).iterdir())
 
     [run] = runs(client)
     assert run.info.status == "FINISHED"
@@ -251,4 +251,4 @@ def test_what_ended_while_the_server_was_away_is_sent_when_it_is_back(
     assert points(client, run, "train_loss") == [(1, 2.5)]
     kept = client.download_artifacts(run.info.run_id, "params.yaml")
     assert Path(kept).read_text("utf-8") == "seed: 0"
-    assert not any(OUTBOX.iterdir())
+    assert not any(Workspace.here().outbox.iterdir())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from athanor.paths import OUTBOX
+from athanor.paths import Workspace
 
 PROCESSES, ROUNDS, STEPS = 8, 10, 60
 KEYS = ("train_loss", "val_loss", "learning_rate", "tokens_per_second", "peak_memory")
@@ -59,7 +59,7 @@ def test_eight_processes_at_once_on_a_store_that_is_not_there(tmp_path: Path) ->
                 worker.stdin.flush()
             answers(workers, "done")
             assert [path.read_text() for path in complaints] == [""] * PROCESSES
-            assert list((folder / OUTBOX).iterdir()) == []
+            assert list((folder / Workspace.here().outbox).iterdir()) == []
     finally:
         for worker in workers:
             worker.communicate()
@@ -139,4 +139,4 @@ def test_a_run_that_was_just_created_when_its_store_failed_is_told_the_rest(
     assert run.info.status == "FINISHED"
     assert run.data.params == {"a": "1"}
     assert len(run.inputs.dataset_inputs) == 1
-    assert not any((tmp_path / OUTBOX).glob("*"))
+    assert not any((tmp_path / Workspace.here().outbox).glob("*"))

@@ -12,6 +12,7 @@ import yaml
 
 from athanor import diff, files, reproduce
 from athanor.errors import UserError
+from athanor.paths import Workspace
 from athanor.runs import client as client_module
 from athanor.runs import compare, lineage, restore
 from athanor.runs.run import start_run
@@ -230,7 +231,7 @@ def test_a_training_keeps_what_it_was_made_from(
     (package / "__init__.py").write_text("", encoding="utf-8")
     monkeypatch.setattr(lineage, "__file__", str(package / "runs/lineage.py"))
     with start_run("a", {}, lineage.tags(), []) as run:
-        lineage.record(run)
+        lineage.record(run, Workspace.here().prepared)
         name = run.name
     run_id = run.opened()
     assert run_id is not None
@@ -248,7 +249,7 @@ def test_a_training_keeps_what_it_was_made_from(
     git(tree, "-c", "user.name=T", "-c", "user.email=t@localhost", "commit", "-qm", "Two")
     lineage._running.cache_clear()  # it goes on in another process
     with start_run("a", {}, lineage.tags(), [], run=name) as run:
-        lineage.record(run)
+        lineage.record(run, Workspace.here().prepared)
     again = compare.find(run_id, tmp_path)
     assert again.tags["code.patch"] == "none"
     assert again.tags["code.digest"] == made.tags["code.digest"]

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from athanor import files
 from athanor.compute.arrays import Tokens
-from athanor.paths import OUTBOX
+from athanor.paths import Workspace
 from athanor.runs import registry, run
 from athanor.runs.run import Dataset, Run, resume_run, start_run
 from conftest import Stages
@@ -185,7 +185,7 @@ def test_a_store_that_is_away_or_full_gets_the_model_later(
     train("a")
     fuse("a", fused, "one")
     assert "sent by the next stage" in capsys.readouterr().err
-    [waits] = OUTBOX.rglob("model.safetensors")
+    [waits] = Workspace.here().outbox.rglob("model.safetensors")
     assert waits.samefile(fused / waits.name)
 
     away.unlink()
@@ -203,7 +203,7 @@ def test_a_store_that_is_away_or_full_gets_the_model_later(
     assert len(client.get_run(model.source_run_id).outputs.model_outputs) == 1
     assert len(model.metrics) == 1
     assert best_version(client) == 1
-    assert list(OUTBOX.glob("*")) == []
+    assert list(Workspace.here().outbox.glob("*")) == []
     copies = {path.stat().st_ino for path in tmp_path.rglob("model.safetensors")}
     assert len(copies) == 2
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from athanor.paths import OUTBOX
+from athanor.paths import Workspace
 from athanor.runs import client as client_module
 from athanor.runs import run as run_module
 from athanor.runs.outbox import Journal
@@ -40,7 +40,7 @@ def start(run: str | None = None) -> Run:
 
 
 def waiting() -> list[str]:
-    return sorted(path.name for path in OUTBOX.glob("*"))
+    return sorted(path.name for path in Workspace.here().outbox.glob("*"))
 
 
 def test_what_a_store_that_is_away_missed_is_sent_by_the_next_stage(
@@ -226,7 +226,7 @@ def test_a_table_that_is_sent_twice_is_there_once(away: Path) -> None:
         run.table(columns, "test/answers.json")
         run.table({"other": [1]}, "other.json")
     client, [found] = recorded()
-    again = client_module.Sender(OUTBOX / "mine", goes_on=False)
+    again = client_module.Sender(Workspace.here().outbox / "mine", goes_on=False)
     opening = {"do": "resume", "run": "mine", "run_id": run.id, "experiment": "athanor"}
     again.send(deque([opening, {"do": "table", "columns": columns, "name": "test/answers.json"}]))
 
@@ -266,7 +266,7 @@ def test_a_line_cut_inside_a_character_spoils_no_other(away: Path) -> None:
 def test_a_journal_that_can_not_be_opened_holds_up_no_other(away: Path) -> None:
     away.unlink()
     for name in ("theirs", "theirs.lock"):
-        (OUTBOX / name).mkdir(parents=True)
+        (Workspace.here().outbox / name).mkdir(parents=True)
     with start() as run:
         run.metrics(1, {"train_loss": 2.0})
     _, [found] = recorded()

@@ -35,6 +35,7 @@ from athanor.device.backend import compile_kernels
 from athanor.errors import UserError
 from athanor.model.adapters import load_adapters, make_trainable
 from athanor.model.load import share_weights
+from athanor.paths import Workspace
 from athanor.train.batches import Batch, Batches
 from athanor.train.build import build_trainer
 from athanor.train.checkpoints import Checkpoints
@@ -409,7 +410,9 @@ def test_it_resumes_to_the_byte_wherever_activations_are(
         given.train.activations_memory, given.train.activations_disk = memory, disk
         model, _ = load_with_tokenizer(tiny)
         make_trainable(model, given.train, given.seed)
-        return build_trainer(given, model, tokens, tokens[:3], checkpoints=checkpoints)
+        return build_trainer(
+            given, Workspace.here(), model, tokens, tokens[:3], checkpoints=checkpoints
+        )
 
     memory, disk = {"disk": (0.0, 1.0), "recomputed": (0.0, 0.0)}.get(kept, (1.0, 0.0))
     expected = ran(made(1.0, 0.0, None))
@@ -549,7 +552,7 @@ def test_a_fresh_model_shares_weights_and_learns_alone(
         assert all(array is shared[name] for name, array in tree_flatten(model.parameters()))
         cfg.train.method, cfg.train.iters, cfg.train.dropout = method, 3, 0.1
         make_trainable(model, cfg.train, cfg.seed)
-        one = build_trainer(cfg, model, tokens[:4], tokens[:2])
+        one = build_trainer(cfg, Workspace.here(), model, tokens[:4], tokens[:2])
         one.run()
         learned.append(arrays(one))
     assert same(*learned)

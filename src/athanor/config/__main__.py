@@ -17,24 +17,28 @@ from athanor.config.check import ConfigError
 from athanor.config.compose import compose_config, load_config
 from athanor.config.params_file import write_params
 from athanor.config.schema import Config, TrainConfig
-from athanor.paths import CONF, PARAMS
+from athanor.paths import Workspace
 
 
 def main() -> None:
+    workspace = Workspace.here()
     overrides = sys.argv[1:]
-    if os.environ.get("DVC_EXP_NAME") and PARAMS.exists():
+    if os.environ.get("DVC_EXP_NAME") and workspace.params.exists():
         try:
             config = load_config(overrides)
         except ConfigError:
             # DVC wrote what was just refused; left there, the next `dvc repro` would take it up.
-            PARAMS.unlink()
+            workspace.params.unlink()
             raise
-        console.done("config", {"checked": f"{PARAMS}, as DVC composed it", **_summary(config)})
-    else:
-        config = compose_config(CONF, overrides)
-        write_params(config)
         console.done(
-            "config", {"wrote": f"{PARAMS}; commit it together with dvc.lock", **_summary(config)}
+            "config", {"checked": f"{workspace.params}, as DVC composed it", **_summary(config)}
+        )
+    else:
+        config = compose_config(workspace.conf, overrides)
+        write_params(config, workspace)
+        console.done(
+            "config",
+            {"wrote": f"{workspace.params}; commit it together with dvc.lock", **_summary(config)},
         )
 
 

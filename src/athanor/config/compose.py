@@ -23,7 +23,7 @@ from athanor.config.check import ConfigError, check_config, nearest
 from athanor.config.schema import Config
 from athanor.config.values import flatten
 from athanor.errors import UserError
-from athanor.paths import CONF, PARAMS
+from athanor.paths import Workspace
 
 
 def compose_config(conf: Path, overrides: list[str]) -> Config:
@@ -63,12 +63,13 @@ def sweeper_config(conf: Path, overrides: list[str]) -> dict[str, Any]:
     return dict(_compose(conf, "config", ["~schema", *overrides])[1]["sweeper"])
 
 
-def load_config(overrides: list[str], params: Path = PARAMS) -> Config:
+def load_config(overrides: list[str], params: Path | None = None) -> Config:
     """Reads params.yaml for a stage that is run by hand or by DVC, with Hydra overrides of values.
 
     Raises:
         ConfigError: with every problem; UserError where there is no params.yaml.
     """
+    params = params or Workspace.here().params
     if not params.exists():
         raise UserError(
             f"{params} is not there: `uv run python -m athanor.config` writes it from conf/, "
@@ -94,14 +95,16 @@ def read_params(path: Path) -> Config:
 
 def warn_if_params_differ_from_conf(config: Config) -> None:
     """Notes where `dvc repro` runs on with the values of an experiment that was run before it."""
+    workspace = Workspace.here()
     if not os.environ.get("DVC_STAGE") or os.environ.get("DVC_EXP_NAME"):
         return
-    composed = flatten(compose_config(CONF, []))
+    composed = flatten(compose_config(workspace.conf, []))
     other = [f"{key}={value}" for key, value in flatten(config).items() if composed[key] != value]
     if other:
         console.warn(
-            f"{PARAMS} holds an experiment's values, not those of {CONF}/: {', '.join(other)}; "
-            f"`rm {PARAMS} && uv run dvc repro` goes back to {CONF}/"
+            f"{workspace.params} holds an experiment's values, not those of {workspace.conf}/: "
+            f"{', '.join(other)}; "
+            f"`rm {workspace.params} && uv run dvc repro` goes back to {workspace.conf}/"
         )
 
 

@@ -21,17 +21,18 @@ from omegaconf.errors import OmegaConfBaseException
 from athanor import files
 from athanor.config.schema import Config
 from athanor.errors import UserError
-from athanor.paths import PARAMS
+from athanor.paths import Workspace
 
 HEADER = "# Composed from conf/ by athanor.config. To change a value, edit conf/. "
 
 
-def write_params(config: Config, params: Path = PARAMS, lock: Path = Path("dvc.lock")) -> None:
+def write_params(config: Config, workspace: Workspace) -> None:
     """Writes params.yaml, unless that would overwrite values that a person typed into it.
 
     Raises:
         UserError: with the values that would be lost and the command that runs them.
     """
+    params, lock = workspace.params, workspace.root / "dvc.lock"
     body = OmegaConf.to_yaml(config)
     if params.exists() and not _ours(params.read_bytes(), lock):
         typed = _differences(params, body)

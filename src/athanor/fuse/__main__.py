@@ -26,7 +26,7 @@ from athanor.fuse import weights
 from athanor.fuse.export import export_all
 from athanor.fuse.log_model import log_model
 from athanor.model.source import Source, digest_model
-from athanor.paths import FUSED, PREPARED, TRAINED
+from athanor.paths import Workspace
 from athanor.runs.run import resume_run
 
 # Questions of the training rows that both models are asked, beside parity's own.
@@ -34,30 +34,33 @@ QUESTIONS = 8
 
 
 def main() -> None:
+    workspace = Workspace.here()
     cfg = load_config(sys.argv[1:])
-    trained = files.read_json(TRAINED / "run.json")
-    for left in FUSED.parent.glob(f".{FUSED.name}.*"):  # by a process that was killed
+    trained = files.read_json(workspace.trained / "run.json")
+    for left in workspace.fused.parent.glob(
+        f".{workspace.fused.name}.*"
+    ):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     with resume_run(trained["run"], trained["run_id"]) as run:
-        source = Source.read(PREPARED / "model.json")
-        base, adapters = source.folder(), TRAINED / "adapters"
+        source = Source.read(workspace.prepared / "model.json")
+        base, adapters = source.folder(), workspace.trained / "adapters"
         refuse_model_misfits(cfg, base)  # what is exported may have changed since the training
-        rows = list(islice(files.lines_of_jsonl(PREPARED / "train.jsonl"), QUESTIONS))
+        rows = list(islice(files.lines_of_jsonl(workspace.rows("train")), QUESTIONS))
         config: FuseConfig = to_dataclass(cfg.fuse)
         if config.modelfile and config.system is None:
-            config.system = _said_by_all(files.lines_of_jsonl(PREPARED / "train.jsonl"))
-        with files.whole_folder(FUSED) as folder:
+            config.system = _said_by_all(files.lines_of_jsonl(workspace.rows("train")))
+        with files.whole_folder(workspace.fused) as folder:
             report, dequantized = weights.fuse_and_compare(
                 base,
                 adapters,
                 folder / "model",
                 rows,
-                end=Contract.read(PREPARED / "chat.json").end,
+                end=Contract.read(workspace.prepared / "chat.json").end,
                 dequantize=cfg.fuse.dequantize,
                 max_difference=cfg.fuse.max_difference,
             )
             digest = digest_model(folder / "model")
-            wrote = export_all(folder, adapters, base, source.path, config)
+            wrote = export_all(folder, adapters, base, source.path, config, workspace.fused)
             files.write_json(
                 folder / "fused.json",
                 {
@@ -73,20 +76,21 @@ def main() -> None:
             figures["fuse_share_lost"] = report.share_lost
         run.metrics(trained["iteration"], figures)
         for name in ("fused.json", "Modelfile"):
-            if (FUSED / name).exists():
-                run.artifact(FUSED / name, "fuse")
+            if (workspace.fused / name).exists():
+                run.artifact(workspace.fused / name, "fuse")
         if cfg.fuse.log_model:
-            log_model(run, cfg, source, base, digest, rows, trained["iteration"])
-    size = sum(path.stat().st_size for path in (FUSED / "model").iterdir()) / 1e6
+            log_model(workspace, run, cfg, source, base, digest, rows, trained["iteration"])
+    size = sum(path.stat().st_size for path in (workspace.fused / "model").iterdir()) / 1e6
     facts = {
-        "model": f"{FUSED / 'model'}, {size:.1f} MB" + (", dequantized" if dequantized else ""),
+        "model": f"{workspace.fused / 'model'}, {size:.1f} MB"
+        + (", dequantized" if dequantized else ""),
         "parity": report.summary(),
-        **{what: f"{FUSED}/{file}" for what, file in wrote.items()},
+        **{what: f"{workspace.fused}/{file}" for what, file in wrote.items()},
         "digest": digest[:12],
     }
     if cfg.fuse.log_model and cfg.fuse.registered_model_name is not None:
         facts["registered"] = run.registered()
-    facts["ask it"] = f'uv run mlx_lm.generate --model {FUSED / "model"} --prompt "…"'
+    facts["ask it"] = f'uv run mlx_lm.generate --model {workspace.fused / "model"} --prompt "…"'
     console.done("fuse", facts)
 
 

@@ -16,11 +16,10 @@ from athanor.config.schema import FuseConfig
 from athanor.errors import UserError
 from athanor.fuse import export_ollama, export_peft
 from athanor.fuse.export_gguf import write_gguf
-from athanor.paths import FUSED
 
 
 def export_all(
-    folder: Path, adapters: Path, base: Path, name: str, fuse: FuseConfig
+    folder: Path, adapters: Path, base: Path, name: str, fuse: FuseConfig, shown: Path
 ) -> dict[str, str]:
     """Writes what is asked for beside `folder`/model, the fused model; says what it wrote.
 
@@ -41,7 +40,7 @@ def export_all(
             files.write_text(model / "Modelfile", text)
             wrote["ollama"] = "Modelfile" if fuse.gguf is not None else "model/Modelfile"
         except UserError as error:
-            console.warn(f"no Modelfile was written: {error}".replace(str(folder), str(FUSED)))
+            console.warn(f"no Modelfile was written: {error}".replace(str(folder), str(shown)))
     if fuse.peft:
         try:
             export_peft.write(adapters, folder / "peft", base=name, model=base)

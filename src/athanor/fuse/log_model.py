@@ -18,12 +18,13 @@ from athanor.chat.templates import Message
 from athanor.chat.tokens import tokenize_all, validated
 from athanor.config.schema import Config
 from athanor.model.source import Source
-from athanor.paths import FUSED, PREPARED, TRAINED
+from athanor.paths import Workspace
 from athanor.runs import registry
 from athanor.runs.run import Run
 
 
 def log_model(
+    workspace: Workspace,
     run: Run,
     cfg: Config,
     source: Source,
@@ -36,19 +37,19 @@ def log_model(
     # As it was for the training: the fused folder's names another end, which plain texts get.
     tokenizer = load_tokenizer(base)
     valid = tokenize_all(
-        files.read_jsonl(PREPARED / "valid.jsonl"),
+        files.read_jsonl(workspace.rows("valid")),
         tokenizer,
         cfg.train.mask_prompt,
         cfg.train.max_seq_length,
-        Contract.read(PREPARED / "chat.json").end,
+        Contract.read(workspace.prepared / "chat.json").end,
     )
     valid = validated(valid, cfg.train.val_batches, cfg.train.batch_size)
-    measured = files.read_json(TRAINED / "metrics.json")
+    measured = files.read_json(workspace.trained / "metrics.json")
     is_best = measured["kept_iteration"] == measured["best_iteration"]
     turns = (turn for row in rows for turn in row.get("messages", ()))
     asked = next((turn["content"] for turn in turns if turn["role"] == "user"), "?")
     run.model(
-        FUSED / "model",
+        workspace.fused / "model",
         digest,
         question=asked,
         step=iteration,

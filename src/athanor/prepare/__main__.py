@@ -17,17 +17,18 @@ from athanor.chat.model_check import refuse_model_misfits
 from athanor.config.compose import load_config, warn_if_params_differ_from_conf
 from athanor.config.values import to_dataclass
 from athanor.model.source import Source, find_model
-from athanor.paths import DATA, PREPARED
+from athanor.paths import Workspace
 from athanor.prepare.prepare import prepare
 
 
 def main() -> None:
+    workspace = Workspace.here()
     cfg = load_config(sys.argv[1:])
     warn_if_params_differ_from_conf(cfg)
     refuse_model_misfits(cfg, find_model(cfg.model.path, cfg.model.revision))
     found = prepare(
-        DATA,
-        PREPARED,
+        workspace.data,
+        workspace.prepared,
         model_path=cfg.model.path,
         revision=cfg.model.revision,
         config=to_dataclass(cfg.data),
@@ -35,7 +36,7 @@ def main() -> None:
         mask_prompt=cfg.train.mask_prompt,
         end_token=cfg.train.end_token,
     )
-    source = Source.read(PREPARED / "model.json")
+    source = Source.read(workspace.prepared / "model.json")
     _show(found)
     rows = found["rows"]
     console.done(
@@ -43,10 +44,11 @@ def main() -> None:
         {
             "rows": f"{rows['kept']:,} of {rows['read']:,}"
             + (f", and {rows['augmented']:,} in other words" if rows["augmented"] else "")
-            + (f"; {PREPARED}/rejected.jsonl has the rest" if rows["rejected"] else ""),
+            + (f"; {workspace.prepared}/rejected.jsonl has the rest" if rows["rejected"] else ""),
             "model": f"{source.path} {source.commit or ''}".strip(),
             "digest": source.digest[:12],
-            "wrote": f"{PREPARED}/: the splits, report.html (open it), report.json, model.json",
+            "wrote": f"{workspace.prepared}/: the splits, report.html (open it), report.json, "
+            "model.json",
         },
     )
 

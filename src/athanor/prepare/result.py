@@ -14,7 +14,7 @@ from athanor.compute.arrays import Tokens
 from athanor.config.schema import Config
 from athanor.errors import UserError
 from athanor.model.source import Source
-from athanor.paths import PREPARED
+from athanor.paths import Workspace
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -33,15 +33,16 @@ class Prepared:
     source: Source
     contract: Contract
     folder: Path
+    workspace: Workspace
 
     @classmethod
-    def read(cls, cfg: Config) -> "Prepared":
+    def read(cls, cfg: Config, workspace: Workspace) -> "Prepared":
         """Reads what `prepare` recorded, and finds the model's folder.
 
         Raises:
             UserError: where it was run for another model, or this one can't be trained as is asked.
         """
-        source = Source.read(PREPARED / "model.json")
+        source = Source.read(workspace.prepared / "model.json")
         if (source.path, source.revision) != (cfg.model.path, cfg.model.revision):
             raise UserError(
                 f"prepare was run for {source.path} at {source.revision}, and now the model is "
@@ -49,7 +50,7 @@ class Prepared:
             )
         folder = source.folder()
         refuse_model_misfits(cfg, folder)
-        return cls(source, Contract.read(PREPARED / "chat.json"), folder)
+        return cls(source, Contract.read(workspace.prepared / "chat.json"), folder, workspace)
 
     def load(self) -> "tuple[nn.Module, TokenizerWrapper]":
         """Loads the base model."""
@@ -63,6 +64,6 @@ class Prepared:
         )
 
 
-def read_rows(splits: Iterable[str]) -> dict[str, list[Row]]:
+def read_rows(workspace: Workspace, splits: Iterable[str]) -> dict[str, list[Row]]:
     """The prepared rows of some splits."""
-    return {split: files.read_jsonl(PREPARED / f"{split}.jsonl") for split in splits}
+    return {split: files.read_jsonl(workspace.rows(split)) for split in splits}

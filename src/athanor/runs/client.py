@@ -15,7 +15,7 @@ from typing import Any
 
 from athanor import console
 from athanor.errors import UserError
-from athanor.paths import CONF, root
+from athanor.paths import Workspace
 from athanor.runs import registry
 from athanor.runs.outbox import Said
 
@@ -25,7 +25,7 @@ METRICS_A_CALL = 500
 
 def uri() -> str:
     """MLFLOW_TRACKING_URI, or else the SQLite store in mlruns/."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root()}/mlruns/mlflow.db"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Workspace.here().runs}/mlflow.db"
 
 
 def name() -> str:
@@ -301,7 +301,10 @@ def refuse_absent() -> None:
         UserError: where it is not there.
     """
     if uri().startswith("sqlite:///") and not Path(uri().removeprefix("sqlite:///")).exists():
-        elsewhere = not os.environ.get("MLFLOW_TRACKING_URI") and not (root() / CONF).is_dir()
+        elsewhere = (
+            not os.environ.get("MLFLOW_TRACKING_URI")
+            and not (Workspace.here().home / "conf").is_dir()
+        )
         mended = (
             "run this in the repository's folder"
             if elsewhere
@@ -380,7 +383,7 @@ def _experiment(client: Any, name: str) -> str:
     if found is not None:
         return str(found.experiment_id)
     embedded = not os.environ.get("MLFLOW_TRACKING_URI")
-    place = (root() / "mlruns" / "artifacts").as_uri() if embedded else None
+    place = (Workspace.here().runs / "artifacts").as_uri() if embedded else None
     # Without its kind MLflow's UI opens an experiment as one of prompts and traces.
     tags = {"mlflow.experimentKind": "custom_model_development"}
     try:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from athanor import BLAS, __version__, console
-from athanor.paths import PREPARED, SPLITS
+from athanor.paths import SPLITS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,7 +78,7 @@ def tags() -> dict[str, str]:
     return found
 
 
-def record(run: "Run") -> None:
+def record(run: "Run", prepared: Path) -> None:
     """Keeps in a training's run the code as it is, a digest of every prepared row, and versions.
 
     To be said at every start of it: the commit's tags are said again with the patch, since a
@@ -92,7 +92,7 @@ def record(run: "Run") -> None:
         if changes:
             (folder / PATCH).write_bytes(changes)
             run.artifact(folder / PATCH)
-        np.savez(folder / ROWS, allow_pickle=False, **all_row_digests(PREPARED))
+        np.savez(folder / ROWS, allow_pickle=False, **all_row_digests(prepared))
         run.artifact(folder / ROWS, "data")
     run.tags(
         {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from athanor import console, files
-from athanor.paths import OUTBOX, root
+from athanor.paths import Workspace
 
 Said = dict[str, Any]
 
@@ -26,7 +26,7 @@ class Journal:
     """
 
     def __init__(self, name: str) -> None:
-        self.folder = root() / OUTBOX / name
+        self.folder = Workspace.here().outbox / name
         self._lock_file = self.folder.with_name(f"{name}.lock")
         self._lock = files.lock(self._lock_file)
         self._unwritten: list[str] = []

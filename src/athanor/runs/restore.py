@@ -17,7 +17,7 @@ from typing import Any
 
 from athanor import console
 from athanor.errors import UserError
-from athanor.paths import DATA, root
+from athanor.paths import Workspace
 from athanor.runs import lineage
 from athanor.runs.compare import Made
 
@@ -129,17 +129,17 @@ def data(made: Made, tree: Path) -> Iterator[str]:
     why = "" if md5 else "the run names no hash of it"
     if md5:
         try:
-            why = _check_out(md5, tree / DATA)
+            why = _check_out(md5, Workspace(tree, tree).data)
         except Exception as error:  # DVC and its remotes raise what they like
             why = f"{type(error).__name__}: {error}"
     if not why:
-        text = f"outs:\n- md5: {md5}\n  hash: md5\n  path: {DATA}\n"
-        (tree / f"{DATA}.dvc").write_text(text, encoding="utf-8")
+        text = f"outs:\n- md5: {md5}\n  hash: md5\n  path: data\n"
+        (tree / "data.dvc").write_text(text, encoding="utf-8")
         return
-    shutil.rmtree(tree / DATA, ignore_errors=True)
-    if (root() / DATA).is_dir():
-        (tree / DATA).symlink_to(root() / DATA)
-    yield f"the data {md5 or ''} can't be restored ({why}), and {DATA}/ is taken as it is now"
+    shutil.rmtree(Workspace(tree, tree).data, ignore_errors=True)
+    if (Workspace.here().home / "data").is_dir():
+        (Workspace(tree, tree).data).symlink_to(Workspace.here().home / "data")
+    yield f"the data {md5 or ''} can't be restored ({why}), and data/ is taken as it is now"
 
 
 def _check_out(md5: str, out: Path) -> str:
@@ -149,7 +149,7 @@ def _check_out(md5: str, out: Path) -> str:
     from dvc_data.hashfile.hash_info import HashInfo
 
     logging.getLogger("dvc").setLevel(logging.ERROR)  # what is missing is said once, and here
-    with Repo(str(root())) as repo:
+    with Repo(str(Workspace.here().home)) as repo:
         cache = repo.cache.local
         remotes = list(repo.config["remote"])
         nowhere = "in neither DVC's cache nor " + (
@@ -195,7 +195,7 @@ def _fetch(repo: Any, wanted: list[Any], remotes: list[str]) -> list[str]:
 
 def link(path: str, tree: Path) -> None:
     """Links a folder that a configuration names, which is here and which git does not have."""
-    here, there = root() / path, tree / path
+    here, there = Workspace.here().home / path, tree / path
     if not Path(path).is_absolute() and here.is_dir() and not there.exists():
         there.parent.mkdir(parents=True, exist_ok=True)
         there.symlink_to(here)

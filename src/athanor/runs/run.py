@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from athanor import console
-from athanor.paths import OUTBOX, root
+from athanor.paths import Workspace
 from athanor.runs import client, registry
 from athanor.runs.client import Sender
 from athanor.runs.outbox import Journal, Said, beside, said_in
@@ -221,7 +221,7 @@ def send_what_was_left() -> None:
     One that the store refuses stays, and that is said; a store that is away raises its own error.
     """
     client.client().search_experiments(max_results=1)
-    left = [path for path in (root() / OUTBOX).glob("*") if path.is_dir()]
+    left = [path for path in (Workspace.here().outbox).glob("*") if path.is_dir()]
     # What is part of another run comes after that; else in the order of their names.
     for folder in sorted(left, key=lambda path: (_is_part(path), path)):
         try:

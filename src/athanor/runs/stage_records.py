@@ -11,7 +11,7 @@ from athanor.config.schema import Config
 from athanor.config.values import effective_values
 from athanor.device.backend import describe_device
 from athanor.model.source import Source, read_config
-from athanor.paths import PARAMS, PREPARED, SPLITS
+from athanor.paths import SPLITS, Workspace
 from athanor.runs import lineage
 from athanor.runs.run import Dataset, Run, start_run
 
@@ -20,6 +20,7 @@ LAYERS = "trained_layers"
 
 
 def start_training(
+    workspace: Workspace,
     cfg: Config,
     source: Source,
     folder: Path,
@@ -42,36 +43,38 @@ def start_training(
             "device": describe_device(),
             "athanor.point": point,
         },
-        datasets(),
+        datasets(workspace),
         run=run,
         parent=parent,
     )
     with ExitStack() as stack:
         stack.push(opened)  # an interrupt ends the run here, too
-        opened.text(OmegaConf.to_yaml(cfg), PARAMS.name)  # with the overrides of this command
-        _record_data(opened)
-        lineage.record(opened)
+        opened.text(
+            OmegaConf.to_yaml(cfg), workspace.params.name
+        )  # with the overrides of this command
+        _record_data(opened, workspace)
+        lineage.record(opened, workspace.prepared)
         stack.pop_all()
     return opened
 
 
-def datasets() -> list[Dataset]:
+def datasets(workspace: Workspace) -> list[Dataset]:
     """What a training reads, for its run."""
-    read = {PREPARED / "train.jsonl": "training", PREPARED / "valid.jsonl": "validation"}
+    read = {workspace.rows("train"): "training", workspace.rows("valid"): "validation"}
     return [
         Dataset(str(path), context, files.digest([path]), files.count_lines(path))
         for path, context in read.items()
     ]
 
 
-def record_training(run: Run, out: Path, metrics: dict[str, float]) -> None:
+def record_training(run: Run, workspace: Workspace, out: Path, metrics: dict[str, float]) -> None:
     """Adds what a training left in `out` to its run."""
     best, kept = (int(metrics[f"{which}_iteration"]) for which in ("best", "kept"))
     run.metrics(best, {"best_val_loss": metrics["best_val_loss"]}, once=True)
     run.metrics(kept, {"kept_val_loss": metrics["kept_val_loss"]}, once=True)
     run.metrics(int(metrics["iterations"]), {"train_seconds": metrics["train_seconds"]}, once=True)
     # Not first: the first metric is the one that MLflow's page for several runs compares them by.
-    _record_counts(run)
+    _record_counts(run, workspace)
     run.tags({"adapters.digest": lineage.adapters_digest(out / "adapters")})
     run.artifact(out / "adapters", "adapters")
     run.artifact(out / "other_adapters", "other_adapters")
@@ -112,16 +115,16 @@ def _trained_layers(cfg: Config, folder: Path) -> dict[str, int]:
     return {LAYERS: layers if cfg.train.num_layers == -1 else cfg.train.num_layers}
 
 
-def _record_data(run: Run) -> None:
+def _record_data(run: Run, workspace: Workspace) -> None:
     """Keeps what prepare said of the rows; not a dep of this stage, because it decides nothing."""
     for name in ("report.html", "report.json", "chat.json"):
-        if (PREPARED / name).exists():
-            run.artifact(PREPARED / name, "data")
+        if (workspace.prepared / name).exists():
+            run.artifact(workspace.prepared / name, "data")
 
 
-def _record_counts(run: Run) -> None:
-    if (PREPARED / "metrics.json").exists():
-        counts = files.read_json(PREPARED / "metrics.json")
+def _record_counts(run: Run, workspace: Workspace) -> None:
+    if (workspace.prepared / "metrics.json").exists():
+        counts = files.read_json(workspace.prepared / "metrics.json")
         rows = {f"{split}_rows": counts[split]["rows"] for split in SPLITS}
         run.metrics(0, rows | {"rejected_rows": counts["rows"]["rejected"]}, once=True)
 

@@ -20,7 +20,6 @@ from athanor.config.compose import (
 )
 from athanor.config.schema import Config
 from athanor.errors import UserError
-from athanor.paths import PARAMS
 from athanor.prepare.result import DECIDED_BY
 
 
@@ -142,7 +141,7 @@ def refuse_unprepared(found: Space) -> None:
             "model:\n  "
             + "\n  ".join(other)
             + f"\nto prepare that: `uv run dvc exp run{options} prepare`"
-            + ("" if asked else f" ({PARAMS} holds an experiment's values now)")
+            + ("" if asked else " (params.yaml holds an experiment's values now)")
         )
 
 

@@ -43,7 +43,7 @@ from athanor.config.values import flatten
 from athanor.errors import UserError
 from athanor.model.adapters import adapter_names, load_adapters
 from athanor.model.load import share_weights
-from athanor.paths import CHECKPOINTS, PREPARED, SPLITS, SWEPT, root
+from athanor.paths import SPLITS, Workspace
 from athanor.prepare import result
 from athanor.prepare.result import Prepared
 from athanor.runs import lineage
@@ -139,12 +139,14 @@ class Loaded:
 def loaded(folder: Path) -> Loaded:
     """Loads what the points of the sweep in `folder` share; the base is examined by the first."""
     cfg = read_params(folder / "params.yaml")
-    base = Prepared.read(cfg)
-    rows = result.read_rows(SPLITS)
+    base = Prepared.read(cfg, Workspace.here())
+    rows = result.read_rows(base.workspace, SPLITS)
     model, tokenizer = base.load()
     splits = build_splits(cfg, base, tokenizer, rows)
     tokens = {split: splits[split].tokens for split in SEEN}
-    frozen = build_frozen(cfg, model, tokens["train"], _cuts(cfg, folder, len(model.layers)))
+    frozen = build_frozen(
+        cfg, base.workspace, model, tokens["train"], _cuts(cfg, folder, len(model.layers))
+    )
     path = folder / "base.json"
     if path.exists():
         outcomes = {
@@ -153,7 +155,7 @@ def loaded(folder: Path) -> Loaded:
         }
     else:
         for split in SEEN:
-            warn_of_rows_without_targets(split, len(rows[split]), tokens[split])
+            warn_of_rows_without_targets(base.workspace, split, len(rows[split]), tokens[split])
         forward = Forward(model, frozen.parts)
         outcomes = examine(
             model, tokenizer, splits, who="base", forward=forward, **examine_options(cfg)
@@ -241,7 +243,7 @@ def _point(sweep: Sweep, number: int, values: dict[str, Any], cfg: Config, share
     _refuse_changed(sweep, decides, cfg, shared)
     digest = checkpoints.key(decides)
     folder = points() / digest
-    resumed = root() / CHECKPOINTS / digest
+    resumed = shared.base.workspace.checkpoints / digest
     tested = folder / test_key(cfg)
     name, label = sweep.run_of(digest), choice.called(values)
     note = {"number": number, "digest": digest, "run": name, "values": values, "label": label}
@@ -266,7 +268,14 @@ def _point(sweep: Sweep, number: int, values: dict[str, Any], cfg: Config, share
         try:
             kept = checkpoints.Checkpoints(resumed.parent, decides)
             with start_training(
-                cfg, shared.base.source, shared.base.folder, label, digest, name, parent=sweep.run
+                shared.base.workspace,
+                cfg,
+                shared.base.source,
+                shared.base.folder,
+                label,
+                digest,
+                name,
+                parent=sweep.run,
             ) as opened:
                 metrics = _train(cfg, shared, folder, kept, opened)
                 examined = _examined(cfg, shared, folder, tested, SEEN)
@@ -330,7 +339,7 @@ def _train(
         )
         found = {"metrics": metrics, "points": [asdict(point) for point in told]}
         files.write_json(path, found)
-    record_training(opened, folder, found["metrics"])
+    record_training(opened, shared.base.workspace, folder, found["metrics"])
     return dict(found["metrics"])
 
 
@@ -458,13 +467,13 @@ def measured(note: dict[str, Any], *tests: Path) -> choice.Point:
 
 def points() -> Path:
     """Where the results of points are, of all sweeps."""
-    return root() / SWEPT / "points"
+    return Workspace.here().sweeps / "points"
 
 
 def test_key(cfg: Config) -> str:
     """The name of the folder for what came of testing as `cfg` says."""
     how = {key: value for key, value in flatten(cfg).items() if key.startswith("test.")}
-    rows = files.digest(PREPARED / f"{split}.jsonl" for split in SPLITS)
+    rows = files.digest(Workspace.here().rows(split) for split in SPLITS)
     code = files.digest(sorted(Path(str(examine_module.__file__)).parent.glob("*.py")))
     return "test-" + hashlib.sha256(json.dumps([how, rows, code]).encode()).hexdigest()[:8]
 

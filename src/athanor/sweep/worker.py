@@ -17,7 +17,7 @@ from athanor import console, files, ui
 from athanor.config.values import flatten
 from athanor.device.backend import describe_device
 from athanor.errors import UserError
-from athanor.paths import CONF, SWEPT, root
+from athanor.paths import Workspace
 from athanor.prepare.result import Prepared
 from athanor.runs import client as client_module
 from athanor.runs import lineage, mlflow_views
@@ -40,12 +40,13 @@ def main(arguments: list[str]) -> None:
     Raises:
         UserError: for what can't be swept, rows that are others by now, no point that finished.
     """
-    found = space(CONF, arguments)
+    workspace = Workspace.here()
+    found = space(workspace.conf, arguments)
     refuse_unprepared(found)
     fresh = _ask_dvc()
-    base = Prepared.read(found.base)
+    base = Prepared.read(found.base, workspace)
     about = _about(found, base)
-    folder = root() / SWEPT / checkpoints.key(about)
+    folder = workspace.sweeps / checkpoints.key(about)
     lock = files.lock(folder / "lock")
     if lock is None:
         raise UserError(f"another process is at this very sweep ({folder}): wait for it, or end it")
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> None:
     dead = trials.mark_dead(sweep, cause) if cause else []
     _refuse_stale(fresh)
     console.out.print(
-        f"{found.total} points of {found.base.model.path}: {folder.relative_to(root())}",
+        f"{found.total} points of {found.base.model.path}: {folder.relative_to(workspace.home)}",
         highlight=False,
     )
     with _start(sweep, found, base) as run:
@@ -84,7 +85,7 @@ def main(arguments: list[str]) -> None:
             sys.exit(LOST)
         measured = _measured(sweep)
         _conclude(sweep, found, measured, run)
-    wrote = f"{folder.relative_to(root())}/: {', '.join(WRITTEN)}"
+    wrote = f"{folder.relative_to(workspace.home)}/: {', '.join(WRITTEN)}"
     best = next((note["run_id"] for note in sweep.notes() if note.get("run_id")), "none")
     console.done("", {"wrote": wrote, "MLflow run": run.shown(), "of the best": best})
     with suppress(Exception):  # a store that came back in between has none of the points before
@@ -187,7 +188,9 @@ def _run_points(found: Space, folder: Path) -> None:
         *found.fixed,
         *found.hydra,
     ]
-    task = hydra.main(config_path=str(CONF.resolve()), config_name="config", version_base="1.3")
+    task = hydra.main(
+        config_path=str(Workspace.here().conf.resolve()), config_name="config", version_base="1.3"
+    )
     task(trials.run)()
 
 
@@ -210,6 +213,6 @@ def _start(sweep: Sweep, found: Space, base: Prepared) -> Run:
         f"sweep {keys}: {Path(base.source.path).name} {found.base.train.method}",
         {f"sweep.{key}": ",".join(values) for key, values in found.swept.items()},
         {**lineage.tags(), "device": describe_device(), "athanor.sweep": sweep.run},
-        datasets(),
+        datasets(base.workspace),
         run=sweep.run,
     )

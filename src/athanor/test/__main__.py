@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from athanor import console, files
 from athanor.config.compose import load_config
 from athanor.model.adapters import load_adapters
-from athanor.paths import PARAMS, SPLITS, TESTED, TRAINED
+from athanor.paths import SPLITS, Workspace
 from athanor.prepare import result
 from athanor.prepare.result import Prepared
 from athanor.runs.run import resume_run
@@ -26,31 +26,36 @@ from athanor.test.tables import show
 
 
 def main() -> None:
+    workspace = Workspace.here()
     cfg = load_config(sys.argv[1:])
-    trained = files.read_json(TRAINED / "run.json")
+    trained = files.read_json(workspace.trained / "run.json")
     with resume_run(trained["run"], trained["run_id"]) as run:
-        base = Prepared.read(cfg)
+        base = Prepared.read(cfg, workspace)
         model, tokenizer = base.load()
-        splits = build_splits(cfg, base, tokenizer, result.read_rows(SPLITS))
+        splits = build_splits(cfg, base, tokenizer, result.read_rows(workspace, SPLITS))
         before = examine(model, tokenizer, splits, who="base", **examine_options(cfg))
-        load_adapters(model, TRAINED / "adapters")
-        forward = as_trained(model, [row for split in splits.values() for row in split.tokens])
+        load_adapters(model, workspace.trained / "adapters")
+        forward = as_trained(
+            model, workspace, [row for split in splits.values() for row in split.tokens]
+        )
         after = examine(
             model, tokenizer, splits, who="tuned", forward=forward, **examine_options(cfg)
         )
         labels = set[str]().union(*(split.labels for split in splits.values()))
         examined = Examined.of(splits, before, after, tokenizer, labels)
-        examined.write(TESTED)
-        run.text(OmegaConf.to_yaml(cfg), f"test/{PARAMS.name}")  # it may run again with others
+        examined.write(workspace.tested)
+        run.text(
+            OmegaConf.to_yaml(cfg), f"test/{workspace.params.name}"
+        )  # it may run again with others
         record_test(
             run,
-            TESTED,
+            workspace.tested,
             examined.metrics,
             as_columns(examined.lines),
             examined.confusion(),
             trained["iteration"],
         )
-    show(examined.metrics, examined.lines, examined.labels)
+    show(workspace, examined.metrics, examined.lines, examined.labels)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from athanor.compute.frozen import Budget, Frozen
 from athanor.compute.parts import Parts
 from athanor.config.schema import Config
 from athanor.model.adapters import adapter_names
-from athanor.paths import TESTED, TRAINED
+from athanor.paths import Workspace
 from athanor.prepare.result import Prepared, Row
 from athanor.test.figures import (
     Line,
@@ -131,10 +131,10 @@ def predictions(
     return lines
 
 
-def as_trained(model: nn.Module, rows: list[Tokens]) -> Forward:
+def as_trained(model: nn.Module, workspace: Workspace, rows: list[Tokens]) -> Forward:
     """The model as its training computes it: what is frozen, a row at a time."""
-    frozen = Frozen(Parts.of(model, trial(rows)), Budget(0, 0, TESTED))
-    cut = frozen.cut_below(adapter_names(TRAINED / "adapters"))
+    frozen = Frozen(Parts.of(model, trial(rows)), Budget(0, 0, workspace.tested))
+    cut = frozen.cut_below(adapter_names(workspace.trained / "adapters"))
     return Forward(model, frozen.parts, frozen, cut)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from rich.markup import escape
 
 from athanor import console
-from athanor.paths import SPLITS, TESTED
+from athanor.paths import SPLITS, Workspace
 from athanor.test import scores
 from athanor.test.figures import Line, confusion_table, metric_prefix, with_labels
 
@@ -40,7 +40,9 @@ OF_LABELS = {"accuracy": ("accuracy", "{value:.4f}"), "macro_f1": ("macro F1", "
 NONE = "–"
 
 
-def show(metrics: dict[str, float], lines: list[Line], labels: list[str]) -> None:
+def show(
+    workspace: Workspace, metrics: dict[str, float], lines: list[Line], labels: list[str]
+) -> None:
     console.side_by_side("test", *_table("rows, model", OF_ANSWERS, metrics, lines))
     console.side_by_side(
         "",
@@ -56,7 +58,7 @@ def show(metrics: dict[str, float], lines: list[Line], labels: list[str]) -> Non
     )
     if with_labels(lines):
         _show_labels(metrics, lines, labels)
-    console.done("", {"wrote": f"{TESTED}/: metrics.json, predictions.jsonl, labels.csv"})
+    console.done("", {"wrote": f"{workspace.tested}/: metrics.json, predictions.jsonl, labels.csv"})
 
 
 def _show_labels(metrics: dict[str, float], lines: list[Line], labels: list[str]) -> None:

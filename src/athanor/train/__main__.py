@@ -14,7 +14,7 @@ import sys
 
 from athanor import console, files
 from athanor.config.compose import load_config, warn_if_params_differ_from_conf
-from athanor.paths import CHECKPOINTS, TRAINED, root
+from athanor.paths import Workspace
 from athanor.prepare import result
 from athanor.prepare.result import Prepared
 from athanor.runs.stage_records import record_training, run_name, start_training
@@ -24,31 +24,38 @@ from athanor.train.identity import run_of, training_identity
 
 
 def main() -> None:
+    workspace = Workspace.here()
     cfg = load_config(sys.argv[1:])
     warn_if_params_differ_from_conf(cfg)
-    base = Prepared.read(cfg)
-    rows = result.read_rows(("train", "valid"))
-    kept = checkpoints.Checkpoints(root() / CHECKPOINTS, training_identity(cfg, base))
+    base = Prepared.read(cfg, workspace)
+    rows = result.read_rows(workspace, ("train", "valid"))
+    kept = checkpoints.Checkpoints(workspace.checkpoints, training_identity(cfg, base))
     with start_training(
-        cfg, base.source, base.folder, run_name(cfg), kept.folder.name, run_of(kept.folder)
+        workspace,
+        cfg,
+        base.source,
+        base.folder,
+        run_name(cfg),
+        kept.folder.name,
+        run_of(kept.folder),
     ) as run:
         model, tokenizer = base.load()
         tokens = {split: base.tokens(rows[split], tokenizer, cfg) for split in rows}
         for split in rows:
-            warn_of_rows_without_targets(split, len(rows[split]), tokens[split])
+            warn_of_rows_without_targets(workspace, split, len(rows[split]), tokens[split])
         metrics = fit(
             cfg,
             base,
             model,
             tokens,
-            TRAINED,
+            workspace.trained,
             kept,
             on_point=lambda point: run.metrics(point.iteration, point.metrics, once=True),
             say=console.out.print,
         )
-        record_training(run, TRAINED, metrics)
+        record_training(run, workspace, workspace.trained, metrics)
         files.write_json(
-            TRAINED / "run.json",
+            workspace.trained / "run.json",
             {"run": run.name, "run_id": run.opened(), "iteration": metrics["kept_iteration"]},
         )
     kept.clear()
@@ -59,7 +66,8 @@ def main() -> None:
             "validation loss": f"{metrics['val_loss']:.4f}, at best {metrics['best_val_loss']:.4f} "
             f"after iteration {metrics['best_iteration']}",
             "peak memory": f"{metrics['peak_memory']:.2f} GB",
-            "adapters": f"{TRAINED / 'adapters'}, after iteration {metrics['kept_iteration']} "
+            "adapters": f"{workspace.trained / 'adapters'}, after iteration "
+            f"{metrics['kept_iteration']} "
             f"({cfg.train.keep})",
             "MLflow run": run.shown(),
         },

@@ -24,13 +24,14 @@ from athanor.config.schema import Config
 from athanor.config.values import optimizer_options
 from athanor.device.backend import compile_kernels, on_cpu
 from athanor.errors import UserError
-from athanor.paths import PREPARED, TRAINED, root
+from athanor.paths import Workspace
 from athanor.train.batches import Batches
 from athanor.train.trainer import Trainer
 
 
 def build_trainer(
     cfg: Config,
+    workspace: Workspace,
     model: Any,
     rows: list[Tokens],
     valid: list[Tokens],
@@ -73,7 +74,7 @@ def build_trainer(
         updates=-(-iters // train.grad_accumulation_steps),
     )
     compile = train.compile if train.compile is not None else not on_cpu()
-    frozen = frozen or build_frozen(cfg, model, rows)
+    frozen = frozen or build_frozen(cfg, workspace, model, rows)
     return Trainer(
         Forward(
             model,
@@ -96,12 +97,14 @@ def build_trainer(
         compile=compile,
         patience=train.patience,
         save_every=train.save_every,
-        name_of=lambda row: f"{PREPARED}/train.jsonl:{rows[row].line}",
+        name_of=lambda row: f"{workspace.prepared}/train.jsonl:{rows[row].line}",
         **hooks,
     )
 
 
-def build_frozen(cfg: Config, model: Any, rows: list[Tokens], cuts: Iterable[int] = ()) -> Frozen:
+def build_frozen(
+    cfg: Config, workspace: Workspace, model: Any, rows: list[Tokens], cuts: Iterable[int] = ()
+) -> Frozen:
     """What is frozen of a model, to be computed once; says so where the head can't be apart.
 
     Args:
@@ -116,5 +119,9 @@ def build_frozen(cfg: Config, model: Any, rows: list[Tokens], cuts: Iterable[int
         )
     train = cfg.train
     memory, disk = (int(size * 1e9) for size in (train.activations_memory, train.activations_disk))
-    budget = Budget(memory, disk, root() / TRAINED) if train.reuse_activations else None
+    budget = (
+        Budget(memory, disk, workspace.home / "artifacts/train")
+        if train.reuse_activations
+        else None
+    )
     return Frozen(parts, budget, cuts)

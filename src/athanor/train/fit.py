@@ -23,7 +23,7 @@ from athanor.device.backend import describe_device, memory_limit
 from athanor.errors import UserError
 from athanor.model.adapters import make_trainable
 from athanor.model.load import parameter_counts
-from athanor.paths import PREPARED
+from athanor.paths import Workspace
 from athanor.prepare.result import Prepared
 from athanor.train import checkpoints
 from athanor.train.build import build_trainer
@@ -85,6 +85,7 @@ def fit(
 
         trainer = build_trainer(
             cfg,
+            base.workspace,
             model,
             tokens["train"],
             tokens["valid"],
@@ -101,10 +102,14 @@ def fit(
     return write_result(cfg, trainer, base.source, out)
 
 
-def warn_of_rows_without_targets(split: str, count: int, found: list[Tokens]) -> None:
+def warn_of_rows_without_targets(
+    workspace: Workspace, split: str, count: int, found: list[Tokens]
+) -> None:
     """Says which of a split's `count` rows have no token to learn."""
     there = {row.line for row in found}
-    missing = [f"{PREPARED}/{split}.jsonl:{i}" for i in range(1, count + 1) if i not in there]
+    missing = [
+        f"{workspace.prepared}/{split}.jsonl:{i}" for i in range(1, count + 1) if i not in there
+    ]
     if missing:
         console.warn(
             f"{len(missing)} of {count} rows of {split} have no token left to learn and are left "

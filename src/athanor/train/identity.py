@@ -9,7 +9,6 @@ from athanor import files
 from athanor.config.schema import Config
 from athanor.config.values import effective_values
 from athanor.device.backend import describe_device
-from athanor.paths import PREPARED
 from athanor.prepare.result import Prepared
 
 # The packages and modules whose code decides a training: this stage's deps in dvc.yaml.
@@ -23,7 +22,7 @@ def training_identity(cfg: Config, base: Prepared) -> dict[str, Any]:
         **{key: value for key, value in effective_values(cfg).items() if key.startswith(deciding)},
         # When it is saved, and where activations are kept, decides nothing.
         **dict.fromkeys(("train.save_every", "train.activations_memory", "train.activations_disk")),
-        "data": files.digest([PREPARED / f"{split}.jsonl" for split in ("train", "valid")]),
+        "data": files.digest([base.workspace.rows(split) for split in ("train", "valid")]),
         "model": [source.path, source.commit, source.digest],
         "code": files.digest(_modules()),
         "libraries": [
