@@ -1,5 +1,38 @@
-"""Errors that a person can act on."""
+"""Errors that a person can act on; messages.toml has their sentences."""
+
+import tomllib
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend; its text says how."""
+    """Something that the person at the keyboard can fix; its text says how.
+
+    Args:
+        code: the name of the message in messages.toml, `<room>.<name>`.
+        facts: the values that the message names: numbers, paths, texts, or lists of them.
+    """
+
+    def __init__(self, code: str, **facts: Any) -> None:
+        self.code, self.facts = code, facts
+        super().__init__(message(code, facts))
+
+
+def message(code: str, facts: dict[str, Any]) -> str:
+    """Return the sentence of a code with its facts filled in; lists are joined by commas."""
+    room, _, name = code.partition(".")
+    text = messages().get(room, {}).get(name)
+    if text is None:
+        return code  # a sentence as such
+    shown = {
+        key: ", ".join(map(str, value)) if isinstance(value, list | tuple | set) else value
+        for key, value in facts.items()
+    }
+    return str(text).strip().format(**shown)
+
+
+@lru_cache(1)
+def messages() -> dict[str, dict[str, str]]:
+    """Return the messages by room and name."""
+    return tomllib.loads(files("athanor").joinpath("messages.toml").read_text(encoding="utf-8"))
