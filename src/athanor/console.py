@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from math import isfinite
 from typing import Any, NoReturn
 
 from rich import box
@@ -125,6 +126,20 @@ def side_by_side(title: str, head: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*map(_plain, row))
     out.print(table)
+
+
+def share(part: float | None, whole: float = 1.0) -> str:
+    """Return a share as a percentage; one that is not all, or not none, is never rounded to it."""
+    if not whole or part is None or not isfinite(part):
+        return "–"
+    if 0 < part / whole < 0.0005:
+        return "<0.1%"
+    return ">99.9%" if 0.9995 <= part / whole < 1 else f"{part / whole:.1%}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1."""
+    return f"{int(count):,} {noun}" + "s" * (count != 1)
 
 
 def progress() -> Progress:

@@ -15,7 +15,6 @@ from athanor.test import scores, tables
 from athanor.test.examine import Outcome
 from athanor.test.figures import (
     OTHER,
-    as_csv,
     confusion_table,
     figures,
     label_of,
@@ -75,7 +74,7 @@ def test_a_classification_gets_its_figures(
                 split = {4: "valid", 5: "test"}.get(place, "train")
                 parts[split].append([opinion, label])
     for split, rows in parts.items():
-        files.write_text(Path(f"data/{split}.csv"), as_csv(["text", "label"], rows))
+        files.write_text(Path(f"data/{split}.csv"), files.csv_text(["text", "label"], rows))
     stages("config", overrides=("train.iters=60", "train.keep=last", "test.max_tokens=16"))
     stages("prepare", "train", "test")
 

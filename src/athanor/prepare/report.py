@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from athanor import files
 from athanor.chat.tokens import marked
 from athanor.config.data_check import CHECKS
 from athanor.paths import SPLITS
@@ -99,15 +100,15 @@ def metrics(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def lengths_csv(found: dict[str, Any]) -> str:
-    """The histogram of lengths as CSV, for `dvc plots`: a line for each bin of each split."""
-    lines = ["split,tokens,rows"]
+    """Return the histogram of lengths as CSV, for `dvc plots`: a line a bin of a split."""
+    rows = []
     for name, split in found["splits"].items():
         width = max((len(str(bar["to"])) for bar in split["lengths"]), default=1)
-        lines += [
-            f"{name},{bar['from']:0{width}}-{bar['to'] - 1:0{width}},{bar['rows']}"
+        rows += [
+            (name, f"{bar['from']:0{width}}-{bar['to'] - 1:0{width}}", bar["rows"])
             for bar in split["lengths"]
         ]
-    return "\n".join(lines) + "\n"
+    return files.csv_text(("split", "tokens", "rows"), rows)
 
 
 def _edges(lengths: np.ndarray) -> np.ndarray:

@@ -11,6 +11,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from athanor import console
+
 LARGEST = 12  # labels, sources and scripts shown by name
 ACTIONS = {
     "stop": "nothing is prepared until it is mended",
@@ -27,7 +29,7 @@ def page(report: dict[str, Any]) -> str:
     )
     environment.filters |= {
         "number": _number,
-        "counted": _counted,
+        "counted": console.counted,
         "codepoints": lambda text: " ".join(f"U+{ord(character):04X}" for character in text),
         "control": _control,
     }
@@ -37,7 +39,7 @@ def page(report: dict[str, Any]) -> str:
     splits = report["splits"]
     html = template.render(
         report=report,
-        share=_share,
+        share=console.share,
         actions=ACTIONS,
         all=_all(list(splits.values())),
         plot=_plot(splits, report["max_seq_length"]),
@@ -53,19 +55,6 @@ def page(report: dict[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{float(value):,.1f}".removesuffix(".0")
-
-
-def _counted(value: int, noun: str) -> str:
-    return f"{int(value):,} {noun}" + "s" * (value != 1)
-
-
-def _share(part: float, whole: float) -> str:
-    if not whole:
-        return "–"
-    if 0 < part / whole < 0.0005:
-        return "<0.1%"
-    # Not all of them is never 100 %, however few are missing.
-    return ">99.9%" if 0.9995 <= part / whole < 1 else f"{part / whole:.1%}"
 
 
 def _control(text: str) -> str:

@@ -5,8 +5,6 @@ figure as it is, and the page's pictures as heatmap.svg and curves.svg. The same
 same bytes.
 """
 
-import csv
-import io
 import math
 import re
 from collections.abc import Iterable
@@ -194,14 +192,13 @@ def table_of(points: Iterable[Point]) -> str:
     found = list(dict.fromkeys(metric for point in points for metric in point.metrics))
     first = [metric for metric in FIRST_METRICS if metric in found]
     metrics = first + sorted(set(found) - set(first))
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["number", "status", *keys, *metrics, "reason"])
+    rows = []
     for point in points:
         values = ["" if key not in point.values else _cell(point.values[key]) for key in keys]
         measured = [repr(point.metrics[m]) if m in point.metrics else "" for m in metrics]
-        writer.writerow([point.number, point.status, *values, *measured, point.reason or ""])
-    return out.getvalue().encode("utf-8", "backslashreplace").decode("utf-8")
+        rows.append([point.number, point.status, *values, *measured, point.reason or ""])
+    table = files.csv_text(["number", "status", *keys, *metrics, "reason"], rows)
+    return table.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _cell(value: Any) -> str:

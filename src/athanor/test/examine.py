@@ -31,7 +31,6 @@ from athanor.prepare.result import Prepared, Row
 from athanor.test.figures import (
     Line,
     Outcome,
-    as_csv,
     confusion_table,
     figures,
     label_of,
@@ -191,7 +190,7 @@ class Examined:
         if not with_labels(self.lines):
             return None
         _, head, counts = confusion_table(self.lines, self.labels, "tuned")
-        return as_csv(head, counts)
+        return files.csv_text(head, counts)
 
     def write(self, out: Path) -> None:
         """Writes predictions.jsonl, labels.csv and, last, metrics.json."""

@@ -8,14 +8,13 @@ MLflow run, the answers also as a table. What the figures mean is in scores.py. 
 questions are asked too: whether they were learned by heart is what `test_train_*` say.
 """
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from athanor import files
 from athanor.compute.evaluation import Answer
 from athanor.paths import SPLITS
 from athanor.test import scores
@@ -103,7 +102,7 @@ def labels_csv(lines: list[Line], labels: Sequence[str]) -> str:
     classified = with_labels(lines)
     names = [*labels, OTHER]
     base, tuned = (numbered(classified, labels, who)[0] for who in ("base", "tuned"))
-    return as_csv(
+    return files.csv_text(
         ["split", "expected", "base", "tuned"],
         (
             [line["split"], line["label"], names[by_base], names[by_tuned]]
@@ -123,15 +122,6 @@ def confusion_table(
     counts = scores.confusion(*numbered(with_labels(lines, split), labels, who), len(labels))
     rows = [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]
     return split, ["expected", *labels, OTHER], rows
-
-
-def as_csv(head: list[str], rows: Iterable[list[str]]) -> str:
-    """A head and rows as CSV."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def as_columns(lines: list[Line]) -> dict[str, list[Any]]:

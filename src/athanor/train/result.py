@@ -10,8 +10,6 @@ that the later stages add to). While it trains it keeps checkpoints in artifacts
 the same command goes on from there after it was interrupted.
 """
 
-import csv
-import io
 from pathlib import Path
 
 from athanor import console, files
@@ -75,8 +73,7 @@ def history(points: list[Point]) -> str:
         found = {key: value for key, value in point.metrics.items() if key not in MEASURED}
         lines.setdefault(point.iteration, {}).update(found)
     columns = list(dict.fromkeys(key for line in lines.values() for key in line))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["iteration", *columns], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({"iteration": iteration, **line} for iteration, line in lines.items())
-    return text.getvalue()
+    return files.csv_text(
+        ("iteration", *columns),
+        [(iteration, *(line.get(key, "") for key in columns)) for iteration, line in lines.items()],
+    )
