@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -82,23 +81,6 @@ def test_fused_model_answers_by_itself(finished: Workspace) -> None:
         line["reference"] for line in asked
     ]
     assert all(answer.stopped for answer in given)
-
-
-def test_the_tutorials_questions_are_answered_as_readme_says(
-    finished: Workspace, repo: Path
-) -> None:
-    """The command that README gives, and the last column of its table."""
-    readme = (repo / "README.md").read_text(encoding="utf-8")
-    section = readme[readme.index("## The tutorial's three questions") :].split("\n\n**")[0]
-    command = re.search(r"`uv run (python -m athanor.generate .*)`", section)
-    assert command is not None
-    arguments = shlex.split(command[1])[1:]
-    printed = finished.run(sys.executable, *arguments).splitlines()
-    told = re.findall(r"^\| (.*?) \| `.*`.* \| `(.*)` \|$", section, re.MULTILINE)
-    assert [question for question, _ in told] == arguments[2:]
-    for question, answer in told:
-        place = printed.index(question)
-        assert printed[place + 2] == f"  tuned: {answer}  (stopped)"
 
 
 def test_llama_cpp_answers_as_the_tested_model_does(finished: Workspace) -> None:
