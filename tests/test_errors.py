@@ -22,9 +22,9 @@ def test_messages_name_the_facts_of_their_errors(repo: Path) -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith("UserError"):
                 continue
-            [code] = node.args
-            if isinstance(code, ast.Constant) and code.value.split(".")[0] in errors.messages():
-                raised[code.value].append({str(keyword.arg) for keyword in node.keywords})
+            code = ast.literal_eval(node.args[0]) if isinstance(node.args[0], ast.Constant) else ""
+            if code.split(".")[0] in errors.messages():
+                raised[code].append({str(keyword.arg) for keyword in node.keywords})
             else:
                 assert room in SENTENCES, f"{path}:{node.lineno}: expected a code and its facts"
     texts = {

@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -12,9 +11,12 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from athanor.errors import UserError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 
 @contextmanager
@@ -143,23 +145,25 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def lock(path: Path) -> int | None:
-    """Takes a lock that ends with this process, however it ends; None where another has it.
+def lock(path: Path) -> "FileLock":
+    """Return a lock for a `with` block: processes wait for each other, and a kill ends a lock."""
+    from filelock import FileLock  # imports asyncio, which most commands need not
 
-    Returns the open file's handle; closing it gives the lock back.
-    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        # Whoever had it may have removed the file in between: then this is a lock on nothing.
-        if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
-            return handle
-        os.close(handle)
+    return FileLock(path, poll_interval=0.2, thread_local=False)
+
+
+def try_lock(path: Path) -> "FileLock | None":
+    """Take a lock and return it; None where another process has it.
+
+    It ends with `release`, or with this process.
+    """
+    from filelock import Timeout
+
+    try:
+        return lock(path).acquire(blocking=False).lock
+    except Timeout:
+        return None
 
 
 def digest(paths: Iterable[Path]) -> str:

@@ -71,7 +71,7 @@ def free_port(first: int) -> Iterator[int]:
     """
     for port in range(first, min(first + 100, 65536)):
         try:
-            lock = files.lock(Path(tempfile.gettempdir()) / f"athanor-ui-{port}.lock")
+            lock = files.try_lock(Path(tempfile.gettempdir()) / f"athanor-ui-{port}.lock")
         except PermissionError:  # another user has had it
             continue
         if lock is None:
@@ -81,7 +81,7 @@ def free_port(first: int) -> Iterator[int]:
                 yield port
                 return
         finally:
-            os.close(lock)
+            lock.release()
     raise UserError(f"no port from {first} on is free: `--port` chooses another")
 
 

@@ -3,7 +3,6 @@
 MLflow is imported only where it is used: that takes seconds.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from athanor import console
+from athanor import console, files
 from athanor.errors import UserError
 from athanor.paths import Workspace
 from athanor.runs import registry
@@ -256,9 +255,7 @@ def alone() -> Iterator[None]:
         yield
         return
     folder = Path(uri().removeprefix("sqlite:///")).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with files.lock(folder / ".lock"):
         yield
 
 

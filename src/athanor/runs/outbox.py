@@ -28,7 +28,7 @@ class Journal:
     def __init__(self, name: str) -> None:
         self.folder = Workspace.here().outbox / name
         self._lock_file = self.folder.with_name(f"{name}.lock")
-        self._lock = files.lock(self._lock_file)
+        self._lock = files.try_lock(self._lock_file)
         self._unwritten: list[str] = []
 
     def ours(self) -> bool:
@@ -80,7 +80,7 @@ class Journal:
     def close(self) -> None:
         """Leaves it to the next process."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
 

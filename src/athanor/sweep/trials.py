@@ -18,10 +18,8 @@ import hashlib
 import json
 import math
 import os
-import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -247,7 +245,7 @@ def _point(sweep: Sweep, number: int, values: dict[str, Any], cfg: Config, share
     tested = folder / test_key(cfg)
     name, label = sweep.run_of(digest), choice.called(values)
     note = {"number": number, "digest": digest, "run": name, "values": values, "label": label}
-    with _alone(folder):
+    with files.lock(folder / "lock"):  # other processes of a sweep may be at this trial, too
         path = sweep.note(digest)
         before = files.read_json(path) if path.exists() else {}
         note |= {key: before[key] for key in ("number", "deaths") if key in before}
@@ -263,7 +261,8 @@ def _point(sweep: Sweep, number: int, values: dict[str, Any], cfg: Config, share
             files.write_json(path, note | {"status": "FINISHED"})
             return float(files.read_json(folder / "metrics.json")["kept_val_loss"])
         files.write_json(path, note | {"status": "RUNNING"})
-        _wait_for(resumed / "lock")
+        with files.lock(resumed / "lock"):
+            pass  # the pipeline may be at the same training
         kept: checkpoints.Checkpoints | None = None
         try:
             kept = checkpoints.Checkpoints(resumed.parent, decides)
@@ -510,21 +509,3 @@ def _let_go() -> None:
     gc.collect()
     gc.freeze()  # what is left, MLflow above all, stays: the next point need not look through it
     mx.clear_cache()
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """While the block runs no other process of a sweep is at the same point; others wait."""
-    while (lock := files.lock(folder / "lock")) is None:
-        time.sleep(0.5)
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
-def _wait_for(path: Path) -> None:
-    """Waits while another process holds this lock: the pipeline may be at the same training."""
-    while (lock := files.lock(path)) is None:
-        time.sleep(0.5)
-    os.close(lock)

@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     base = Prepared.read(found.base, workspace)
     about = _about(found, base)
     folder = workspace.sweeps / checkpoints.key(about)
-    lock = files.lock(folder / "lock")
+    lock = files.try_lock(folder / "lock")
     if lock is None:
         raise UserError(f"another process is at this very sweep ({folder}): wait for it, or end it")
     files.write_json(folder / "about.json", about)

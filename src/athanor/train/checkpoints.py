@@ -15,7 +15,6 @@ training's results are written, the folder is removed.
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +48,7 @@ class Checkpoints:
 
     def __init__(self, root: Path, about: dict[str, Any]) -> None:
         self.folder = root / key(about)
-        self._lock = files.lock(self.folder / "lock")
+        self._lock = files.try_lock(self.folder / "lock")
         if self._lock is None:
             raise UserError(
                 f"another process is at this very training ({self.folder}): wait for it, or end it"
@@ -114,7 +113,7 @@ class Checkpoints:
     def close(self) -> None:
         """Lets other processes go on with this training."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def _all(self) -> list[Path]:
