@@ -1,4 +1,4 @@
-"""What a person sees: a stage's closing table, its progress bar, its errors."""
+"""The terminal: a stage's closing table, its progress bar, its errors, its interrupts."""
 
 import errno
 import gc
@@ -22,109 +22,108 @@ from athanor.errors import UserError
 
 # DVC's log is no terminal: a width of 80 would break paths there.
 out = Console(width=None if sys.stdout.isatty() else 100, soft_wrap=False)
-
-
 err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
 
+# The numbers of an OSError where a disk or a person's share of it is full.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-# What an OSError says where a disk or a person's share of it is full.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-GOES_ON = "the same command goes on from there"
-
-
-CHECKOUT = "what this stage wrote before comes back with `uv run dvc checkout`"
+RESUMES = "the same command continues from there"
+CHECKOUT = "`uv run dvc checkout` restores the stage's previous output"
 
 
-def run(main: Callable[[], None], after_a_stop: str = CHECKOUT) -> None:
-    """Runs a stage's main; an error that a person can mend ends in its text alone.
+def run_command(main: Callable[[], None], after_interrupt: str = CHECKOUT) -> None:
+    """Run a command's main, and exit with 1 after an error, with 130 after an interrupt.
 
-    `after_a_stop` says what to do after Ctrl-C or SIGTERM.
+    An error that the user can fix is printed without its traceback; `after_interrupt` is printed
+    after Ctrl-C or SIGTERM.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # What was imported stays: Python need not look through it each time that MLflow brings more.
+    # Imported modules stay: the collector need not scan them each time MLflow imports more.
     gc.freeze()
     try:
         main()
     except UserError as error:
-        err.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
-        sys.exit(1)
+        _exit_with_error(str(error))
     except KeyboardInterrupt as interrupt:
-        then = f"{interrupt}; " if str(interrupt) else ""
+        state = f"{interrupt}; " if str(interrupt) else ""
         err.print(
-            f"[bold red]stopped[/] by Ctrl-C or SIGTERM; {_plain(then)}{after_a_stop}",
+            f"[bold red]stopped[/] by Ctrl-C or SIGTERM; {escape(state)}{after_interrupt}",
             soft_wrap=True,
         )
         sys.exit(130)
     except OSError as error:
-        if error.errno not in FULL:
-            _unexpected()
-        err.print(
-            f"[bold red]error:[/] the disk is full ({error.filename or 'while writing'}): make "
-            "room and run this again; a training goes on from its last checkpoint",
-            soft_wrap=True,
+        if error.errno not in DISK_FULL:
+            _exit_with_traceback()
+        _exit_with_error(
+            f"the disk is full ({error.filename or 'while writing'}): free some space and run the "
+            "command again; a training resumes from its last checkpoint"
         )
-        sys.exit(1)
     except Exception:
-        _unexpected()
+        _exit_with_traceback()
     finally:
-        # Python looks through every object once more when it ends: half a second after MLflow.
+        # Python's last collection would scan every object: half a second after MLflow.
         gc.freeze()
 
 
-def _unexpected() -> NoReturn:
+def _exit_with_error(text: str) -> NoReturn:
+    err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+    sys.exit(1)
+
+
+def _exit_with_traceback() -> NoReturn:
     traceback.print_exc()
-    err.print("[bold red]unexpected error[/]: the lines above are what a report of it needs")
+    err.print("[bold red]unexpected error[/]: please include the traceback above in a bug report")
     sys.exit(1)
 
 
 @contextmanager
-def interrupts_noted() -> Iterator[Callable[[], bool]]:
-    """While the block runs, the first Ctrl-C or SIGTERM is only noted, for the block to ask about.
+def defer_interrupts() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells if Ctrl-C or SIGTERM arrived; the first one does nothing else.
 
-    A second one interrupts at once, as outside of it. Only the main thread is told of signals.
+    The second one interrupts at once. In other threads than the main one, nothing changes.
     """
-    noted: list[int] = []
+    received: list[int] = []
 
-    def note(number: int, frame: Any) -> None:
-        if noted:
+    def receive(number: int, frame: Any) -> None:
+        if received:
             raise KeyboardInterrupt
-        noted.append(number)
-        with suppress(OSError):  # whoever read it may have been stopped by the same Ctrl-C
-            os.write(2, b"stopping after this iteration; once more to stop at once\n")
+        received.append(number)
+        with suppress(OSError):  # the reader of our stderr may have got the same Ctrl-C
+            os.write(2, b"stopping after this iteration; interrupt again to stop at once\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        yield lambda: bool(noted)
+        yield lambda: bool(received)
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def warn(text: str) -> None:
-    """Says what a person should know although the work goes on."""
-    err.print(f"[bold yellow]note:[/] {_plain(text)}", soft_wrap=True)
+    """Print a note to stderr: the work goes on."""
+    err.print(f"[bold yellow]note:[/] {escape(text)}", soft_wrap=True)
 
 
-def done(stage: str, facts: dict[str, Any]) -> None:
-    """Prints what a stage did and where it lies, a fact a line."""
-    table = Table(box=box.SIMPLE_HEAD, show_header=False, title=stage, title_justify="left")
+def print_facts(title: str, facts: dict[str, Any]) -> None:
+    """Print a table of names and values, a fact a line."""
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, title=title, title_justify="left")
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, _plain(str(value)))
+        table.add_row(name, escape(str(value)))
     out.print(table)
 
 
-def side_by_side(title: str, head: list[str], rows: list[list[str]]) -> None:
-    """Prints a table with a header."""
+def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    """Print a table with a header."""
     table = Table(*head, box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for row in rows:
-        table.add_row(*map(_plain, row))
+        table.add_row(*map(escape, row))
     out.print(table)
 
 
@@ -143,7 +142,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def progress() -> Progress:
-    """A progress bar for long work: live on a terminal, silent in a log."""
+    """Return a progress bar: live on a terminal, silent in a log."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -153,7 +152,3 @@ def progress() -> Progress:
         transient=True,
         disable=not out.is_terminal,
     )
-
-
-def _plain(text: str) -> str:
-    return escape(text)

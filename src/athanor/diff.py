@@ -210,7 +210,7 @@ def main() -> None:
         console.out.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)
     if results:
         head = ["", a.id[:8], b.id[:8], "difference"]
-        console.side_by_side("results", head, results)
+        console.print_table("results", head, results)
     elif compare.results(a.metrics).keys() & compare.results(b.metrics).keys():
         console.out.print("the results are the same")
     if alone:
@@ -218,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run(main, "nothing here was changed")
+    console.run_command(main, "nothing here was changed")

@@ -241,7 +241,7 @@ def _compare(
             table.append([key, f"{a:.6g}", f"{b:.6g}", f"{b - a:+.3g}" if a != b else "the same"])
     if quiet := len(both) - sum(row[0] in both for row in table):
         table.append([f"{quiet} other metrics", "", "", "the same"])
-    console.side_by_side(f"run {made.id[:8]}", ["", "in the record", "made again", ""], table)
+    console.print_table(f"run {made.id[:8]}", ["", "in the record", "made again", ""], table)
 
     match, text = verdict(then, now, both, same_rows, elsewhere)
     console.out.print(text, soft_wrap=True)
@@ -305,4 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run(main, "nothing here was changed")
+    console.run_command(main, "nothing here was changed")

@@ -323,7 +323,7 @@ def main() -> None:
     if args.rows < 1:
         parser.error(f"--rows: expected a number above 0, found {args.rows}")
     write(args.out, rows(args.format, args.rows, args.locale, args.seed), args.rows)
-    console.done(
+    console.print_facts(
         "synthesize",
         {
             "rows": f"{args.rows:,} in the format {args.format}, {' and '.join(args.locale)}",
@@ -334,4 +334,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run_command(main)

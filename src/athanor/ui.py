@@ -196,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run(main, "nothing here was changed")
+    console.run_command(main, "nothing here was changed")

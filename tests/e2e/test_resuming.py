@@ -202,7 +202,7 @@ def test_interrupted_training_saves_and_goes_on_in_its_run(
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on from there" in said.replace("\n", " ")
+    assert "the same command continues from there" in said.replace("\n", " ")
     [run] = one.runs()
     assert run.info.status == "KILLED"
     assert run.data.metrics["train_loss"] > 0

@@ -137,7 +137,7 @@ def wait_and_record(run, step, values, once=False):
     record(run, step, values, once)
 tracking.Run.metrics = wait_and_record
 from athanor import console, train
-console.run(train.main)
+console.run_command(train.main)
 """
 
 

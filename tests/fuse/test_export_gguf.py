@@ -599,5 +599,5 @@ def test_a_full_disk_is_said_as_one(tmp_path: Path) -> None:
             write_gguf(TINY, tmp_path / "model.gguf", "f16")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert raised.value.errno in console.FULL
+    assert raised.value.errno in console.DISK_FULL
     assert not list(tmp_path.iterdir())

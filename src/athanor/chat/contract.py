@@ -230,6 +230,6 @@ def _own_stops(folder: Path, tokenizer: "TokenizerWrapper") -> set[int]:
 def show_report(title: str, report: list[Finding]) -> None:
     """Prints a report."""
     marks = {OK: "", ASIDE: "note", NOTE: "note", FAULT: "FAULT"}
-    console.side_by_side(
+    console.print_table(
         title, ["", "", "found"], [[f.about, marks[f.state], f.text] for f in report]
     )

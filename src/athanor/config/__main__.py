@@ -30,13 +30,13 @@ def main() -> None:
             # DVC wrote what was just refused; left there, the next `dvc repro` would take it up.
             workspace.params.unlink()
             raise
-        console.done(
+        console.print_facts(
             "config", {"checked": f"{workspace.params}, as DVC composed it", **_summary(config)}
         )
     else:
         config = compose_config(workspace.conf, overrides)
         write_params(config, workspace)
-        console.done(
+        console.print_facts(
             "config",
             {"wrote": f"{workspace.params}; commit it together with dvc.lock", **_summary(config)},
         )
@@ -56,4 +56,4 @@ def _duration(train: TrainConfig) -> str:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run_command(main)

@@ -91,7 +91,7 @@ def main() -> None:
     if cfg.fuse.log_model and cfg.fuse.registered_model_name is not None:
         facts["registered"] = run.registered()
     facts["ask it"] = f'uv run mlx_lm.generate --model {workspace.fused / "model"} --prompt "…"'
-    console.done("fuse", facts)
+    console.print_facts("fuse", facts)
 
 
 def _said_by_all(rows: Iterable[Message]) -> str | None:
@@ -106,4 +106,4 @@ def _said_by_all(rows: Iterable[Message]) -> str | None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run_command(main)

@@ -39,7 +39,7 @@ def main() -> None:
     source = Source.read(workspace.prepared / "model.json")
     _show(found)
     rows = found["rows"]
-    console.done(
+    console.print_facts(
         "",
         {
             "rows": f"{rows['kept']:,} of {rows['read']:,}"
@@ -56,7 +56,7 @@ def main() -> None:
 def _show(found: dict[str, Any]) -> None:
     """Prints what is in the splits, and what the checks found."""
     columns = ("rows", "tokens", "supervised_tokens", "median_row", "longest_row", "rows_cut")
-    console.side_by_side(
+    console.print_table(
         "prepare",
         ["split", "rows", "tokens", "to be learned", "median row", "longest", "cut"],
         [
@@ -65,7 +65,7 @@ def _show(found: dict[str, Any]) -> None:
         ],
     )
     if found["checks"]:
-        console.side_by_side(
+        console.print_table(
             "",
             ["check", "", "rows", "what it found, and where first"],
             [
@@ -81,4 +81,4 @@ def _show(found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    console.run(main)
+    console.run_command(main)

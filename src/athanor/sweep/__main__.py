@@ -44,4 +44,4 @@ def _end_with_the_one_who_watches() -> None:
 
 
 if __name__ == "__main__":
-    console.run(main, console.GOES_ON)
+    console.run_command(main, console.RESUMES)

@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
         _conclude(sweep, found, measured, run)
     wrote = f"{folder.relative_to(workspace.home)}/: {', '.join(WRITTEN)}"
     best = next((note["run_id"] for note in sweep.notes() if note.get("run_id")), "none")
-    console.done("", {"wrote": wrote, "MLflow run": run.shown(), "of the best": best})
+    console.print_facts("", {"wrote": wrote, "MLflow run": run.shown(), "of the best": best})
     with suppress(Exception):  # a store that came back in between has none of the points before
         send_what_was_left()
     if run.id is not None:

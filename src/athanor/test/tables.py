@@ -43,8 +43,8 @@ NONE = "–"
 def show(
     workspace: Workspace, metrics: dict[str, float], lines: list[Line], labels: list[str]
 ) -> None:
-    console.side_by_side("test", *_table("rows, model", OF_ANSWERS, metrics, lines))
-    console.side_by_side(
+    console.print_table("test", *_table("rows, model", OF_ANSWERS, metrics, lines))
+    console.print_table(
         "",
         ["asked", "expected", "base", "tuned"],
         [
@@ -58,15 +58,17 @@ def show(
     )
     if with_labels(lines):
         _show_labels(metrics, lines, labels)
-    console.done("", {"wrote": f"{workspace.tested}/: metrics.json, predictions.jsonl, labels.csv"})
+    console.print_facts(
+        "", {"wrote": f"{workspace.tested}/: metrics.json, predictions.jsonl, labels.csv"}
+    )
 
 
 def _show_labels(metrics: dict[str, float], lines: list[Line], labels: list[str]) -> None:
-    console.side_by_side("", *_table("labels of, model", OF_LABELS, metrics, lines))
+    console.print_table("", *_table("labels of, model", OF_LABELS, metrics, lines))
     if len(labels) <= LABELS_SHOWN:
         split, head, counts = confusion_table(lines, labels, "tuned")
         title = f"what the tuned model said to the {split} rows"
-        console.side_by_side(title, [escape(name) for name in head], counts)
+        console.print_table(title, [escape(name) for name in head], counts)
 
 
 def _table(

@@ -59,7 +59,7 @@ def main() -> None:
             {"run": run.name, "run_id": run.opened(), "iteration": metrics["kept_iteration"]},
         )
     kept.clear()
-    console.done(
+    console.print_facts(
         "train",
         {
             "train loss": f"{metrics['train_loss']:.4f}",
@@ -75,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run(main, f"{console.GOES_ON}; {console.CHECKOUT}")
+    console.run_command(main, f"{console.RESUMES}; {console.CHECKOUT}")

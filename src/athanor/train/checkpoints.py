@@ -73,7 +73,7 @@ class Checkpoints:
                 files.write_json(folder / "state.json", found.state)
                 files.write_json(folder / "manifest.json", _manifest(folder))
         except OSError as error:
-            why = "the disk is full" if error.errno in console.FULL else str(error)
+            why = "the disk is full" if error.errno in console.DISK_FULL else str(error)
             there = ", ".join(path.name for path in self._all()) or "none"
             console.warn(
                 f"no checkpoint after iteration {found.iteration} ({_size(found)}) in "

@@ -203,7 +203,7 @@ class Trainer:
         self._watch = Stopwatch()
         self._saved = state.iteration
         self.forward.model.train()
-        with console.interrupts_noted() as noted:
+        with console.defer_interrupts() as noted:
             self._noted = noted
             try:
                 while True:
