@@ -3,6 +3,7 @@
 import tomllib
 from functools import lru_cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 
@@ -17,6 +18,15 @@ class UserError(Exception):
     def __init__(self, code: str, **facts: Any) -> None:
         self.code, self.facts = code, facts
         super().__init__(message(code, facts))
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Replace a path in the text and the facts, such as a temporary one by that it stands for."""
+        self.args = (str(self).replace(str(old), str(new)),)
+        for name, value in self.facts.items():
+            if isinstance(value, UserError):
+                value.rename(old, new)
+            elif isinstance(value, str | Path):
+                self.facts[name] = str(value).replace(str(old), str(new))
 
 
 def message(code: str, facts: dict[str, Any]) -> str:

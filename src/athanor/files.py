@@ -130,7 +130,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, UserError):  # of files that nobody finds under their temporary name
-            raise UserError(str(error).replace(str(temporary), str(path))) from error
+            error.rename(temporary, path)
         if isinstance(error, RuntimeError) and "Unable to write" in str(error):
             # All that mlx's writer says of a full disk.
             raise OSError(errno.ENOSPC, str(error), str(path)) from error
