@@ -28,9 +28,9 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import qwen2
 
 # isort: on
-from athanor.compute.arrays import Tokens
-from athanor.compute.forward import Forward, trainable, trial
-from athanor.compute.frozen import Budget, Frozen
+from athanor.compute.arrays import TokenizedText
+from athanor.compute.forward import Forward, probe_tokens, trainable_weights
+from athanor.compute.frozen import Budget, FrozenLayers
 from athanor.compute.parts import Parts
 from athanor.config.schema import TrainConfig
 from athanor.device import backend
@@ -124,19 +124,19 @@ def taken(shape: Shape, way: Way, dtype: mx.Dtype) -> Taken:
     """Runs a step."""
     model, before = made(shape, way, dtype)
     ids = (np.arange(LENGTH + 1) % 1000).tolist()
-    rows = [Tokens(ids, [place >= PROMPT * LENGTH for place in range(LENGTH + 1)])] * ROWS
-    frozen = Frozen(Parts.of(model, trial(rows)), Budget(10**9, 0, Path()))
-    weights = trainable(model)
-    cut = frozen.cut_below(weights)
+    rows = [TokenizedText(ids, [place >= PROMPT * LENGTH for place in range(LENGTH + 1)])] * ROWS
+    frozen = FrozenLayers(Parts.find(model, probe_tokens(rows)), Budget(10**9, 0, Path()))
+    weights = trainable_weights(model)
+    cut = frozen.choose_cut(weights)
     forward = Forward(model, frozen.parts, frozen, cut, grad_checkpoint=way.grad_checkpoint)
-    ready = forward.ready(rows)
+    ready = forward.prepare(rows)
     held = sum(one.nbytes for _, one in tree_flatten(model.parameters()))
     mx.eval(weights, model.parameters())
     gc.collect()  # the model before this one
     mx.clear_cache()
     mx.reset_peak_memory()
     start = mx.get_active_memory()
-    mx.eval(forward.gradient(weights, ready))
+    mx.eval(forward.loss_and_gradient(weights, ready))
     learned = sum(one.size for one in weights.values())
     return Taken(mx.get_peak_memory() - start, before, held, learned)
 

@@ -45,11 +45,11 @@ from mlx_lm.models import qwen2
 # isort: on
 from athanor import files
 from athanor.chat.load import load_tokenizer
-from athanor.compute.dropouts import keyed_dropouts
+from athanor.compute.dropouts import replace_dropouts
 from athanor.config.compose import load_config
 from athanor.device.backend import describe_device, on_cpu
 from athanor.model.adapters import make_trainable
-from athanor.model.load import share_weights
+from athanor.model.load import copy_sharing_weights
 from athanor.paths import Workspace
 from athanor.prepare.result import Prepared, read_rows
 from athanor.train.batches import Batches
@@ -295,8 +295,8 @@ def plain_losses(iters: int, double: bool) -> Iterator[float]:
     model, tokenizer = base.load()
     tokens = base.tokens(read_rows(workspace, ["train"])["train"], tokenizer, cfg)
     make_trainable(model, cfg.train, cfg.seed)
-    assert not keyed_dropouts(model)
-    trainer = build_trainer(cfg, workspace, share_weights(model), tokens, tokens)
+    assert not replace_dropouts(model)
+    trainer = build_trainer(cfg, workspace, copy_sharing_weights(model), tokens, tokens)
     batches = Batches(tokens, cfg.train.batch_size, cfg.seed)
     learner = trainer.learner
 

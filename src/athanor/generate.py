@@ -75,7 +75,7 @@ def ask(
     source = base_of_adapters(workspace)
     from athanor.chat import templates  # MLX and the models' code take seconds
     from athanor.chat.load import load_with_tokenizer
-    from athanor.compute.evaluation import answers
+    from athanor.compute.evaluation import generate_answers
     from athanor.model.adapters import load_adapters
 
     model, tokenizer = load_with_tokenizer(source.folder())
@@ -85,7 +85,7 @@ def ask(
     rows = [{"messages": [*messages, {"role": "assistant", "content": ""}]} for messages in asked]
     try:
         if tokenizer.has_chat_template or system is not None:
-            prompts = [templates.prompt_ids(row, tokenizer) for row in rows]
+            prompts = [templates.encode_prompt(row, tokenizer) for row in rows]
         else:  # a model of plain texts goes on with them
             prompts = [list(tokenizer.encode(question)) for question in questions]
     except Exception as error:  # chat templates raise what they like
@@ -95,7 +95,7 @@ def ask(
     for who in ("base", "tuned"):
         if who == "tuned":
             load_adapters(model, workspace.trained / "adapters")
-        given = answers(
+        given = generate_answers(
             model,
             tokenizer,
             prompts,
@@ -105,7 +105,7 @@ def ask(
             seed=seed,
         )
         for by_who, answer in zip(said, given, strict=True):
-            by_who[who] = (templates.answer_text(answer.ids, tokenizer), answer.stopped)
+            by_who[who] = (templates.decode_answer(answer.ids, tokenizer), answer.stopped)
     return said
 
 

@@ -25,7 +25,7 @@ from athanor import files
 from athanor.chat import vocabulary
 from athanor.chat.contract import ASIDE, FAULT, NOTE, OK, Contract, resolve_contract
 from athanor.chat.load import load_tokenizer, load_with_tokenizer
-from athanor.chat.tokens import tokenize
+from athanor.chat.tokens import tokenize_row
 from athanor.config.compose import compose_config
 from athanor.errors import UserError
 from athanor.model.adapters import make_trainable
@@ -304,15 +304,15 @@ def test_what_is_asked_begins_what_is_trained_for_every_kind(
             for role, text in zip(("user", "assistant"), turn, strict=True)
         ),
     ]
-    texts = tokenize({"messages": messages}, tokenizer, mask_prompt=True, end=end)
-    found = [(text, span) for text in texts for span in text.answers]
+    texts = tokenize_row({"messages": messages}, tokenizer, mask_prompt=True, end=end)
+    found = [(text, span) for text in texts for span in text.answer_spans]
     assert len(found) == len(turns)
     for number, (text, (first, behind)) in enumerate(found):
         asked = tokenizer.apply_chat_template(
             messages[: len(told) + 2 * number + 1], add_generation_prompt=True
         )
         assert text.ids[:first] == asked
-        learned = tokenizer.decode(text.learned()[first:behind])
+        learned = tokenizer.decode(text.targets()[first:behind])
         assert turns[number][1].split("</think>")[-1].strip() in learned
         assert learned.endswith(tokenizer.decode([end]))
 
@@ -340,14 +340,14 @@ def test_untrained_tokens_are_told_from_others(base: Path) -> None:
         changed[end] = row
         made = changed if beyond is None else np.concatenate([changed, beyond])
         rows(base, lambda _, made=made: made.astype(np.float32))  # type: ignore[misc]
-        found = vocabulary.untrained(base, size, [end, 0, 5000])
+        found = vocabulary.find_untrained_tokens(base, size, [end, 0, 5000])
         assert found is not None
         assert list(found) == ([end] if said else [])
         assert said is None or said in found[end]
 
 
 def test_a_token_beyond_the_head_can_not_be_said(base: Path) -> None:
-    found = vocabulary.untrained(base, 6200, [6150])
+    found = vocabulary.find_untrained_tokens(base, 6200, [6150])
     assert found == {6150: "the head has 6144 rows, and none of it"}
     model, _ = load_with_tokenizer(base)
     with pytest.raises(UserError, match="6144 rows"):
@@ -363,7 +363,7 @@ def test_the_head_is_found_whatever_its_name(base: Path) -> None:
     head[6143] = 0.0
     other = mx.zeros((4, 4))
     mx.save_safetensors(str(path), weights | {"output.weight": head, "a.0.output.weight": other})
-    assert list(vocabulary.untrained(base, 6144, [6141, 6143]) or ()) == [6143]
+    assert list(vocabulary.find_untrained_tokens(base, 6144, [6141, 6143]) or ()) == [6143]
 
 
 def test_rows_of_a_token_are_trained_in_models_of_other_makes(tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def test_untrained_tokens_are_seen_in_few_bits_too(base: Path, tmp_path: Path) -
         folder.mkdir()
         save_model(folder, model)
         save_config(config, folder / "config.json")
-        assert list(vocabulary.untrained(folder, 6144, [end, 5000]) or ()) == found
+        assert list(vocabulary.find_untrained_tokens(folder, 6144, [end, 5000]) or ()) == found
 
 
 def test_doctor_is_a_command(base: Path, tiny: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from athanor import files
 from athanor.chat import templates
 from athanor.chat.contract import resolve_contract
 from athanor.chat.load import load_tokenizer
-from athanor.chat.tokens import marked, tokenize, tokenize_all
-from athanor.compute.arrays import padded
+from athanor.chat.tokens import mark_supervised, tokenize_row, tokenize_rows
+from athanor.compute.arrays import pad_rows
 from athanor.prepare.check_rows import special_tokens
 from support import kinds
 
@@ -68,8 +68,8 @@ def make(tiny: Path, tmp_path: Path) -> Make:
 def learned(row: dict[str, Any], tokenizer: Any) -> str:
     """What is supervised of each text of a row, the texts parted by a bar."""
     return " | ".join(
-        tokenizer.decode([i for i, s in zip(one.learned(), one.supervised, strict=True) if s])
-        for one in tokenize(row, tokenizer, mask_prompt=True)
+        tokenizer.decode([i for i, s in zip(one.targets(), one.supervised, strict=True) if s])
+        for one in tokenize_row(row, tokenizer, mask_prompt=True)
     )
 
 
@@ -77,14 +77,14 @@ def asked_as_trained(row: dict[str, Any], tokenizer: Any) -> bool:
     """Whether the tokens before each answer are those that ask for it, whatever the code says."""
     messages = row["messages"]
     asked = [
-        templates.prompt_ids({**row, "messages": messages[: i + 1]}, tokenizer)
+        templates.encode_prompt({**row, "messages": messages[: i + 1]}, tokenizer)
         for i, message in enumerate(messages)
         if message["role"] == "assistant"
     ]
     trained = [
         one.ids[:first]
-        for one in tokenize(row, tokenizer, mask_prompt=True)
-        for first, _ in one.answers
+        for one in tokenize_row(row, tokenizer, mask_prompt=True)
+        for first, _ in one.answer_spans
     ]
     return sorted(asked) == sorted(trained)
 
@@ -100,9 +100,9 @@ def test_answers_and_their_end_are_supervised_and_nothing_else(tiny: Path) -> No
             {"role": "assistant", "content": "第二答"},
         ]
     }
-    [found] = tokenize(row, tokenizer, mask_prompt=True)
+    [found] = tokenize_row(row, tokenizer, mask_prompt=True)
     assert learned(row, tokenizer) == "第一答<|im_end|>第二答<|im_end|>"
-    [everything] = tokenize(row, tokenizer, mask_prompt=False)
+    [everything] = tokenize_row(row, tokenizer, mask_prompt=False)
     assert everything.ids == found.ids
     assert all(everything.supervised)
     assert asked_as_trained(row, tokenizer)
@@ -110,7 +110,7 @@ def test_answers_and_their_end_are_supervised_and_nothing_else(tiny: Path) -> No
 
 def test_plain_text_ends_with_an_end_token(tiny: Path) -> None:
     tokenizer = load_tokenizer(tiny)
-    [found] = tokenize({"text": "一段文字"}, tokenizer, mask_prompt=True)
+    [found] = tokenize_row({"text": "一段文字"}, tokenizer, mask_prompt=True)
     assert found.ids[-1] == tokenizer.eos_token_id
     assert all(found.supervised)
 
@@ -124,7 +124,7 @@ def test_plain_text_ends_also_where_only_the_config_names_an_end(
     tokenizer = load_tokenizer(folder)
     assert tokenizer.eos_token_id is None
     end = resolve_contract(folder, tokenizer, "auto").end
-    [found] = tokenize({"text": "一段文字"}, tokenizer, mask_prompt=True, end=end)
+    [found] = tokenize_row({"text": "一段文字"}, tokenizer, mask_prompt=True, end=end)
     assert tokenizer.convert_ids_to_tokens(found.ids[-1]) == "<|end_of_text|>"
 
 
@@ -144,8 +144,8 @@ def test_a_turn_that_is_written_otherwise_later_is_a_text_of_its_own(make: Make)
     thought = "<think>\n\n</think>\n\n"
     assert learned(QUESTIONS, tokenizer) == f"{thought}第一答<|im_end|> | {thought}第二答<|im_end|>"
     assert asked_as_trained(QUESTIONS, tokenizer)
-    assert templates.expected_answer(QUESTIONS, tokenizer) == "第二答"
-    [everything] = tokenize(QUESTIONS, tokenizer, mask_prompt=False)
+    assert templates.find_expected_answer(QUESTIONS, tokenizer) == "第二答"
+    [everything] = tokenize_row(QUESTIONS, tokenizer, mask_prompt=False)
     assert all(everything.supervised)
 
 
@@ -156,7 +156,7 @@ def test_an_open_thought_is_closed_in_what_is_trained_on(make: Make) -> None:
         "</think>\n\n第一答<|im_end|> | </think>\n\n第二答<|im_end|>"
     )
     assert asked_as_trained(QUESTIONS, tokenizer)
-    assert templates.expected_answer(QUESTIONS, tokenizer) == "第二答"
+    assert templates.find_expected_answer(QUESTIONS, tokenizer) == "第二答"
     question = {"role": "user", "content": "一"}
     for own in (
         {"content": "[THINK]想一想[/THINK]答"},
@@ -167,7 +167,7 @@ def test_an_open_thought_is_closed_in_what_is_trained_on(make: Make) -> None:
         row = {"messages": [question, {"role": "assistant", **own}]}
         assert learned(row, tokenizer) == "想一想\n</think>\n\n答<|im_end|>"
         assert asked_as_trained(row, tokenizer)
-        assert templates.expected_answer(row, tokenizer) == "答"
+        assert templates.find_expected_answer(row, tokenizer) == "答"
 
 
 def test_an_answer_may_begin_as_a_thought_does(make: Make) -> None:
@@ -184,13 +184,13 @@ def test_a_thought_that_the_prompt_has_closed_is_in_what_is_trained_on(make: Mak
     tokenizer = make(R1.replace("<think>\\n", "<think>\\n\\n</think>\\n\\n"))
     assert learned(QUESTIONS, tokenizer) == "第一答<|im_end|> | 第二答<|im_end|>"
     assert asked_as_trained(QUESTIONS, tokenizer)
-    assert all(one.asked for one in tokenize(QUESTIONS, tokenizer, mask_prompt=True))
+    assert all(one.prompts_match for one in tokenize_row(QUESTIONS, tokenizer, mask_prompt=True))
 
 
 def test_a_prompt_that_no_training_text_has_is_noticed(make: Make) -> None:
     tokenizer = make(R1.replace("<think>", "<mood>"))
-    texts = tokenize(QUESTIONS, tokenizer, mask_prompt=True)
-    assert not any(text.asked for text in texts)
+    texts = tokenize_row(QUESTIONS, tokenizer, mask_prompt=True)
+    assert not any(text.prompts_match for text in texts)
     assert not asked_as_trained(QUESTIONS, tokenizer)
 
 
@@ -204,8 +204,8 @@ def test_a_row_whose_only_answer_is_not_written_has_nothing_to_learn(make: Make)
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     answer = {"role": "assistant", "content": "", "tool_calls": [call]}
     row = {"messages": [QUESTIONS["messages"][0], answer]}
-    [tokens] = tokenize(row, tokenizer, mask_prompt=True)
-    assert (tokens.answers, any(tokens.supervised)) == ([], False)
+    [tokens] = tokenize_row(row, tokenizer, mask_prompt=True)
+    assert (tokens.answer_spans, any(tokens.supervised)) == ([], False)
 
 
 def test_an_answer_that_shares_a_token_with_its_prompt_is_parted_from_it(make: Make) -> None:
@@ -224,7 +224,7 @@ def test_an_answer_that_shares_a_token_with_its_prompt_is_parted_from_it(make: M
     row["messages"] *= 2  # the second question follows the first answer as it is read, not parted
     assert learned(row, tokenizer) == "the end<|im_end|> | the end<|im_end|>"
     assert asked_as_trained(row, tokenizer)
-    assert all(one.asked for one in tokenize(row, tokenizer, mask_prompt=True))
+    assert all(one.prompts_match for one in tokenize_row(row, tokenizer, mask_prompt=True))
 
 
 def test_white_space_that_a_special_token_takes_is_no_part_of_the_answer(
@@ -248,7 +248,7 @@ def test_white_space_that_a_special_token_takes_is_no_part_of_the_answer(
     row = {"messages": [QUESTIONS["messages"][0], {"role": "assistant", "content": " \n答"}]}
     assert learned(row, tokenizer) == "答<|im_end|>"
     assert asked_as_trained(row, tokenizer)
-    assert all(one.asked for one in tokenize(row, tokenizer, mask_prompt=True))
+    assert all(one.prompts_match for one in tokenize_row(row, tokenizer, mask_prompt=True))
 
 
 def test_the_templates_own_end_is_learned_and_stopped_at(make: Make, tiny: Path) -> None:
@@ -276,30 +276,30 @@ def test_a_turn_that_its_template_ends_with_nothing_gets_an_end(make: Make) -> N
 
 def test_an_answer_is_learned_with_its_end_or_not_at_all(make: Make) -> None:
     tokenizer = make()
-    [tokens] = tokenize(QUESTIONS, tokenizer, mask_prompt=True)
-    (first, behind), (second, _) = tokens.answers
+    [tokens] = tokenize_row(QUESTIONS, tokenizer, mask_prompt=True)
+    (first, behind), (second, _) = tokens.answer_spans
     whole = [True] * (behind - first)
     for length in (behind, second, second + 1, len(tokens) - 2):
-        kept = tokens.cut(length)
+        kept = tokens.truncate(length)
         assert len(kept) == length
         assert [s for s in kept.supervised if s] == whole
-    assert not any(tokens.cut(behind - 1).supervised)
-    assert tokens.cut(len(tokens)) == tokens
-    [everything] = tokenize(QUESTIONS, tokenizer, mask_prompt=False)
-    assert all(everything.cut(behind - 1).supervised)
+    assert not any(tokens.truncate(behind - 1).supervised)
+    assert tokens.truncate(len(tokens)) == tokens
+    [everything] = tokenize_row(QUESTIONS, tokenizer, mask_prompt=False)
+    assert all(everything.truncate(behind - 1).supervised)
 
 
 def test_another_end_is_learned_and_the_templates_is_read(make: Make) -> None:
     tokenizer = make()
     other = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    [usual] = tokenize(QUESTIONS, tokenizer, mask_prompt=True)
-    [tokens] = tokenize(QUESTIONS, tokenizer, mask_prompt=True, end=other)
+    [usual] = tokenize_row(QUESTIONS, tokenizer, mask_prompt=True)
+    [tokens] = tokenize_row(QUESTIONS, tokenizer, mask_prompt=True, end=other)
     assert (tokens.ids, tokens.supervised) == (usual.ids, usual.supervised)
-    batch = padded([tokens])
+    batch = pad_rows([tokens])
     assert batch.inputs.tolist() == [tokens.ids[:-1]]
     assert tokenizer.decode(batch.targets.tolist()) == "第一答<|endoftext|>第二答<|endoftext|>"
-    cut = tokens.cut(tokens.answers[0][1])
-    assert list(cut.said.values()) == [other]
+    cut = tokens.truncate(tokens.answer_spans[0][1])
+    assert list(cut.replaced_targets.values()) == [other]
 
 
 def test_an_answer_that_repeats_its_question_is_learned_once(make: Make) -> None:
@@ -327,23 +327,23 @@ def test_rows_together_are_read_as_one_by_one(make: Make) -> None:
     ]
     no_system = "{%- if m.role == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}"
     strict = make(QWEN3.replace("{{- '<|im_start|>'", no_system + "{{- '<|im_start|>'", 1))
-    refused = templates.render_all(rows, strict)
+    refused = templates.render_rows(rows, strict)
     assert [isinstance(one, Exception) for one in refused] == [False, False, False, True, False]
     assert str(refused[3]) == "no system"
     tokenizer = make(QWEN3)
-    rendered = templates.render_all(rows, tokenizer)
-    assert rendered == [templates.render(row, tokenizer) for row in rows]
-    together = tokenize_all(rows, tokenizer, True, 2048)
+    rendered = templates.render_rows(rows, tokenizer)
+    assert rendered == [templates.render_row(row, tokenizer) for row in rows]
+    together = tokenize_rows(rows, tokenizer, True, 2048)
     alone = [
         (line, one)
         for line, row in enumerate(rows, 1)
-        for one in tokenize(row, tokenizer, mask_prompt=True)
+        for one in tokenize_row(row, tokenizer, mask_prompt=True)
     ]
     assert together == [replace(one, line=line) for line, one in alone]
 
 
 def left_out(row: dict[str, Any], tokenizer: Any) -> str | None:
-    return templates.dropped(row, templates.render(row, tokenizer), tokenizer)
+    return templates.find_dropped_content(row, templates.render_row(row, tokenizer), tokenizer)
 
 
 def test_what_a_template_leaves_out_is_named(make: Make) -> None:
@@ -398,7 +398,7 @@ def test_a_template_may_refuse_a_second_question(make: Make, tmp_path: Path) -> 
         f.about: f.text for f in resolve_contract(tmp_path / "model", tokenizer, "auto").report
     }
     assert report["asked as trained"] == "yes, every answer"
-    assert "only one" in str(templates.render_all([QUESTIONS], tokenizer)[0])
+    assert "only one" in str(templates.render_rows([QUESTIONS], tokenizer)[0])
 
 
 def test_what_is_expected_is_the_last_answer_also_where_it_is_not_found(make: Make) -> None:
@@ -406,7 +406,7 @@ def test_what_is_expected_is_the_last_answer_also_where_it_is_not_found(make: Ma
     tokenizer = make(R1.replace("assistant\\n<think>\\n'", prompt))
     call = {"role": "assistant", "content": "", "tool_calls": []}
     row = {"messages": [*QUESTIONS["messages"][:3], call]}
-    assert templates.expected_answer(row, tokenizer) == ""
+    assert templates.find_expected_answer(row, tokenizer) == ""
 
 
 def test_a_call_of_a_tool_may_end_with_another_token_than_an_answer(make: Make) -> None:
@@ -419,15 +419,15 @@ def test_a_call_of_a_tool_may_end_with_another_token_than_an_answer(make: Make) 
     row = {"messages": [asked, answered | {"tool_calls": [call]}]}
     usual, other = (tokenizer.convert_tokens_to_ids(end) for end in ("<|im_end|>", "<|endoftext|>"))
     for end, said in ((usual, [other]), (other, [other])):
-        [one] = tokenize(row, tokenizer, mask_prompt=True, end=end)
-        assert one.learned()[one.answers[0][1] - 1 :][:1] == said
-    [one] = tokenize({"messages": [asked, answered]}, tokenizer, True, end=other)
-    assert list(one.said.values()) == [other]
+        [one] = tokenize_row(row, tokenizer, mask_prompt=True, end=end)
+        assert one.targets()[one.answer_spans[0][1] - 1 :][:1] == said
+    [one] = tokenize_row({"messages": [asked, answered]}, tokenizer, True, end=other)
+    assert list(one.replaced_targets.values()) == [other]
 
 
 def test_a_template_without_answers_ends_them_with_nothing(make: Make) -> None:
     tokenizer = make(QWEN3.replace("in messages -%}", "in messages if m.role == 'user' -%}"))
-    assert templates.end_of_turn(tokenizer) is None
+    assert templates.find_turn_end(tokenizer) is None
     row = {"messages": QUESTIONS["messages"][:2]}
     assert left_out(row, tokenizer) == "message 2, of the assistant"
 
@@ -448,6 +448,6 @@ def test_an_end_inside_a_text_is_found_special_or_not(tiny: Path, tmp_path: Path
 
 
 def test_a_row_is_shown_as_it_is_learned(make: Make) -> None:
-    pieces = marked({"messages": QUESTIONS["messages"][:2]}, make(), mask_prompt=True)
+    pieces = mark_supervised({"messages": QUESTIONS["messages"][:2]}, make(), mask_prompt=True)
     assert [text for text, learned in pieces if learned] == ["第一答<|im_end|>"]
     assert "".join(text for text, _ in pieces).endswith("第一答<|im_end|>\n")

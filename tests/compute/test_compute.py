@@ -18,17 +18,17 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from athanor.chat.load import load_tokenizer, load_with_tokenizer
-from athanor.chat.tokens import tokenize_all
+from athanor.chat.tokens import tokenize_rows
 from athanor.compute import losses, parts
-from athanor.compute.arrays import Supervised, Tokens
-from athanor.compute.forward import Forward, trainable, trial
-from athanor.compute.frozen import Budget, Frozen
+from athanor.compute.arrays import SupervisedBatch, TokenizedText
+from athanor.compute.forward import Forward, probe_tokens, trainable_weights
+from athanor.compute.frozen import Budget, FrozenLayers
 from athanor.compute.parts import Parts
 from athanor.config.compose import compose_config
 from athanor.device.silu import silu
 from athanor.model import adapters
 from athanor.model.adapters import make_trainable
-from athanor.model.load import share_weights
+from athanor.model.load import copy_sharing_weights
 from athanor.paths import Workspace
 from athanor.train.build import build_frozen, build_trainer
 from athanor.train.fit import begin
@@ -37,10 +37,10 @@ from athanor.train.trainer import Trainer
 PLENTY = Budget(10**9, 0, Path())
 
 
-def row(length: int, seed: int = 0) -> Tokens:
+def row(length: int, seed: int = 0) -> TokenizedText:
     """Random tokens of which the second half is learned."""
     ids = np.random.default_rng([length, seed]).integers(0, 150, length).tolist()
-    return Tokens(ids, [place >= length // 2 for place in range(length)], seed)
+    return TokenizedText(ids, [place >= length // 2 for place in range(length)], seed)
 
 
 ROWS = [row(20), row(13), row(9), row(17)]
@@ -122,7 +122,7 @@ def adapted(model: nn.Module, layers: int = 2) -> nn.Module:
     return model
 
 
-def plain(model: nn.Module, rows: list[Tokens] = ROWS) -> tuple[float, dict[str, mx.array]]:
+def plain(model: nn.Module, rows: list[TokenizedText] = ROWS) -> tuple[float, dict[str, mx.array]]:
     """Loss and gradient of whole rows, one by one, by mlx's own functions."""
 
     def loss(model: nn.Module) -> mx.array:
@@ -153,17 +153,17 @@ def assert_same(
 def test_every_architecture_gives_what_the_whole_model_gives(name: str) -> None:
     """Loss, gradient and token losses; by NumPy's side of the loss, and in one graph."""
     model = adapted(made(name))
-    frozen = Frozen(Parts.of(model, trial(ROWS)), PLENTY)
-    assert (frozen.parts.whole is not None) is (name in WHOLE), frozen.parts.whole
-    assert frozen.cut_below(trainable(model)) == 2, frozen.parts.uncut
+    frozen = FrozenLayers(Parts.find(model, probe_tokens(ROWS)), PLENTY)
+    assert (frozen.parts.unsplit_reason is not None) is (name in WHOLE), frozen.parts.unsplit_reason
+    assert frozen.choose_cut(trainable_weights(model)) == 2, frozen.parts.uncut_reasons
     forward = Forward(model, frozen.parts, frozen, 2)
     expected = plain(model)
-    weights, ready = trainable(model), forward.ready(ROWS)
-    assert_same(forward.gradient(weights, ready), expected)
+    weights, ready = trainable_weights(model), forward.prepare(ROWS)
+    assert_same(forward.loss_and_gradient(weights, ready), expected)
     assert forward.token_losses(ready).sum() == pytest.approx(expected[0], rel=1e-5)
-    assert ready.given is not None
-    loss, found = forward._graph(list(weights.values()), list(ready.batch), [ready.given])
-    forward.put(weights)
+    assert ready.activations is not None
+    loss, found = forward._graph(list(weights.values()), list(ready.batch), [ready.activations])
+    forward.set_weights(weights)
     assert_same((loss, dict(zip(weights, found, strict=True))), expected)
 
 
@@ -177,15 +177,15 @@ def test_a_head_that_is_trained_gets_its_gradient() -> None:
         for part in ends:
             layer: Any = dict(model.named_modules())[part]
             layer.lora_a, layer.lora_b = layer.lora_a + 0.01, layer.lora_b + 0.01
-        frozen = Frozen(Parts.of(model, trial(ROWS)), PLENTY)
-        assert frozen.cut_below(trainable(model)) == 0
+        frozen = FrozenLayers(Parts.find(model, probe_tokens(ROWS)), PLENTY)
+        assert frozen.choose_cut(trainable_weights(model)) == 0
         forward = Forward(model, frozen.parts)
-        weights, ready = trainable(model), forward.ready(ROWS)
+        weights, ready = trainable_weights(model), forward.prepare(ROWS)
         assert len(forward._beside) == (1 if name == "qwen2" else 2)
         expected = plain(model)
-        assert_same(forward.gradient(weights, ready), expected)
+        assert_same(forward.loss_and_gradient(weights, ready), expected)
         loss, found = forward._graph(list(weights.values()), list(ready.batch), [])
-        forward.put(weights)
+        forward.set_weights(weights)
         assert_same((loss, dict(zip(weights, found, strict=True))), expected)
 
 
@@ -250,15 +250,17 @@ def test_what_can_t_be_taken_apart_is_computed_whole_and_said(
     model = Small(**given)
     model.freeze()
     model.layers[-1].unfreeze()
-    frozen = Frozen(Parts.of(model, trial(ROWS)), PLENTY)
-    cut = frozen.cut_below(trainable(model))
+    frozen = FrozenLayers(Parts.find(model, probe_tokens(ROWS)), PLENTY)
+    cut = frozen.choose_cut(trainable_weights(model))
     said = capsys.readouterr().err
-    assert (frozen.parts.whole is None) is (whole is None)
-    assert whole is None or whole in str(frozen.parts.whole)
+    assert (frozen.parts.unsplit_reason is None) is (whole is None)
+    assert whole is None or whole in str(frozen.parts.unsplit_reason)
     assert cut == (0 if uncut else 3)
     assert uncut is None or ("all layers are computed every time" in said and uncut in said)
     forward = Forward(model, frozen.parts, frozen, cut)
-    assert_same(forward.gradient(trainable(model), forward.ready(ROWS)), plain(model))
+    assert_same(
+        forward.loss_and_gradient(trainable_weights(model), forward.prepare(ROWS)), plain(model)
+    )
 
 
 @contextmanager
@@ -288,7 +290,7 @@ def counted(model: nn.Module) -> Iterator[tuple[Counter[int], list[int]]]:
 
 
 @pytest.fixture(scope="module")
-def tokens(tiny: Path, repo: Path) -> list[Tokens]:
+def tokens(tiny: Path, repo: Path) -> list[TokenizedText]:
     rows = [
         {
             "messages": [
@@ -304,7 +306,7 @@ def tokens(tiny: Path, repo: Path) -> list[Tokens]:
             ("为什么电动汽车比较费油", "因为电很贵"),
         ]
     ]
-    return tokenize_all(rows, load_tokenizer(tiny), True, 2048)
+    return tokenize_rows(rows, load_tokenizer(tiny), True, 2048)
 
 
 @pytest.fixture
@@ -321,7 +323,7 @@ def config(repo: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 
 def test_a_frozen_layer_runs_once_a_row_whatever_epochs_and_points(
-    tiny: Path, tokens: list[Tokens], config: Callable[..., Any]
+    tiny: Path, tokens: list[TokenizedText], config: Callable[..., Any]
 ) -> None:
     """Three points of a sweep, three epochs each, five validations: by count, in either order."""
     known, supervised = tokens[:3] + tokens[4:], tokens[3:]
@@ -336,7 +338,7 @@ def test_a_frozen_layer_runs_once_a_row_whatever_epochs_and_points(
         asked = 0
         trainers = []
         for number in order:
-            model = share_weights(base)
+            model = copy_sharing_weights(base)
             cfg = config(num_layers=number)
             make_trainable(model, cfg.train, cfg.seed)
             trainers.append(build_trainer(cfg, Workspace.here(), model, known, supervised, frozen))
@@ -362,7 +364,7 @@ def test_a_frozen_layer_runs_once_a_row_whatever_epochs_and_points(
 
 def test_the_memory_of_a_training_is_predicted_once_a_shape(
     tiny: Path,
-    tokens: list[Tokens],
+    tokens: list[TokenizedText],
     config: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -382,7 +384,7 @@ def test_the_memory_of_a_training_is_predicted_once_a_shape(
     for rate in (1e-4, 1e-3):
         for number in (1, 3, 6):
             cfg = config(num_layers=number, learning_rate=rate)
-            model = share_weights(base)
+            model = copy_sharing_weights(base)
             make_trainable(model, cfg.train, cfg.seed)
             trainer = build_trainer(cfg, Workspace.here(), model, tokens, tokens)
             begin(cfg, trainer, tokens, tmp_path / "kept", said.append, peaks)
@@ -412,15 +414,15 @@ def test_layers_of_every_kind_are_computed_again_with_grad_checkpoint() -> None:
     model.freeze()
     for layer in model.layers[1:]:
         layer.unfreeze()
-    frozen = Frozen(Parts.of(model, trial(ROWS)), PLENTY)
+    frozen = FrozenLayers(Parts.find(model, probe_tokens(ROWS)), PLENTY)
     expected = plain(model)
     before: list[Any] = [Layer.__call__, Wide.__call__]
     counts = []
     for again in (False, True):
         forward = Forward(model, frozen.parts, frozen, 1, grad_checkpoint=again)
-        ready = forward.ready(ROWS)
+        ready = forward.prepare(ROWS)
         Wide.ran = 0
-        assert_same(forward.gradient(trainable(model), ready), expected)
+        assert_same(forward.loss_and_gradient(trainable_weights(model), ready), expected)
         counts.append(Wide.ran)
     assert counts == [2, 4]
     after: list[Any] = [Layer.__call__, Wide.__call__]
@@ -428,11 +430,11 @@ def test_layers_of_every_kind_are_computed_again_with_grad_checkpoint() -> None:
 
 
 def test_nothing_is_kept_below_a_first_layer_that_learns(
-    tiny: Path, tokens: list[Tokens], config: Callable[..., Any]
+    tiny: Path, tokens: list[TokenizedText], config: Callable[..., Any]
 ) -> None:
     base, _ = load_with_tokenizer(tiny)
     for method, number, cut in (("full", 2, 4), ("dora", 1, 5), ("lora", -1, 0)):
-        model = share_weights(base)
+        model = copy_sharing_weights(base)
         cfg = config(method=method, num_layers=number)
         make_trainable(model, cfg.train, cfg.seed)
         trainer = build_trainer(cfg, Workspace.here(), model, tokens, tokens)
@@ -444,16 +446,16 @@ def test_nothing_is_kept_below_a_first_layer_that_learns(
 def test_where_activations_are_kept_changes_no_byte(tmp_path: Path) -> None:
     """In memory, in a file without a name, in both, not at all; and in any company."""
     model = made("qwen2")
-    found = Parts.of(model, trial(ROWS))
+    found = Parts.find(model, probe_tokens(ROWS))
     size = 4 * 64 * (len(ROWS[0].ids) - 1)
     expected = None
     for memory, disk in ((10**9, 0), (0, 10**9), (size, size), (0, 0)):
-        frozen = Frozen(found, Budget(memory, disk, tmp_path / "kept"))
+        frozen = FrozenLayers(found, Budget(memory, disk, tmp_path / "kept"))
         for _ in range(2):
-            together = np.array(frozen.given(ROWS, 2, 19))
+            together = np.array(frozen.activations(ROWS, 2, 19))
             expected = together if expected is None else expected
             assert together.tobytes() == expected.tobytes()
-            alone = np.array(frozen.given(ROWS[2:3], 2, 8))
+            alone = np.array(frozen.activations(ROWS[2:3], 2, 8))
             assert alone[0].tobytes() == expected[2, :8].tobytes()
             assert (expected[2, 8:] == expected[2, 7]).all()
         assert frozen.in_memory <= memory
@@ -468,9 +470,11 @@ def test_a_disk_that_is_full_costs_time_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = made("qwen2")
-    frozen = Frozen(Parts.of(model, trial(ROWS)), Budget(0, 10**9, Path("/dev/null/nowhere")))
-    first = np.array(frozen.given(ROWS, 2, 19))
-    assert np.array(frozen.given(ROWS, 2, 19)).tobytes() == first.tobytes()
+    frozen = FrozenLayers(
+        Parts.find(model, probe_tokens(ROWS)), Budget(0, 10**9, Path("/dev/null/nowhere"))
+    )
+    first = np.array(frozen.activations(ROWS, 2, 19))
+    assert np.array(frozen.activations(ROWS, 2, 19)).tobytes() == first.tobytes()
     said = capsys.readouterr().err
     assert said.count("and no more") == 1
     assert "train.activations_disk" in said
@@ -479,17 +483,17 @@ def test_a_disk_that_is_full_costs_time_only(
 def test_deeper_cuts_go_on_from_what_is_kept() -> None:
     """To the same bytes as from the embedding."""
     model = made("qwen3")
-    found = Parts.of(model, trial(ROWS))
-    at_once, later = Frozen(found, PLENTY, [1, 2, 3]), Frozen(found, PLENTY)
+    found = Parts.find(model, probe_tokens(ROWS))
+    at_once, later = FrozenLayers(found, PLENTY, [1, 2, 3]), FrozenLayers(found, PLENTY)
     for cut in (1, 2, 3):
-        assert np.array(at_once.given(ROWS, 3, 19)).shape == (4, 19, 64)
-        a, b = at_once.given(ROWS, cut, 19), later.given(ROWS, cut, 19)
+        assert np.array(at_once.activations(ROWS, 3, 19)).shape == (4, 19, 64)
+        a, b = at_once.activations(ROWS, cut, 19), later.activations(ROWS, cut, 19)
         assert np.array(a).tobytes() == np.array(b).tobytes()
 
 
 def in_half(model: nn.Module) -> None:
     """Makes a base bfloat16, and what is learned float32, as models.make_trainable does."""
-    learned = set(trainable(model))
+    learned = set(trainable_weights(model))
     model.update(
         tree_map_with_path(
             lambda name, one: one.astype(mx.float32 if name in learned else mx.bfloat16),
@@ -511,22 +515,22 @@ def test_half_precision_computes_in_half_and_learns_in_float32(method: str) -> N
         linear_to_lora_layers(model, 2, given, use_dora=method == "dora")
     expected = plain(model)
     in_half(model)
-    weights = trainable(model)
+    weights = trainable_weights(model)
     assert {one.dtype for one in weights.values()} == {mx.float32}
-    frozen = Frozen(Parts.of(model, trial(ROWS)), PLENTY)
-    assert frozen.parts.whole is None
-    forward = Forward(model, frozen.parts, frozen, frozen.cut_below(trainable(model)))
+    frozen = FrozenLayers(Parts.find(model, probe_tokens(ROWS)), PLENTY)
+    assert frozen.parts.unsplit_reason is None
+    forward = Forward(model, frozen.parts, frozen, frozen.choose_cut(trainable_weights(model)))
     assert forward.cut == 2
     assert forward.dtype == mx.bfloat16
-    ready = forward.ready(ROWS)
-    assert ready.given is not None
-    assert ready.given.dtype == mx.bfloat16
-    loss, gradient = forward.gradient(weights, ready)
+    ready = forward.prepare(ROWS)
+    assert ready.activations is not None
+    assert ready.activations.dtype == mx.bfloat16
+    loss, gradient = forward.loss_and_gradient(weights, ready)
     assert loss.dtype == mx.float32
     assert {one.dtype for one in gradient.values()} == {mx.float32}
-    computed = {one.dtype for one in trainable(model).values()}
+    computed = {one.dtype for one in trainable_weights(model).values()}
     assert computed == {mx.bfloat16 if method == "full" else mx.float32}
-    assert forward._hidden(ready.batch, ready.given).dtype == mx.bfloat16
+    assert forward._hidden(ready.batch, ready.activations).dtype == mx.bfloat16
     assert loss.item() == pytest.approx(expected[0], rel=2e-3)
     size = max(float(mx.abs(one).max()) for one in expected[1].values())
     for name, one in gradient.items():
@@ -541,10 +545,10 @@ def test_adapters_compute_as_mlx_lm_has_them_in_half_precision(dora: bool) -> No
     model.freeze()
     linear_to_lora_layers(model, 2, {"rank": 4, "scale": 2.0, "dropout": 0.0}, use_dora=dora)
     in_half(model)
-    forward = Forward.of(model, ROWS)
-    batch = forward.ready(ROWS).batch
+    forward = Forward.from_model(model, ROWS)
+    batch = forward.prepare(ROWS).batch
     before = forward._hidden(batch, None)
-    forward.put(trainable(model))
+    forward.set_weights(trainable_weights(model))
     assert mx.array_equal(before, forward._hidden(batch, None))
 
 
@@ -602,22 +606,22 @@ class Whole(nn.Module):
 def test_nothing_goes_on_from_a_cut_that_is_none() -> None:
     """Before layer 2 they can't be parted, as that looks at what layer 0 made."""
     model = Whole(Handed(writes=0, reads=2))
-    found = Parts.of(model, trial(ROWS))
-    right = np.array(Frozen(found, PLENTY).given(ROWS, 4, 19))
-    assert not found.cut_at(2)
+    found = Parts.find(model, probe_tokens(ROWS))
+    right = np.array(FrozenLayers(found, PLENTY).activations(ROWS, 4, 19))
+    assert not found.can_cut_at(2)
     a_row = 4 * 16 * (len(ROWS[0].ids) - 1)
     for budget in (PLENTY, Budget(a_row, 0, Path())):
-        frozen = Frozen(found, budget, [2, 3, 4])
+        frozen = FrozenLayers(found, budget, [2, 3, 4])
         for _ in range(2):
-            assert np.array(frozen.given(ROWS, 4, 19)).tobytes() == right.tobytes()
+            assert np.array(frozen.activations(ROWS, 4, 19)).tobytes() == right.tobytes()
 
 
 def test_layers_that_remember_are_not_parted() -> None:
     body = Handed(writes=9, reads=9)
     body.layers[0], body.layers[2] = Stateful(reads=False), Stateful(reads=True)
-    found = Parts.of(Whole(body), trial(ROWS))
-    assert found.cut_at(3)
-    assert not found.cut_at(2)
+    found = Parts.find(Whole(body), probe_tokens(ROWS))
+    assert found.can_cut_at(3)
+    assert not found.can_cut_at(2)
 
 
 def test_a_disk_that_is_full_in_the_middle_costs_time_only(tmp_path: Path) -> None:
@@ -627,15 +631,15 @@ import resource, signal, sys
 from pathlib import Path
 import numpy as np
 sys.path.insert(0, sys.argv[1])
-from test_compute import ROWS, Budget, Frozen, Parts, made, trial
-found = Parts.of(made("qwen2"), trial(ROWS))
-expected = np.array(Frozen(found, Budget(10**9, 0, Path())).given(ROWS, 2, 19))
+from test_compute import ROWS, Budget, FrozenLayers, Parts, made, probe_tokens
+found = Parts.find(made("qwen2"), probe_tokens(ROWS))
+expected = np.array(FrozenLayers(found, Budget(10**9, 0, Path())).activations(ROWS, 2, 19))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 for limit in (100, 5000, 7000, 9000):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    frozen = Frozen(found, Budget(0, 10**9, Path(sys.argv[2])))
+    frozen = FrozenLayers(found, Budget(0, 10**9, Path(sys.argv[2])))
     for _ in range(3):
-        assert np.array(frozen.given(ROWS, 2, 19)).tobytes() == expected.tobytes()
+        assert np.array(frozen.activations(ROWS, 2, 19)).tobytes() == expected.tobytes()
     assert frozen.on_disk <= limit
 """
     done = subprocess.run(
@@ -671,16 +675,16 @@ def test_loss_and_gradient_are_those_of_float64(
         return hidden * 1.0
 
     given, places = mx.array(logits), mx.arange(10)
-    batch = Supervised(places, places, mx.array(targets), mx.array(counts))
-    total, gradient, _ = losses.evaluated(head, given, [], batch, 31)
-    in_graph, other = mx.value_and_grad(lambda hidden: losses.summed(head, hidden, [], batch, 31))(
-        given
-    )
+    batch = SupervisedBatch(places, places, mx.array(targets), mx.array(counts))
+    total, gradient, _ = losses.loss_and_gradients(head, given, [], batch, 31)
+    in_graph, other = mx.value_and_grad(
+        lambda hidden: losses.differentiable_loss(head, hidden, [], batch, 31)
+    )(given)
     assert np.array(total) == pytest.approx((expected * counts).sum(), rel=1e-6)
     assert np.array(in_graph) == pytest.approx(np.array(total), rel=1e-2 if scale == 8.0 else 1e-6)
     for found in (gradient, other):
         np.testing.assert_allclose(found, softmax * counts[:, None], atol=1e-6)
-    each = losses.of_each(head, given, batch, 31)
+    each = losses.token_losses(head, given, batch, 31)
     np.testing.assert_allclose(each, expected[counts > 0], rtol=1e-6, atol=1e-9)
 
 
@@ -689,14 +693,14 @@ def test_logits_are_never_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ARCHITECTURES, "qwen2", {"vocab_size": 20000})
     model = adapted(made("qwen2"))
     rows = [row(129, seed) for seed in range(8)]
-    forward = Forward.of(model, rows)
-    weights, ready = trainable(model), forward.ready(rows)
+    forward = Forward.from_model(model, rows)
+    weights, ready = trainable_weights(model), forward.prepare(rows)
     values = list(weights.values())
     mx.eval(*ready.batch)
     monkeypatch.setattr(losses, "CHUNK", 2**20)
     peaks = []
     for step in (
-        lambda: forward.gradient(weights, ready),
+        lambda: forward.loss_and_gradient(weights, ready),
         lambda: forward._graph(values, list(ready.batch), []),
         lambda: plain(model, rows),
     ):
@@ -705,7 +709,7 @@ def test_logits_are_never_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
         before = mx.get_active_memory()
         mx.eval(step())
         peaks.append(mx.get_peak_memory() - before)
-        forward.put(weights)
+        forward.set_weights(weights)
     mine, graph, whole = peaks
     assert mine < 25e6
     assert graph < 30e6

@@ -13,7 +13,7 @@ from athanor.config import schema
 
 def rates(name: str, **changed: Any) -> list[float]:
     settings = {"learning_rate": 1.0, "end": 0.0, "warmup": 0, "updates": 10} | changed
-    schedule = optimizers.schedule(name, **settings)
+    schedule = optimizers.build_schedule(name, **settings)
     return [float(f"{schedule(mx.array(i, mx.uint64)).item():.4g}") for i in range(10)]
 
 
@@ -36,7 +36,7 @@ def test_every_optimizer_takes_the_options_that_conf_gives_it(name: str, repo: A
     given: Any = OmegaConf.to_container(OmegaConf.load(repo / "conf/train/lora.yaml"))
     options = given["optimizer_config"][name]
     assert list(optimizers.optimizer_misfits({name: options})) == []
-    made = optimizers.build(name, options, 0.5)
+    made = optimizers.build_optimizer(name, options, 0.5)
     assert type(made) is optimizers.OPTIMIZERS[name]
     # Whatever mlx calls a default is conf's too, but for Adafactor, which is to take our rate.
     defaults = inspect.signature(type(made).__init__).parameters

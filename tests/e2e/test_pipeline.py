@@ -74,10 +74,10 @@ def test_fused_model_answers_by_itself(finished: Workspace) -> None:
     model, tokenizer = load_with_tokenizer(finished.folder / "artifacts/fuse/model")
     asked = [line for line in finished.predictions() if line["split"] == "train"]
     prompts = [
-        templates.prompt_ids({"messages": [*line["prompt"], {}]}, tokenizer) for line in asked
+        templates.encode_prompt({"messages": [*line["prompt"], {}]}, tokenizer) for line in asked
     ]
-    given = evaluation.answers(model, tokenizer, prompts, max_tokens=64, batch_size=8)
-    assert [templates.answer_text(answer.ids, tokenizer) for answer in given] == [
+    given = evaluation.generate_answers(model, tokenizer, prompts, max_tokens=64, batch_size=8)
+    assert [templates.decode_answer(answer.ids, tokenizer) for answer in given] == [
         line["reference"] for line in asked
     ]
     assert all(answer.stopped for answer in given)
@@ -96,17 +96,17 @@ def test_llama_cpp_answers_as_the_tested_model_does(finished: Workspace) -> None
     assert len(PROMPTS) >= 50
     for text in PROMPTS:
         row = {"messages": [{"role": "user", "content": text}, {}]}
-        asked = templates.prompt_ids(row, tokenizer)
+        asked = templates.encode_prompt(row, tokenizer)
         assert llama.ids(text, False) == tokenizer.encode(text, add_special_tokens=False)
         assert llama.ids(tokenizer.decode(asked), False) == asked
     lines = finished.predictions()
     rows = [{"messages": [*line["prompt"], {}]} for line in lines]
-    prompts = [templates.prompt_ids(row, tokenizer) for row in rows]
-    ours = evaluation.answers(model, tokenizer, prompts, max_tokens=64, batch_size=1)
+    prompts = [templates.encode_prompt(row, tokenizer) for row in rows]
+    ours = evaluation.generate_answers(model, tokenizer, prompts, max_tokens=64, batch_size=1)
     theirs = [llama.answer(ids, 64) for ids in prompts]
     assert theirs == ours
     assert [
-        {"text": templates.answer_text(answer.ids, tokenizer), "stopped": answer.stopped}
+        {"text": templates.decode_answer(answer.ids, tokenizer), "stopped": answer.stopped}
         for answer in theirs
     ] == [line["tuned"] for line in lines]
 

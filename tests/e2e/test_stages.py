@@ -13,13 +13,13 @@ from athanor import files
 from athanor.chat import templates
 from athanor.chat.contract import Contract
 from athanor.chat.load import load_tokenizer, load_with_tokenizer
-from athanor.chat.tokens import tokenize_all
+from athanor.chat.tokens import tokenize_rows
 from athanor.compute import evaluation
 from athanor.device import backend
 from athanor.errors import UserError
 from athanor.model import load
 from athanor.model.source import digest_model
-from athanor.model.stored import stored_dtypes
+from athanor.model.stored import read_dtypes
 from athanor.runs import registry
 from athanor.train import build, fit
 from conftest import Stages
@@ -58,9 +58,9 @@ def fused_answers() -> list[str]:
     """What the fused model says to the training questions; … where it did not stop."""
     model, tokenizer = load_with_tokenizer(Path("artifacts/fuse/model"))
     rows = files.read_jsonl(Path("artifacts/prepare/train.jsonl"))
-    prompts = [templates.prompt_ids(row, tokenizer) for row in rows]
-    given = evaluation.answers(model, tokenizer, prompts, max_tokens=64, batch_size=6)
-    return [templates.answer_text(a.ids, tokenizer) + ("" if a.stopped else "…") for a in given]
+    prompts = [templates.encode_prompt(row, tokenizer) for row in rows]
+    given = evaluation.generate_answers(model, tokenizer, prompts, max_tokens=64, batch_size=6)
+    return [templates.decode_answer(a.ids, tokenizer) + ("" if a.stopped else "…") for a in given]
 
 
 def references() -> list[str]:
@@ -166,7 +166,7 @@ def test_fused_weights_keep_the_bases_dtypes(stages: Stages, tiny: Path) -> None
     stages("config", overrides=("train.iters=1",))
     stages("prepare", "train", "fuse")
     fused = Path("artifacts/fuse/model")
-    assert stored_dtypes(fused) == stored_dtypes(tiny)
+    assert read_dtypes(fused) == read_dtypes(tiny)
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (fused / name).read_bytes() == (tiny / name).read_bytes()
 
@@ -198,7 +198,7 @@ def test_chats_and_plain_texts_go_all_the_way(stages: Stages, store: str, tiny: 
     end = Contract.read(Path("artifacts/prepare/chat.json")).end
     tokenizer = load_tokenizer(tiny)
     assert end != tokenizer.eos_token_id
-    valid = tokenize_all(texts, tokenizer, True, 2048, end)
+    valid = tokenize_rows(texts, tokenizer, True, 2048, end)
     model = logged_model(store)
     assert model.tags["valid.digest"] == registry.measured_on(valid)
     folder = Path(model.artifact_location.removeprefix("file://"))
@@ -281,7 +281,9 @@ def test_progress_is_told_while_answers_are_long(tiny: Path) -> None:
     model, tokenizer = load_with_tokenizer(tiny)
     prompts = [tokenizer.encode(text) for text in ("月亮", "太阳和月亮", "一")]
     told: list[float] = []
-    evaluation.answers(model, tokenizer, prompts, max_tokens=4, batch_size=2, on_step=told.append)
+    evaluation.generate_answers(
+        model, tokenizer, prompts, max_tokens=4, batch_size=2, on_step=told.append
+    )
     assert told == sorted(told)
     assert told[0] == 2 * 1 / 4
     assert told[-1] == 3
@@ -466,7 +468,7 @@ def test_full_training_is_float32_where_the_base_is_not(
     stages("config", overrides=("train=full", "train.iters=4", "train.num_layers=2"))
     stages("prepare", "train", "fuse")
     assert files.read_json(Path("artifacts/train/metrics.json"))["train_loss"] > 0
-    fused = stored_dtypes(Path("artifacts/fuse/model"))
+    fused = read_dtypes(Path("artifacts/fuse/model"))
     assert set(map(str, fused.values())) == {"mlx.core.float16"}
 
 

@@ -258,7 +258,7 @@ def test_a_wider_sweep_trains_only_what_is_new(
     import mlx_lm.utils
 
     calls: Counter[str] = Counter()
-    for module, name in ((mlx_lm.utils, "load_model"), (tokens, "tokenize_all")):
+    for module, name in ((mlx_lm.utils, "load_model"), (tokens, "tokenize_rows")):
         real = getattr(module, name)
 
         def counted(*args: Any, real: Any = real, name: str = name, **named: Any) -> Any:
@@ -269,7 +269,7 @@ def test_a_wider_sweep_trains_only_what_is_new(
     monkeypatch.setenv(COMMAND, "first")
     monkeypatch.setenv(trials.FOLDER, "")
     worker.main(["train.num_layers=1,2", "seed=0,1", "train.iters=2"])
-    assert calls == {"load_model": 1, "tokenize_all": 3}
+    assert calls == {"load_model": 1, "tokenize_rows": 3}
     before = adapters(prepared)
     assert len(before) == 4
     trials.loaded.cache_clear()

@@ -304,7 +304,7 @@ def assert_same_answers(model: Any, tokenizer: Any, llama: Llama, questions: lis
     nine of ten tokens have to come before one.
     """
     prompts = [tokenizer.encode(prompt(q, tokenizer), add_special_tokens=False) for q in questions]
-    ours = evaluation.answers(model, tokenizer, prompts, max_tokens=24, batch_size=1)
+    ours = evaluation.generate_answers(model, tokenizer, prompts, max_tokens=24, batch_size=1)
     total = same = 0
     for ids, our in zip(prompts, ours, strict=True):
         their = llama.answer(ids, 24)
@@ -367,7 +367,7 @@ def test_three_ordinary_tokens_can_be_stops_beside_one_known_by_its_text(tmp_pat
     model, tokenizer = load_with_tokenizer(folder)
     llama = Llama(path)
     prompts = [tokenizer.encode(prompt(question, tokenizer)) for question in QUESTIONS]
-    ours = evaluation.answers(model, tokenizer, prompts, max_tokens=24, batch_size=1)
+    ours = evaluation.generate_answers(model, tokenizer, prompts, max_tokens=24, batch_size=1)
     assert [llama.answer(ids, 24) for ids in prompts] == ours
     assert len({len(our.ids) for our in ours if our.stopped}) > 1
     for end in ends:

@@ -15,8 +15,8 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from athanor import files
 from athanor.chat.load import load_with_tokenizer
-from athanor.chat.tokens import tokenize_all
-from athanor.compute.forward import Forward, trainable
+from athanor.chat.tokens import tokenize_rows
+from athanor.compute.forward import Forward, trainable_weights
 from athanor.config.compose import compose_config
 from athanor.config.schema import TrainConfig
 from athanor.config.values import to_dataclass
@@ -87,17 +87,17 @@ def train(
             cfg = replace(defaults, **changed)
             model, tokenizer = load_with_tokenizer(bases(name))
             make_trainable(model, cfg, seed=0)
-            rows = tokenize_all(ROWS, tokenizer, True, 100)
-            forward = Forward.of(model, rows)
-            ready = forward.ready(rows)
+            rows = tokenize_rows(ROWS, tokenizer, True, 100)
+            forward = Forward.from_model(model, rows)
+            ready = forward.prepare(rows)
             optimizer = optim.Adam(learning_rate=learning_rate)
             for _ in range(iters):
-                _, grads = forward.gradient(trainable(model), ready)
+                _, grads = forward.loss_and_gradient(trainable_weights(model), ready)
                 optimizer.update(model, tree_unflatten(grads))
                 mx.eval(model.parameters())
             folder = tmp_path_factory.mktemp("adapters")
             save_adapters(
-                trainable(model),
+                trainable_weights(model),
                 folder,
                 cfg,
                 resolve_source(str(bases(name)), None),

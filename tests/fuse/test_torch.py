@@ -57,7 +57,7 @@ def by_mlx(model: Any, tokenizer: Any, asked: list[Any]) -> list[tuple[list[int]
     """The tokens of each conversation, and their logits: (tokens, vocabulary)."""
     found = []
     for messages in asked:
-        ids = templates.prompt_ids({"messages": [*messages, {"role": "assistant"}]}, tokenizer)
+        ids = templates.encode_prompt({"messages": [*messages, {"role": "assistant"}]}, tokenizer)
         found.append((ids, np.array(model(mx.array([ids]))[0].astype(mx.float32))))
     return found
 

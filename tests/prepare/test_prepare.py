@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 from athanor import synthesize
 from athanor.chat.load import load_tokenizer
-from athanor.chat.tokens import closes_texts, tokenize
+from athanor.chat.tokens import appends_end_token, tokenize_row
 from athanor.config.compose import compose_config
 from athanor.config.values import to_dataclass
 from athanor.errors import UserError
@@ -644,12 +644,12 @@ def test_plain_texts_have_as_many_tokens_as_training_gives_them(
     rows = [{"text": text} for text in texts]
     found = prepared(train__jsonl=rows, valid__jsonl=[{"text": "其他"}])["splits"]["train"]
     tokenizer = load_tokenizer(tiny)
-    learned = [tokenize(row, tokenizer, mask_prompt=True)[0] for row in rows]
+    learned = [tokenize_row(row, tokenizer, mask_prompt=True)[0] for row in rows]
     assert found["tokens"] == sum(map(len, learned))
     assert found["supervised_tokens"] == sum(sum(row.supervised[1:]) for row in learned)
-    assert not closes_texts(tokenizer)
+    assert not appends_end_token(tokenizer)
     end = "<|im_end|>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"$A {end}", special_tokens=[(end, tokenizer.convert_tokens_to_ids(end))]
     )
-    assert closes_texts(tokenizer)
+    assert appends_end_token(tokenizer)

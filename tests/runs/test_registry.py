@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from athanor import files
-from athanor.compute.arrays import Tokens
+from athanor.compute.arrays import TokenizedText
 from athanor.paths import Workspace
 from athanor.runs import registry, run
 from athanor.runs.run import Dataset, Run, resume_run, start_run
@@ -209,8 +209,12 @@ def test_a_store_that_is_away_or_full_gets_the_model_later(
 
 
 def test_losses_compare_where_the_same_tokens_were_counted() -> None:
-    row = Tokens([1, 2, 3], [False, True, True])
-    others = [row.cut(2), Tokens([1, 2, 4], row.supervised), Tokens(row.ids, [True] * 3)]
+    row = TokenizedText([1, 2, 3], [False, True, True])
+    others = [
+        row.truncate(2),
+        TokenizedText([1, 2, 4], row.supervised),
+        TokenizedText(row.ids, [True] * 3),
+    ]
     digests = {registry.measured_on([one]) for one in [row, *others]}
     assert len(digests) == 4
-    assert registry.measured_on([Tokens([1, 2, 3], [False, True, True])]) in digests
+    assert registry.measured_on([TokenizedText([1, 2, 3], [False, True, True])]) in digests

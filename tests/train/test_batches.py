@@ -8,12 +8,12 @@ import pytest
 from mlx_lm.tuner import trainer as peer
 from mlx_lm.tuner.datasets import CacheDataset
 
-from athanor.compute.arrays import Tokens, padded
+from athanor.compute.arrays import TokenizedText, pad_rows
 from athanor.train.batches import Batches, plan
 
 
-def row(length: int, line: int = 0) -> Tokens:
-    return Tokens(list(range(length)), [False] + [True] * (length - 1), line)
+def row(length: int, line: int = 0) -> TokenizedText:
+    return TokenizedText(list(range(length)), [False] + [True] * (length - 1), line)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_at_most_a_twentieth_is_padding_beside_mlx_lms(capsys: pytest.CaptureFix
     for sigma in (0.5, 1.0):
         lengths = np.clip(draw.lognormal(5, sigma, 2000).astype(int), 8, 2048)
         rows = [row(int(length)) for length in lengths]
-        batches = (padded([rows[i] for i in b]) for b in plan(list(lengths), 8, 0, 0))
+        batches = (pad_rows([rows[i] for i in b]) for b in plan(list(lengths), 8, 0, 0))
         ours = share_of_padding((batch.inputs.size, batch.targets.size) for batch in batches)
         np.random.seed(0)
         theirs = share_of_padding(peers_batches(rows))
@@ -80,11 +80,11 @@ def share_of_padding(batches: Iterator[tuple[int, int]]) -> float:
     return 1 - learned / positions
 
 
-def peers_batches(rows: list[Tokens]) -> Iterator[tuple[int, int]]:
+def peers_batches(rows: list[TokenizedText]) -> Iterator[tuple[int, int]]:
     """mlx_lm.lora's batches of the same rows, which are dictionaries with one key, as its own."""
 
-    class Data(list[dict[str, Tokens]]):
-        def process(self, row: dict[str, Tokens]) -> tuple[list[int], int]:
+    class Data(list[dict[str, TokenizedText]]):
+        def process(self, row: dict[str, TokenizedText]) -> tuple[list[int], int]:
             return row["tokens"].ids, 0
 
     dataset = CacheDataset(Data({"tokens": row} for row in rows))
@@ -103,4 +103,4 @@ def test_ranks_share_a_batch_and_know_all_of_its_tokens() -> None:
         assert [share.tokens for share in shares] == [whole.tokens] * 2
         together = sorted((one for share in shares for one in share.rows), key=len)
         assert together == sorted(whole.rows, key=len)
-        assert padded(whole.rows).targets.size == whole.tokens
+        assert pad_rows(whole.rows).targets.size == whole.tokens

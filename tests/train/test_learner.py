@@ -36,8 +36,10 @@ def compile(request: pytest.FixtureRequest) -> Iterator[bool]:
 def test_an_update_is_mlx_s_own(name: str, compile: bool, limit: float | None) -> None:
     """To the byte, unless clipped: the norm is a sum in another order; with two batches added."""
     options = {"weight_decay": 0.1} if name in ("adamw", "lion") else {}
-    one = Learner(arrays(0), optimizers.build(name, options, 0.01), limit, compile=compile)
-    plain = optimizers.build(name, options, 0.01)
+    one = Learner(
+        arrays(0), optimizers.build_optimizer(name, options, 0.01), limit, compile=compile
+    )
+    plain = optimizers.build_optimizer(name, options, 0.01)
     expected = arrays(0)
     plain.init(expected)
     for step in range(3):
@@ -63,8 +65,10 @@ def test_small_arrays_are_updated_together(monkeypatch: pytest.MonkeyPatch) -> N
     """By their dtypes, and never more at once than makes a pack."""
     given, names = arrays(0), list(SHAPES)
     assert packs(given) == [names, ["norm"]]
-    assert len(Learner(given, optimizers.build("adam", {}, 0.1)).optimizer.state) == 2 + 2
-    assert len(Learner(given, optimizers.build("muon", {}, 0.1)).optimizer.state) == 2 + len(given)
+    assert len(Learner(given, optimizers.build_optimizer("adam", {}, 0.1)).optimizer.state) == 2 + 2
+    assert len(
+        Learner(given, optimizers.build_optimizer("muon", {}, 0.1)).optimizer.state
+    ) == 2 + len(given)
     monkeypatch.setattr(learner, "PACK", 300)  # lora_a takes 384 bytes, lora_b 272, m 20
     found = packs(given)
     assert sorted(name for one in found for name in one) == sorted(given)

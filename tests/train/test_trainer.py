@@ -20,12 +20,12 @@ from mlx_lm.tuner.datasets import CacheDataset, create_dataset
 from athanor import files
 from athanor.chat import templates
 from athanor.chat.load import load_tokenizer, load_with_tokenizer
-from athanor.chat.tokens import tokenize_all
+from athanor.chat.tokens import tokenize_rows
 from athanor.compute import optimizers
-from athanor.compute.arrays import Tokens
-from athanor.compute.evaluation import mean_loss
-from athanor.compute.forward import Forward, Ready, trainable, trial
-from athanor.compute.frozen import Budget, Frozen
+from athanor.compute.arrays import TokenizedText
+from athanor.compute.evaluation import measure_loss
+from athanor.compute.forward import Forward, PreparedBatch, probe_tokens, trainable_weights
+from athanor.compute.frozen import Budget, FrozenLayers
 from athanor.compute.parts import Parts
 from athanor.config import schema
 from athanor.config.compose import compose_config
@@ -34,7 +34,7 @@ from athanor.config.values import flatten
 from athanor.device.backend import compile_kernels
 from athanor.errors import UserError
 from athanor.model.adapters import load_adapters, make_trainable
-from athanor.model.load import share_weights
+from athanor.model.load import copy_sharing_weights
 from athanor.paths import Workspace
 from athanor.train.batches import Batch, Batches
 from athanor.train.build import build_trainer
@@ -64,8 +64,8 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def tokens(tiny: Path) -> list[Tokens]:
-    return tokenize_all(ROWS, load_tokenizer(tiny), True, 2048)
+def tokens(tiny: Path) -> list[TokenizedText]:
+    return tokenize_rows(ROWS, load_tokenizer(tiny), True, 2048)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def vars_of(cfg: Config) -> dict[str, Any]:
 
 
 @pytest.fixture
-def trainer(fresh: Callable[..., nn.Module], tokens: list[Tokens]) -> Callable[..., Trainer]:
+def trainer(fresh: Callable[..., nn.Module], tokens: list[TokenizedText]) -> Callable[..., Trainer]:
     """A trainer of a few iterations on two of five rows at a time, with dropout."""
 
     def make(**changed: Any) -> Trainer:
@@ -119,7 +119,7 @@ def trainer(fresh: Callable[..., nn.Module], tokens: list[Tokens]) -> Callable[.
         forward = begins_at_what_is_trained(model, rows, compile=given.get("compile", False), **how)
         optimizer = given.pop("optimizer")
         if isinstance(optimizer, str):
-            optimizer = optimizers.build(optimizer, {}, given["learning_rate"])
+            optimizer = optimizers.build_optimizer(optimizer, {}, given["learning_rate"])
         del given["learning_rate"]
         batches = given.pop("batches", Batches(rows, given["batch_size"], seed))
         valid = given.pop("valid", tokens[:3])
@@ -128,11 +128,11 @@ def trainer(fresh: Callable[..., nn.Module], tokens: list[Tokens]) -> Callable[.
     return make
 
 
-def begins_at_what_is_trained(model: nn.Module, rows: list[Tokens], **how: Any) -> Forward:
+def begins_at_what_is_trained(model: nn.Module, rows: list[TokenizedText], **how: Any) -> Forward:
     """The model as a training has it: its frozen layers' part is computed once and kept."""
-    frozen = Frozen(Parts.of(model, trial(rows)), Budget(10**9, 0, Path()))
-    trained = trainable(model)
-    return Forward(model, frozen.parts, frozen, frozen.cut_below(trained), **how)
+    frozen = FrozenLayers(Parts.find(model, probe_tokens(rows)), Budget(10**9, 0, Path()))
+    trained = trainable_weights(model)
+    return Forward(model, frozen.parts, frozen, frozen.choose_cut(trained), **how)
 
 
 def ran(trainer: Trainer) -> Weights:
@@ -168,7 +168,7 @@ def test_losses_are_mlx_lms_with_its_own_loss_and_batches(
         rows = []
         for ids, (first, last) in zip(batch.tolist(), lengths.tolist(), strict=True):
             ids = ids[: last + 1]
-            rows.append(Tokens(ids, [first <= place <= last for place in range(len(ids))]))
+            rows.append(TokenizedText(ids, [first <= place <= last for place in range(len(ids))]))
         return Batch([0], rows, sum(sum(row.supervised[1:]) for row in rows))
 
     peer.train(
@@ -209,33 +209,33 @@ def test_losses_are_mlx_lms_with_its_own_loss_and_batches(
 
 
 def test_padding_and_prompts_move_no_parameter(
-    fresh: Callable[..., nn.Module], tokens: list[Tokens]
+    fresh: Callable[..., nn.Module], tokens: list[TokenizedText]
 ) -> None:
     """What stands at a padding position changes nothing; what a prompt asks for is not learned."""
     forward = begins_at_what_is_trained(fresh(method="full"), tokens)
-    weights = trainable(forward.model)
+    weights = trainable_weights(forward.model)
 
-    def flat_gradient(ready: Ready) -> np.ndarray:
-        _, found = forward.gradient(weights, ready)
+    def flat_gradient(ready: PreparedBatch) -> np.ndarray:
+        _, found = forward.loss_and_gradient(weights, ready)
         return np.concatenate([np.array(v).ravel() for v in found.values()])
 
-    ready = forward.ready(tokens)
+    ready = forward.prepare(tokens)
     inputs = ready.batch.inputs
     assert inputs.shape[1] + 1 > min(map(len, tokens))
     together = flat_gradient(ready)
-    apart = sum(flat_gradient(forward.ready([row])) for row in tokens)
+    apart = sum(flat_gradient(forward.prepare([row])) for row in tokens)
     np.testing.assert_allclose(together, apart, rtol=1e-3, atol=1e-4)
     # Other tokens read at padding positions: not a bit changes, with or without frozen layers.
     lengths = mx.array([len(row) for row in tokens])[:, None]
     beyond = mx.arange(inputs.shape[1])[None] >= lengths
     assert beyond.any()
     other = ready.batch._replace(inputs=mx.where(beyond, 7, inputs))
-    assert ready.given is not None
-    given = mx.where(beyond[..., None], 7.0, ready.given)
-    np.testing.assert_array_equal(together, flat_gradient(Ready(other, given)))
+    assert ready.activations is not None
+    given = mx.where(beyond[..., None], 7.0, ready.activations)
+    np.testing.assert_array_equal(together, flat_gradient(PreparedBatch(other, given)))
     # Rows whose answers are not supervised have no gradient at all.
     silent = ready.batch._replace(counts=mx.zeros_like(ready.batch.counts))
-    assert not flat_gradient(Ready(silent, ready.given)).any()
+    assert not flat_gradient(PreparedBatch(silent, ready.activations)).any()
 
 
 def test_same_seed_same_bytes_however_often_one_looks(trainer: Callable[..., Trainer]) -> None:
@@ -249,7 +249,7 @@ def test_same_seed_same_bytes_however_often_one_looks(trainer: Callable[..., Tra
 
 
 def test_accumulated_batches_weigh_by_their_tokens(
-    trainer: Callable[..., Trainer], tokens: list[Tokens]
+    trainer: Callable[..., Trainer], tokens: list[TokenizedText]
 ) -> None:
     """Uneven batches that make up one epoch give the update of that epoch in one batch."""
     whole = ran(trainer(batch_size=len(tokens), iters=1, dropout=0.0))
@@ -258,17 +258,19 @@ def test_accumulated_batches_weigh_by_their_tokens(
         np.testing.assert_allclose(whole[key], pieces[key], atol=2e-4, err_msg=key)
 
 
-def test_validation_loss_is_the_same_in_any_batches(tiny: Path, tokens: list[Tokens]) -> None:
-    model = Forward.of(load_with_tokenizer(tiny)[0], tokens)
-    expected, count = mean_loss(model, tokens, 1)
+def test_validation_loss_is_the_same_in_any_batches(
+    tiny: Path, tokens: list[TokenizedText]
+) -> None:
+    model = Forward.from_model(load_with_tokenizer(tiny)[0], tokens)
+    expected, count = measure_loss(model, tokens, 1)
     assert count == sum(sum(row.supervised[1:]) for row in tokens)
     for batch_size in (2, 3, 8):
-        assert mean_loss(model, tokens, batch_size)[0] == pytest.approx(expected, abs=1e-6)
-    assert mean_loss(model, tokens[:3], 4)[1] == sum(sum(r.supervised[1:]) for r in tokens[:3])
+        assert measure_loss(model, tokens, batch_size)[0] == pytest.approx(expected, abs=1e-6)
+    assert measure_loss(model, tokens[:3], 4)[1] == sum(sum(r.supervised[1:]) for r in tokens[:3])
 
 
 def test_reports_are_means_over_supervised_tokens(
-    tiny: Path, tokens: list[Tokens], trainer: Callable[..., Trainer]
+    tiny: Path, tokens: list[TokenizedText], trainer: Callable[..., Trainer]
 ) -> None:
     """At a rate too small to learn, the train loss of an epoch is the loss on all its tokens."""
     points: list[Point] = []
@@ -280,9 +282,9 @@ def test_reports_are_means_over_supervised_tokens(
         dropout=0.0,
         on_point=points.append,
     ).run()
-    model = Forward.of(load_with_tokenizer(tiny)[0], tokens)
+    model = Forward.from_model(load_with_tokenizer(tiny)[0], tokens)
     report = next(point.metrics for point in points if "train_loss" in point.metrics)
-    expected, count = mean_loss(model, tokens, 8)
+    expected, count = measure_loss(model, tokens, 8)
     assert report["train_loss"] == pytest.approx(expected, abs=1e-4)
     assert report["trained_tokens"] == count
     assert report["learning_rate"] == 1e-12
@@ -347,13 +349,13 @@ def test_grad_checkpoint_saves_memory_and_changes_no_result(
 def test_every_optimizer_learns_and_resumes_to_the_byte(
     name: str,
     trainer: Callable[..., Trainer],
-    tokens: list[Tokens],
+    tokens: list[TokenizedText],
     cfg: Config,
     tmp_path: Path,
 ) -> None:
     """Stopped between the two batches of an update, with dropout: its sum of gradients is kept."""
     options = vars_of(cfg)["optimizer_config"][name]
-    schedule = optimizers.schedule("cosine", 1e-3, 0.0, 2, 4)
+    schedule = optimizers.build_schedule("cosine", 1e-3, 0.0, 2, 4)
     given = {
         "iters": 8,
         "grad_accumulation_steps": 2,
@@ -364,7 +366,7 @@ def test_every_optimizer_learns_and_resumes_to_the_byte(
     }
 
     def made(checkpoints: Checkpoints | None = None) -> Trainer:
-        optimizer = optimizers.build(name, options, schedule)
+        optimizer = optimizers.build_optimizer(name, options, schedule)
         return trainer(**given, optimizer=optimizer, valid=tokens, checkpoints=checkpoints)
 
     whole = made()
@@ -398,7 +400,7 @@ def test_every_optimizer_learns_and_resumes_to_the_byte(
 
 @pytest.mark.parametrize("kept", ["memory", "disk", "recomputed", "off"])
 def test_it_resumes_to_the_byte_wherever_activations_are(
-    kept: str, tiny: Path, cfg: Config, tokens: list[Tokens], tmp_path: Path
+    kept: str, tiny: Path, cfg: Config, tokens: list[TokenizedText], tmp_path: Path
 ) -> None:
     """Interrupted in the middle, with dropout above the cut; the first three are one training."""
     given = copy.deepcopy(cfg)
@@ -451,7 +453,7 @@ def learned(trainer: Trainer) -> list[Any]:
 
 
 def test_best_weights_are_those_of_the_lowest_validation_loss(
-    trainer: Callable[..., Trainer], tokens: list[Tokens]
+    trainer: Callable[..., Trainer], tokens: list[TokenizedText]
 ) -> None:
     """Trained on some facts and validated on others, it gets better, then worse."""
     snapshots: dict[int, Weights] = {}
@@ -477,7 +479,7 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(
 def test_a_loss_that_is_no_number_names_the_rows_and_keeps_the_last_good_state(
     trainer: Callable[..., Trainer],
     fresh: Callable[..., nn.Module],
-    tokens: list[Tokens],
+    tokens: list[TokenizedText],
     tmp_path: Path,
 ) -> None:
     saved = Checkpoints(tmp_path, {})
@@ -486,15 +488,15 @@ def test_a_loss_that_is_no_number_names_the_rows_and_keeps_the_last_good_state(
     class Poisoned(Forward):
         asked = 0
 
-        def gradient(self, weights: Any, ready: Ready) -> tuple[mx.array, Any]:
+        def loss_and_gradient(self, weights: Any, ready: PreparedBatch) -> tuple[mx.array, Any]:
             self.asked += 1
-            loss, gradient = super().gradient(weights, ready)
+            loss, gradient = super().loss_and_gradient(weights, ready)
             return loss / (self.asked != 5), gradient
 
     model = fresh()
     one = trainer(
         batches=sound,
-        through=Poisoned(model, Parts.of(model, trial(tokens))),
+        through=Poisoned(model, Parts.find(model, probe_tokens(tokens))),
         iters=9,
         save_every=1,
         checkpoints=saved,
@@ -523,17 +525,17 @@ def test_a_training_that_can_learn_nothing_any_more_is_stopped(
 
 
 def test_what_was_learned_to_the_last_bit_is_no_such_training(
-    trainer: Callable[..., Trainer], fresh: Callable[..., nn.Module], tokens: list[Tokens]
+    trainer: Callable[..., Trainer], fresh: Callable[..., nn.Module], tokens: list[TokenizedText]
 ) -> None:
     """Where every answer is certain, loss and gradient are 0."""
 
     class Known(Forward):
-        def gradient(self, weights: Any, ready: Ready) -> tuple[mx.array, Any]:
-            loss, gradient = super().gradient(weights, ready)
+        def loss_and_gradient(self, weights: Any, ready: PreparedBatch) -> tuple[mx.array, Any]:
+            loss, gradient = super().loss_and_gradient(weights, ready)
             return 0.0 * loss, tree_map(mx.zeros_like, gradient)
 
     model = fresh()
-    known = Known(model, Parts.of(model, trial(tokens)))
+    known = Known(model, Parts.find(model, probe_tokens(tokens)))
     one = trainer(through=known, iters=8)
     one.run()
     assert one.state.iteration == 8
@@ -541,13 +543,13 @@ def test_what_was_learned_to_the_last_bit_is_no_such_training(
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 def test_a_fresh_model_shares_weights_and_learns_alone(
-    tiny: Path, cfg: Config, tokens: list[Tokens], method: str
+    tiny: Path, cfg: Config, tokens: list[TokenizedText], method: str
 ) -> None:
     base, _ = load_with_tokenizer(tiny)
     before = {name: np.array(array) for name, array in tree_flatten(base.parameters())}
     learned = []
     for _ in range(2):
-        model = share_weights(base)
+        model = copy_sharing_weights(base)
         shared = dict(tree_flatten(base.parameters()))
         assert all(array is shared[name] for name, array in tree_flatten(model.parameters()))
         cfg.train.method, cfg.train.iters, cfg.train.dropout = method, 3, 0.1
@@ -565,11 +567,11 @@ def test_a_fresh_model_shares_weights_and_learns_alone(
 @pytest.mark.parametrize("grad_accumulation_steps", [1, 2])
 def test_peak_is_predicted_before_the_first_step(
     trainer: Callable[..., Trainer],
-    tokens: list[Tokens],
+    tokens: list[TokenizedText],
     method: str,
     grad_accumulation_steps: int,
 ) -> None:
-    long = [Tokens(row.ids * 4, [True] * (4 * len(row))) for row in tokens]
+    long = [TokenizedText(row.ids * 4, [True] * (4 * len(row))) for row in tokens]
     one = trainer(
         rows=long,
         valid=long[:2],
@@ -633,14 +635,14 @@ def test_mlx_lm_learns_a_stray_token_after_the_end_and_ours_does_not(
     load_adapters(theirs, tmp_path / "theirs")
 
     chats = [completion(row["prompt"], row["completion"]) for row in rows]
-    tokenized = tokenize_all(chats, tokenizer, True, 2048)
+    tokenized = tokenize_rows(chats, tokenizer, True, 2048)
     one = trainer(rows=tokenized, batch_size=3, iters=60, steps_per_eval=100, dropout=0.0)
     one.run()
     one.forward.model.eval()
 
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for model, stray in ((theirs, True), (one.forward.model, False)):
-        said = [after_the_end(model, templates.prompt_ids(row, tokenizer), end) for row in chats]
+        said = [after_the_end(model, templates.encode_prompt(row, tokenizer), end) for row in chats]
         assert all(said), "an answer did not end"
         assert any(0 in tokens for tokens in said) is stray
 

@@ -40,7 +40,7 @@ def main() -> None:
     folder = find_model(path, revision)
     contract = resolve_contract(folder, load_tokenizer(folder), args.end_token)
     show_report(f"chat: {path}", contract.report)
-    if faults := contract.of(FAULT):
+    if faults := contract.findings(FAULT):
         raise UserError(f"{path}: to be mended: {', '.join(fault.about for fault in faults)}")
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from athanor import console, files
 from athanor.chat import templates, vocabulary
 from athanor.errors import UserError
-from athanor.model.source import stated_ends
+from athanor.model.source import stated_stop_ids
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -67,7 +67,7 @@ class Contract:
         """Records the contract for the later stages."""
         files.write_json(path, asdict(self))
 
-    def of(self, *states: str) -> list[Finding]:
+    def findings(self, *states: str) -> list[Finding]:
         """The findings of some states."""
         return [finding for finding in self.report if finding.state in states]
 
@@ -85,7 +85,7 @@ def resolve_contract(folder: Path, tokenizer: "TokenizerWrapper", choice: str) -
         report.append(Finding(about, state, text))
 
     name = _names(tokenizer)
-    written = templates.end_of_turn(tokenizer)
+    written = templates.find_turn_end(tokenizer)
     # Plain texts end with the tokenizer's own, and so do answers after which nothing is written.
     usual = tokenizer.eos_token_id if written is None else written
     stops = sorted(tokenizer.eos_token_ids, key=lambda id: (id != usual, id))
@@ -94,7 +94,7 @@ def resolve_contract(folder: Path, tokenizer: "TokenizerWrapper", choice: str) -
         raise UserError(
             f"{folder}: neither the tokenizer nor the chat template has a token that ends an answer"
         )
-    untrained = vocabulary.untrained(folder, _size(tokenizer), stops)
+    untrained = vocabulary.find_untrained_tokens(folder, _size(tokenizer), stops)
     cannot = untrained or {}
     sayable = [id for id in own if id not in cannot]
 
@@ -138,11 +138,11 @@ def _report_template(tokenizer: "TokenizerWrapper", found: Found) -> None:
         found("chat template", FAULT, f"{templates.NoTemplate()}")
         return
     found("chat template", OK, "the model's own")
-    opened = templates.open_thought(tokenizer)
+    opened = templates.find_open_thought(tokenizer)
     probe = {
         "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Answer"}]
     }
-    [text] = templates.render(probe, tokenizer)
+    [text] = templates.render_row(probe, tokenizer)
     if opened is not None:
         found(
             "asked as trained",
@@ -150,14 +150,14 @@ def _report_template(tokenizer: "TokenizerWrapper", found: Found) -> None:
             f"the prompt opens a thought ({' '.join(opened.split())}) that finished answers do not "
             "have: it is closed in what is trained on, empty where a row has none of its own",
         )
-    elif not text.asked:
+    elif not text.prompts_match:
         found(
             "asked as trained",
             FAULT,
             "the prompt is no beginning of what the template makes of the finished conversation: "
             "what is learned is not what is asked; use another template",
         )
-    elif templates.rewrites(tokenizer):
+    elif templates.rewrites_earlier_turns(tokenizer):
         found(
             "asked as trained",
             ASIDE,
@@ -166,7 +166,7 @@ def _report_template(tokenizer: "TokenizerWrapper", found: Found) -> None:
         )
     else:
         found("asked as trained", OK, "yes, every answer")
-    for what, does in templates.keeps(tokenizer).items():
+    for what, does in templates.probe_support(tokenizer).items():
         about = f"{what} in the template"
         if does == "kept":
             found(about, OK, "kept")
@@ -224,7 +224,7 @@ def _own_stops(folder: Path, tokenizer: "TokenizerWrapper") -> set[int]:
     from mlx_lm.utils import load_config
 
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return {*stated_ends(load_config(folder)), *own}
+    return {*stated_stop_ids(load_config(folder)), *own}
 
 
 def show_report(title: str, report: list[Finding]) -> None:

@@ -28,7 +28,7 @@ def load_tokenizer(folder: Path) -> "TokenizerWrapper":
 
     try:
         tokenizer = load_with_ends(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
-        end = templates.end_of_turn(tokenizer)
+        end = templates.find_turn_end(tokenizer)
     except Exception as error:  # tokenizers and templates raise what they like
         raise UserError(f"{folder}: the tokenizer can't be loaded: {error}") from error
     if end is not None:

@@ -37,7 +37,7 @@ class NoTemplate(Exception):
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedText:
     """One text that a row is trained as.
 
     `starts` are the places in `text`, in characters, where answers to be learned start, None for
@@ -45,11 +45,11 @@ class Rendered:
     """
 
     text: str
-    starts: list[int] | None
-    asked: bool = True
+    answer_starts: list[int] | None
+    prompts_match: bool = True
 
 
-def render(row: Message, tokenizer: "TokenizerWrapper") -> list[Rendered]:
+def render_row(row: Message, tokenizer: "TokenizerWrapper") -> list[RenderedText]:
     """Writes a row in the one form of data/formats.py as the model's template does.
 
     One text as a rule, the last the whole conversation; before it one for each turn that the whole
@@ -61,7 +61,7 @@ def render(row: Message, tokenizer: "TokenizerWrapper") -> list[Rendered]:
         Exception: whatever a chat template raises that refuses the row.
     """
     if "text" in row:
-        return [Rendered(row["text"], None)]
+        return [RenderedText(row["text"], None)]
     messages = row["messages"]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     whole = _finished(row, len(messages) - 1, tokenizer)
@@ -69,28 +69,35 @@ def render(row: Message, tokenizer: "TokenizerWrapper") -> list[Rendered]:
         return [whole]
     earlier, apart = [], []
     for turn in turns[:-1]:
-        if not rewrites(tokenizer):
+        if not rewrites_earlier_turns(tokenizer):
             prompt = _text(messages[:turn], row, tokenizer, add_generation_prompt=True)
             if whole.text.startswith(prompt) and not _may_share(whole.text, len(prompt)):
                 earlier.append(len(prompt))
                 continue
         own = _finished(row, turn, tokenizer)
-        alike = own.asked and whole.text.startswith(own.text.rstrip()) and end_of_turn(tokenizer)
-        if alike and not any(_may_share(own.text, start) for start in own.starts or ()):
-            earlier += own.starts or []
-        elif own.starts:
+        alike = (
+            own.prompts_match
+            and whole.text.startswith(own.text.rstrip())
+            and find_turn_end(tokenizer)
+        )
+        if alike and not any(_may_share(own.text, start) for start in own.answer_starts or ()):
+            earlier += own.answer_starts or []
+        elif own.answer_starts:
             apart.append(own)
-    return [*apart, Rendered(whole.text, earlier + (whole.starts or []), whole.asked)]
+    return [
+        *apart,
+        RenderedText(whole.text, earlier + (whole.answer_starts or []), whole.prompts_match),
+    ]
 
 
-def render_all(
+def render_rows(
     rows: list[Message], tokenizer: "TokenizerWrapper"
-) -> list[list[Rendered] | Exception]:
+) -> list[list[RenderedText] | Exception]:
     """Writes rows as the model's template does; for those that it refuses, what it raised.
 
     Questions with one answer, which most rows are, are given to the template together.
     """
-    found: dict[int, list[Rendered] | Exception] = {}
+    found: dict[int, list[RenderedText] | Exception] = {}
     single = [
         i
         for i, row in enumerate(rows)
@@ -109,13 +116,15 @@ def render_all(
     for i, row in enumerate(rows):
         if i not in found:
             try:
-                found[i] = render(row, tokenizer)
+                found[i] = render_row(row, tokenizer)
             except Exception as error:  # chat templates raise what they like
                 found[i] = error
     return [found[i] for i in range(len(rows))]
 
 
-def dropped(row: Message, rendered: list[Rendered], tokenizer: "TokenizerWrapper") -> str | None:
+def find_dropped_content(
+    row: Message, rendered: list[RenderedText], tokenizer: "TokenizerWrapper"
+) -> str | None:
     """What a row says and its texts do not have, in words; None where nothing is left out.
 
     A short text is soon found somewhere, and some templates write as JSON what tools say: so the
@@ -139,9 +148,9 @@ def dropped(row: Message, rendered: list[Rendered], tokenizer: "TokenizerWrapper
     return None
 
 
-def _answers(rendered: list[Rendered]) -> Iterator[str]:
+def _answers(rendered: list[RenderedText]) -> Iterator[str]:
     for one in rendered:
-        starts = one.starts or []
+        starts = one.answer_starts or []
         for start, following in zip_longest(starts, starts[1:]):
             yield one.text[start:following]
 
@@ -184,35 +193,35 @@ def _left_out(
     return None
 
 
-def prompt_ids(row: Message, tokenizer: "TokenizerWrapper") -> list[int]:
+def encode_prompt(row: Message, tokenizer: "TokenizerWrapper") -> list[int]:
     """The tokens that ask for a row's last answer."""
     prompt = _text(row["messages"][:-1], row, tokenizer, add_generation_prompt=True)
-    return text_ids(prompt, tokenizer)
+    return encode_text(prompt, tokenizer)
 
 
-def expected_answer(row: Message, tokenizer: "TokenizerWrapper") -> str:
+def find_expected_answer(row: Message, tokenizer: "TokenizerWrapper") -> str:
     """The text that a model was trained to say last, without its thought."""
     whole = _finished(row, len(row["messages"]) - 1, tokenizer)
-    if not whole.asked or not whole.starts:
+    if not whole.prompts_match or not whole.answer_starts:
         return str(row["messages"][-1]["content"])
-    said = text_ids(whole.text[whole.starts[-1] :], tokenizer)
+    said = encode_text(whole.text[whole.answer_starts[-1] :], tokenizer)
     ends = [i for i, id in enumerate(said) if id in tokenizer.eos_token_ids]
-    return without_thought(answer_text(said[: ends[0]] if ends else said, tokenizer))
+    return strip_thought(decode_answer(said[: ends[0]] if ends else said, tokenizer))
 
 
-def answer_text(ids: list[int], tokenizer: "TokenizerWrapper") -> str:
+def decode_answer(ids: list[int], tokenizer: "TokenizerWrapper") -> str:
     """The text of generated tokens, special tokens included, so that a stray one is seen."""
     return str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
-def without_thought(text: str) -> str:
+def strip_thought(text: str) -> str:
     """What an answer says after its thought; all of it where it has none."""
     closed = list(CLOSER.finditer(text))
     return text[closed[-1].end() :].lstrip() if closed else text
 
 
 @lru_cache(maxsize=8)
-def end_of_turn(tokenizer: "TokenizerWrapper") -> int | None:
+def find_turn_end(tokenizer: "TokenizerWrapper") -> int | None:
     """The token that the chat template writes after an answer; None if it writes none.
 
     It need not be the tokenizer's end token: Qwen2.5's base models end texts with `<|endoftext|>`
@@ -222,12 +231,12 @@ def end_of_turn(tokenizer: "TokenizerWrapper") -> int | None:
         return None
     text = _text(_question_and_answer(), {}, tokenizer)
     _, written, behind = text.rpartition(ANSWERED)
-    after = text_ids(behind, tokenizer) if written else []
+    after = encode_text(behind, tokenizer) if written else []
     return next((id for id in after if id in tokenizer.added_tokens_decoder), None)
 
 
 @lru_cache(maxsize=8)
-def open_thought(tokenizer: "TokenizerWrapper") -> str | None:
+def find_open_thought(tokenizer: "TokenizerWrapper") -> str | None:
     """What the generation prompt ends with that no finished answer has, if it is a thought.
 
     Most open one, some close it at once.
@@ -239,12 +248,12 @@ def open_thought(tokenizer: "TokenizerWrapper") -> str | None:
     return opened if PROMPTED.fullmatch(opened.strip()) else None
 
 
-def text_ids(text: str, tokenizer: "TokenizerWrapper") -> list[int]:
+def encode_text(text: str, tokenizer: "TokenizerWrapper") -> list[int]:
     """The tokens of a text in which the template has written all special ones already."""
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def keeps(tokenizer: "TokenizerWrapper") -> dict[str, str]:
+def probe_support(tokenizer: "TokenizerWrapper") -> dict[str, str]:
     """What the template does with a system message, earlier turns and tools.
 
     Each is "kept", "dropped", or what the template says in refusing it.
@@ -275,7 +284,7 @@ def _question_and_answer() -> tuple[Message, Message]:
 
 
 @lru_cache(maxsize=8)
-def rewrites(tokenizer: "TokenizerWrapper") -> bool:
+def rewrites_earlier_turns(tokenizer: "TokenizerWrapper") -> bool:
     """Whether the template writes an earlier answer otherwise than when it was the last."""
     asked, answered = _question_and_answer()
     for said in (
@@ -290,10 +299,10 @@ def rewrites(tokenizer: "TokenizerWrapper") -> bool:
             return False
         if not twice.startswith(alone):
             return True
-    return end_of_turn(tokenizer) is None
+    return find_turn_end(tokenizer) is None
 
 
-def _finished(row: Message, turn: int, tokenizer: "TokenizerWrapper") -> Rendered:
+def _finished(row: Message, turn: int, tokenizer: "TokenizerWrapper") -> RenderedText:
     """The conversation up to a turn of the assistant's, which is to be learned."""
     messages = row["messages"]
     text = _text(messages[: turn + 1], row, tokenizer)
@@ -301,7 +310,7 @@ def _finished(row: Message, turn: int, tokenizer: "TokenizerWrapper") -> Rendere
     return _asked(text, prompt, messages[turn], tokenizer)
 
 
-def _asked(text: str, prompt: str, message: Message, tokenizer: "TokenizerWrapper") -> Rendered:
+def _asked(text: str, prompt: str, message: Message, tokenizer: "TokenizerWrapper") -> RenderedText:
     """A finished conversation that begins with what asks for its last answer, if it can.
 
     A thought that the prompt opens and the text does not have becomes the message's own, or an
@@ -309,22 +318,22 @@ def _asked(text: str, prompt: str, message: Message, tokenizer: "TokenizerWrappe
     become one token with that one, and the prompt no prefix.
     """
     if text.startswith(prompt):
-        return Rendered(text, [len(prompt)])
-    answer = without_thought(str(message.get("content") or "")).strip()
-    opened = open_thought(tokenizer)
+        return RenderedText(text, [len(prompt)])
+    answer = strip_thought(str(message.get("content") or "")).strip()
+    opened = find_open_thought(tokenizer)
     before = prompt.removesuffix(opened or "")
     if opened is None or before == prompt or not text.startswith(before):
         start = text.find(answer, _where_they_part(prompt, text)) if answer else -1
-        return Rendered(text, [] if start < 0 else [start], asked=start < 0)
+        return RenderedText(text, [] if start < 0 else [start], prompts_match=start < 0)
     said = text[len(before) :].lstrip()
-    said = without_thought(said) if OPENER.match(said) else said
+    said = strip_thought(said) if OPENER.match(said) else said
     if not answer or answer not in said:
-        return Rendered(text, [])
+        return RenderedText(text, [])
     closed = prompt
     if CLOSER.search(opened) is None:
         opener, thought = opened.strip(), _thought(message)
         closed += (f"{thought}\n" if thought else "") + f"{opener[0]}/{opener[1:]}\n\n"
-    return Rendered(closed + said, [len(prompt)])
+    return RenderedText(closed + said, [len(prompt)])
 
 
 def _thought(message: Message) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from athanor.model.source import read_config
-from athanor.model.stored import dequantized, stored_weights
+from athanor.model.stored import dequantize, read_weights
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -36,7 +36,7 @@ HEADS = (
 )
 
 
-def untrained(folder: Path, size: int, tokens: Iterable[int]) -> dict[int, str] | None:
+def find_untrained_tokens(folder: Path, size: int, tokens: Iterable[int]) -> dict[int, str] | None:
     """Those of `tokens` that the base was never trained to say, each with what shows it.
 
     `size` is the number of the tokenizer's tokens: rows beyond it belong to none. None where the
@@ -73,14 +73,14 @@ def _head(folder: Path) -> "mx.array | None":
     """The matrix that gives the logits, tokens × width; weights in few bits are unpacked."""
     if not list(folder.glob("model*.safetensors")):
         return None
-    found = stored_weights(folder)
+    found = read_weights(folder)
     for head in HEADS:
         name = next(
             (name for name in found if re.fullmatch(rf"(\D*\.)?{head}\.weight", name)), None
         )
         if name is None:
             continue
-        unpacked = dequantized(found, name, read_config(folder))
+        unpacked = dequantize(found, name, read_config(folder))
         return found[name] if unpacked is None else unpacked
     return None
 

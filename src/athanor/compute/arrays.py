@@ -11,43 +11,48 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """One text: `ids[i]` is a token, `supervised[i]` whether the loss asks for it. Equal lengths.
+class TokenizedText:
+    """The tokens of one text, and which of them the loss is computed on.
 
-    `answers` are the places of the answers, their ends included: (first, behind the last). At the
-    places that `said` has, the loss asks for its token and not for the one that is read. `line` is
-    the row's place in its file, from 1. `asked` is whether the tokens before every answer are those
-    that ask for it.
+    Args:
+        ids: the tokens.
+        supervised: for each token, whether it is learned.
+        line: the number of the text's row in its file, from 1.
+        answer_spans: where the answers are, their end tokens included: (start, stop).
+        replaced_targets: by position, the token to learn there instead of the one that is read.
+        prompts_match: whether the tokens before each answer are those of its generation prompt.
     """
 
     ids: list[int]
     supervised: list[bool]
     line: int = 0
-    answers: list[tuple[int, int]] = field(default_factory=list)
-    said: dict[int, int] = field(default_factory=dict)
-    asked: bool = True
+    answer_spans: list[tuple[int, int]] = field(default_factory=list)
+    replaced_targets: dict[int, int] = field(default_factory=dict)
+    prompts_match: bool = True
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def cut(self, length: int) -> "Tokens":
+    def truncate(self, length: int) -> "TokenizedText":
         """At most the first `length` tokens; an answer that loses its end is not learned."""
         if len(self) <= length:
             return self
         supervised = self.supervised[:length]
         if not all(self.supervised):
-            for first, behind in self.answers:
+            for first, behind in self.answer_spans:
                 if behind > length:
                     supervised[first:] = [False] * len(supervised[first:])
-        said = {place: id for place, id in self.said.items() if place < length}
-        return replace(self, ids=self.ids[:length], supervised=supervised, said=said)
+        replaced = {place: id for place, id in self.replaced_targets.items() if place < length}
+        return replace(
+            self, ids=self.ids[:length], supervised=supervised, replaced_targets=replaced
+        )
 
-    def learned(self) -> list[int]:
+    def targets(self) -> list[int]:
         """What the loss asks for at each place, were it supervised."""
-        return [self.said.get(place, id) for place, id in enumerate(self.ids)]
+        return [self.replaced_targets.get(place, id) for place, id in enumerate(self.ids)]
 
 
-class Supervised(NamedTuple):
+class SupervisedBatch(NamedTuple):
     """Rows as arrays: the tokens that are read, and what is to be said at which positions.
 
     `inputs` is rows × positions; the others have a number for each of n supervised positions, in
@@ -61,7 +66,7 @@ class Supervised(NamedTuple):
     counts: mx.array
 
 
-def padded(rows: list[Tokens], multiple: int = 1) -> Supervised:
+def pad_rows(rows: list[TokenizedText], multiple: int = 1) -> SupervisedBatch:
     """Rows side by side, as long as the longest, both lengths rounded up to a multiple."""
     width = _up(max(map(len, rows)) - 1, multiple)
     ids = np.zeros((len(rows), width), np.int32)
@@ -69,12 +74,12 @@ def padded(rows: list[Tokens], multiple: int = 1) -> Supervised:
     targets: list[int] = []
     for i, row in enumerate(rows):
         ids[i, : len(row) - 1] = row.ids[:-1]
-        said = row.learned() if row.said else row.ids
+        said = row.targets() if row.replaced_targets else row.ids
         places = [place for place in range(1, len(row)) if row.supervised[place]]
         positions += [i * width + place - 1 for place in places]
         targets += [said[place] for place in places]
     spare = _up(len(positions), multiple) - len(positions)
-    return Supervised(
+    return SupervisedBatch(
         mx.array(ids),
         mx.array(positions + [0] * spare, mx.int32),
         mx.array(targets + [0] * spare, mx.int32),

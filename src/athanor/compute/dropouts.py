@@ -16,7 +16,7 @@ class KeyedDropout(nn.Module):
         self._keep = keep
         self._key = mx.random.key(0)
 
-    def draw_from(self, key: mx.array) -> None:
+    def set_key(self, key: mx.array) -> None:
         """Sets the key of the next masks."""
         self._key = key
 
@@ -32,7 +32,7 @@ def drops(module: nn.Module) -> bool:
     return plain or isinstance(module, KeyedDropout)
 
 
-def keyed_dropouts(model: nn.Module) -> list[KeyedDropout]:
+def replace_dropouts(model: nn.Module) -> list[KeyedDropout]:
     """Puts a KeyedDropout in the place of each nn.Dropout that drops anything; returns them."""
     found = {
         name: KeyedDropout(module._p_1)

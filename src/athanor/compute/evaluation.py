@@ -11,7 +11,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from athanor.compute.arrays import Tokens
+from athanor.compute.arrays import TokenizedText
 from athanor.compute.forward import Forward
 
 
@@ -23,9 +23,9 @@ class Answer:
     stopped: bool
 
 
-def mean_loss(
+def measure_loss(
     forward: Forward,
-    rows: list[Tokens],
+    rows: list[TokenizedText],
     batch_size: int,
     on_batch: Callable[[], None] = lambda: None,
 ) -> tuple[float, int]:
@@ -37,14 +37,14 @@ def mean_loss(
     total, count = 0.0, 0
     in_order = sorted((row for row in rows if any(row.supervised[1:])), key=len)
     for start in range(0, len(in_order), batch_size):
-        losses = forward.token_losses(forward.ready(in_order[start : start + batch_size]))
+        losses = forward.token_losses(forward.prepare(in_order[start : start + batch_size]))
         total += float(losses.sum(dtype=np.float64))
         count += len(losses)
         on_batch()
     return (total / count if count else math.nan), count
 
 
-def answers(
+def generate_answers(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     prompts: list[list[int]],

@@ -16,8 +16,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from athanor.compute import losses
-from athanor.compute.arrays import Supervised, Tokens, padded
-from athanor.compute.frozen import Frozen
+from athanor.compute.arrays import SupervisedBatch, TokenizedText, pad_rows
+from athanor.compute.frozen import FrozenLayers
 from athanor.compute.parts import Parts
 
 Weights = dict[str, mx.array]  # by the names of a model's parameters
@@ -29,11 +29,11 @@ ADAPTERS = {"lora_a", "lora_b", "m"}
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedBatch:
     """A batch as arrays; and what the frozen layers made of it, rows × positions × width."""
 
-    batch: Supervised
-    given: mx.array | None
+    batch: SupervisedBatch
+    activations: mx.array | None
 
 
 class Forward:
@@ -54,7 +54,7 @@ class Forward:
         self,
         model: nn.Module,
         parts: Parts,
-        frozen: Frozen | None = None,
+        frozen: FrozenLayers | None = None,
         cut: int = 0,
         *,
         grad_checkpoint: bool = False,
@@ -63,8 +63,8 @@ class Forward:
         self.model, self.parts, self.frozen = model, parts.on(model), frozen
         self.grad_checkpoint, self.compile = grad_checkpoint, compile
         self.cut = cut if frozen is not None else 0
-        self.dtype = computed_in(model)
-        self._places = {name: self._place(name) for name in trainable(model)}
+        self.dtype = compute_dtype(model)
+        self._places = {name: self._place(name) for name in trainable_weights(model)}
         self._names = list(self._places)
         # Of the trained weights those that the head may hang on.
         self._beside = [i for i, name in enumerate(self._names) if not self.parts.in_layers(name)]
@@ -74,25 +74,25 @@ class Forward:
             self._graph = mx.compile(self._graph, inputs=[model.state], outputs=[model.state])
 
     @classmethod
-    def of(cls, model: nn.Module, rows: list[Tokens]) -> "Forward":
+    def from_model(cls, model: nn.Module, rows: list[TokenizedText]) -> "Forward":
         """A model by itself, taken apart on the first tokens of some rows."""
-        return cls(model, Parts.of(model, trial(rows)))
+        return cls(model, Parts.find(model, probe_tokens(rows)))
 
-    def ready(self, rows: list[Tokens]) -> Ready:
+    def prepare(self, rows: list[TokenizedText]) -> PreparedBatch:
         """Makes all of a batch that does not hang on weights."""
-        batch = padded(rows, ROUNDED if self.compile else 1)
+        batch = pad_rows(rows, ROUNDED if self.compile else 1)
         given = None
         if self.cut and self.frozen is not None:
-            given = self.frozen.given(rows, self.cut, batch.inputs.shape[1])
-        return Ready(batch, given)
+            given = self.frozen.activations(rows, self.cut, batch.inputs.shape[1])
+        return PreparedBatch(batch, given)
 
-    def put(self, weights: Weights) -> None:
+    def set_weights(self, weights: Weights) -> None:
         """Makes these the model's weights, in what it computes in."""
         for name, weight in weights.items():
             holder, key, dtype = self._places[name]
             holder[key] = weight if dtype is None else weight.astype(dtype)
 
-    def gradient(self, weights: Weights, ready: Ready) -> tuple[mx.array, Weights]:
+    def loss_and_gradient(self, weights: Weights, ready: PreparedBatch) -> tuple[mx.array, Weights]:
         """The summed loss of a batch in nats, and its gradient by the weights, yet to be evaluated.
 
         The model's own weights are these afterwards.
@@ -101,20 +101,20 @@ class Forward:
         kinds = {type(layer) for layer in self.model.layers[self.cut :]}
         with ExitStack() as stack:
             for kind in kinds if self.grad_checkpoint else ():
-                stack.enter_context(checkpointed(kind))
+                stack.enter_context(recomputing(kind))
             if losses.in_numpy() and self.dtype == mx.float32 and not self.compile:
                 loss, gradients = self._in_two(values, ready)
             else:
-                given = [] if ready.given is None else [ready.given]
+                given = [] if ready.activations is None else [ready.activations]
                 loss, gradients = self._graph(values, list(ready.batch), given)
-        self.put(weights)
+        self.set_weights(weights)
         return loss, dict(zip(self._names, gradients, strict=True))
 
-    def token_losses(self, ready: Ready) -> np.ndarray:
+    def token_losses(self, ready: PreparedBatch) -> np.ndarray:
         """The cross-entropy in nats of each supervised token, by the model's own weights."""
         batch = ready.batch
-        hidden = self._hidden(batch, ready.given)
-        return losses.of_each(self.parts.head, hidden, batch, self.parts.vocabulary)
+        hidden = self._hidden(batch, ready.activations)
+        return losses.token_losses(self.parts.head, hidden, batch, self.parts.vocabulary)
 
     def _place(self, name: str) -> tuple[Any, int | str, mx.Dtype | None]:
         """What has a weight, its name there, and what it is rounded to, if it is."""
@@ -126,7 +126,7 @@ class Forward:
         own = last not in ADAPTERS and (keeps is None or keeps(name))
         return holder, last, self.dtype if own else None
 
-    def _hidden(self, batch: Supervised, given: mx.array | None) -> mx.array:
+    def _hidden(self, batch: SupervisedBatch, given: mx.array | None) -> mx.array:
         """What the head is given at the supervised positions, n × width."""
         body = self.parts.body(batch.inputs, self.cut, given)
         return body.reshape(-1, body.shape[-1])[batch.positions]
@@ -134,10 +134,12 @@ class Forward:
     def _head(self, hidden: mx.array, *beside: mx.array) -> mx.array:
         if beside:
             names = [self._names[place] for place in self._beside]
-            self.put(dict(zip(names, beside, strict=True)))
+            self.set_weights(dict(zip(names, beside, strict=True)))
         return self.parts.head(hidden)
 
-    def _in_two(self, values: list[mx.array], ready: Ready) -> tuple[mx.array, list[mx.array]]:
+    def _in_two(
+        self, values: list[mx.array], ready: PreparedBatch
+    ) -> tuple[mx.array, list[mx.array]]:
         """Through the body, through the head, and back: the head ends before the way back begins.
 
         The graph of the way back is made together with the way there, as all of mlx's are, so that
@@ -146,15 +148,15 @@ class Forward:
         batch = ready.batch
 
         def through(*values: mx.array) -> mx.array:
-            self.put(dict(zip(self._names, values, strict=True)))
-            return self._hidden(batch, ready.given)
+            self.set_weights(dict(zip(self._names, values, strict=True)))
+            return self._hidden(batch, ready.activations)
 
         back = mx.zeros((len(batch.targets), self.parts.width), self.dtype)
         mx.eval(back)
         (hidden,), gradients = mx.vjp(through, values, [back])
         mx.eval(hidden)
         beside = [values[place] for place in self._beside]
-        loss, by_hidden, by_beside = losses.evaluated(
+        loss, by_hidden, by_beside = losses.loss_and_gradients(
             self._head, hidden, beside, batch, self.parts.vocabulary
         )
         np.array(back, copy=False)[...] = np.array(by_hidden, copy=False)
@@ -166,32 +168,34 @@ class Forward:
         self, values: list[mx.array], arrays: list[mx.array], given: list[mx.array]
     ) -> tuple[mx.array, list[mx.array]]:
         """The same as one graph, as mx.compile wants it."""
-        batch = Supervised(*arrays)
+        batch = SupervisedBatch(*arrays)
 
         def loss(values: list[mx.array]) -> mx.array:
-            self.put(dict(zip(self._names, values, strict=True)))
+            self.set_weights(dict(zip(self._names, values, strict=True)))
             hidden = self._hidden(batch, given[0] if given else None)
             beside = [values[place] for place in self._beside]
-            return losses.summed(self._head, hidden, beside, batch, self.parts.vocabulary)
+            return losses.differentiable_loss(
+                self._head, hidden, beside, batch, self.parts.vocabulary
+            )
 
         found: tuple[mx.array, list[mx.array]] = mx.value_and_grad(loss)(values)
         return found
 
 
-def trial(rows: list[Tokens]) -> mx.array:
+def probe_tokens(rows: list[TokenizedText]) -> mx.array:
     """A few tokens to try a model's parts on: 2 × 8 from the beginnings of rows."""
     found = [token for row in rows[:16] for token in row.ids[:16]] or [0]
     return mx.array([found[place % len(found)] for place in range(16)]).reshape(2, 8)
 
 
-def trainable(model: nn.Module) -> Weights:
+def trainable_weights(model: nn.Module) -> Weights:
     """What is trained of a model."""
     return cast(Weights, tree_flatten(model.trainable_parameters(), destination={}))
 
 
-def computed_in(model: nn.Module) -> mx.Dtype:
+def compute_dtype(model: nn.Module) -> mx.Dtype:
     """What a model computes in: that of its frozen weights, or of all where none is frozen."""
-    trained = trainable(model)
+    trained = trainable_weights(model)
     found = Counter(
         value.dtype
         for name, value in tree_flatten(model.parameters())
@@ -201,7 +205,7 @@ def computed_in(model: nn.Module) -> mx.Dtype:
 
 
 @contextmanager
-def checkpointed(kind: type[nn.Module]) -> Iterator[None]:
+def recomputing(kind: type[nn.Module]) -> Iterator[None]:
     """While the block runs, layers of this kind keep their inputs only and compute the rest again.
 
     That is mlx_lm.tuner.trainer's grad_checkpoint, which patches the class for good.

@@ -19,8 +19,8 @@ import mlx.core as mx
 import numpy as np
 
 from athanor import console
-from athanor.compute.arrays import Tokens
-from athanor.compute.parts import Parts, evaluating
+from athanor.compute.arrays import TokenizedText
+from athanor.compute.parts import Parts, eval_mode
 
 Key = tuple[int, bytes]  # a cut, and the tokens that are read
 
@@ -44,7 +44,7 @@ class _Kept:
     kind: np.dtype
 
 
-class Frozen:
+class FrozenLayers:
     """The layers of a base model that no training changes, and what they made of rows.
 
     Args:
@@ -61,23 +61,23 @@ class Frozen:
         self._file: IO[bytes] | None = None
         self._full = False
 
-    def can_begin_at(self, cut: int) -> bool:
+    def can_start_at(self, cut: int) -> bool:
         """Whether the layers from `cut` on can be computed by themselves."""
-        return self.budget is not None and cut > 0 and self.parts.cut_at(cut)
+        return self.budget is not None and cut > 0 and self.parts.can_cut_at(cut)
 
-    def cut_below(self, names: Iterable[str]) -> int:
+    def choose_cut(self, names: Iterable[str]) -> int:
         """The first layer that has one of these parameters, 0 for computing all; says why not."""
         cut = self.parts.first_layer(names)
-        if self.can_begin_at(cut):
+        if self.can_start_at(cut):
             return cut
-        if why := self.parts.uncut.get(cut):
+        if why := self.parts.uncut_reasons.get(cut):
             console.warn(
                 f"all layers are computed every time, as those above the first {cut} can't be by "
                 f"themselves: {why}"
             )
         return 0
 
-    def given(self, rows: list[Tokens], cut: int, width: int) -> mx.array:
+    def activations(self, rows: list[TokenizedText], cut: int, width: int) -> mx.array:
         """What the layer at `cut` is given for rows: rows × width × the model's own.
 
         `width` is the number of tokens that are read of the longest row, or more; a row is padded
@@ -96,7 +96,7 @@ class Frozen:
 
     def _computed(self, cut: int, ids: bytes) -> _Kept:
         """Computes what is missing of a row, keeps it, and what is met on the way."""
-        usable = {c for c in self.cuts if c == cut or (c < cut and self.can_begin_at(c))}
+        usable = {c for c in self.cuts if c == cut or (c < cut and self.can_start_at(c))}
         start = max((c for c in usable if (c, ids) in self._kept), default=0)
         wanted = sorted(c for c in usable if c > start)
         tokens = mx.array(np.frombuffer(ids, np.int32))[None]
@@ -104,7 +104,7 @@ class Frozen:
         if start:
             before = self._kept[(start, ids)]
             below = mx.array(self._read(before))[None].view(before.dtype)
-        with evaluating(self.parts.model):
+        with eval_mode(self.parts.model):
             noted = self.parts.lower(tokens, wanted, start, below)
         mx.eval(list(noted.values()))
         for c in wanted:

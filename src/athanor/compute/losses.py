@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from athanor.compute.arrays import Supervised
+from athanor.compute.arrays import SupervisedBatch
 
 # Bytes of float32 logits at a time.
 CHUNK = 1 << 27
@@ -30,7 +30,9 @@ def chunks(positions: int, vocabulary: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, positions, size))
 
 
-def of_each(head: Head, hidden: mx.array, batch: Supervised, vocabulary: int) -> np.ndarray:
+def token_losses(
+    head: Head, hidden: mx.array, batch: SupervisedBatch, vocabulary: int
+) -> np.ndarray:
     """The cross-entropy in nats of each target that counts, for hidden, n × width."""
     found, targets = [], batch.targets
     for piece in chunks(len(targets), vocabulary):
@@ -48,11 +50,11 @@ def in_numpy() -> bool:
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
-def evaluated(
+def loss_and_gradients(
     head: Head,
     hidden: mx.array,
     weights: list[mx.array],
-    batch: Supervised,
+    batch: SupervisedBatch,
     vocabulary: int,
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
     """On a CPU: the summed loss in nats, and its gradients by hidden and by the head's weights.
@@ -99,14 +101,14 @@ def _in_place(logits: mx.array, targets: mx.array) -> tuple[np.ndarray, mx.array
     return losses, logits
 
 
-def summed(
+def differentiable_loss(
     head: Head,
     hidden: mx.array,
     weights: list[mx.array],
-    batch: Supervised,
+    batch: SupervisedBatch,
     vocabulary: int,
 ) -> mx.array:
-    """The summed loss in nats, to be differentiated by mlx; arguments as for `evaluated`.
+    """The summed loss in nats, to be differentiated by mlx; arguments as for `loss_and_gradients`.
 
     The gradients are computed with the loss, chunk after chunk, and only scaled when they are asked
     for. No second derivative.

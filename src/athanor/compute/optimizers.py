@@ -20,12 +20,16 @@ OPTIMIZERS: dict[str, type[optim.Optimizer]] = {
 Schedule = Callable[[mx.array], mx.array]
 
 
-def build(name: str, options: dict[str, Any], learning_rate: "float | Schedule") -> optim.Optimizer:
+def build_optimizer(
+    name: str, options: dict[str, Any], learning_rate: "float | Schedule"
+) -> optim.Optimizer:
     """An optimizer by its name in `OPTIMIZERS`, with mlx.optimizers' own options."""
     return OPTIMIZERS[name](learning_rate=learning_rate, **options)
 
 
-def schedule(name: str, learning_rate: float, end: float, warmup: int, updates: int) -> Schedule:
+def build_schedule(
+    name: str, learning_rate: float, end: float, warmup: int, updates: int
+) -> Schedule:
     """The learning rate of each update, counted from 0.
 
     Rises linearly over `warmup` updates, none of them at 0, to `learning_rate`; then stays there
@@ -64,7 +68,7 @@ def optimizer_misfits(options: dict[str, dict[str, Any]]) -> Iterator[tuple[str,
                 yield f"{name}.{key}", f"expected something like {default!r}, found {value!r}"
         if not wrong:
             try:
-                build(name, given, 1.0)
+                build_optimizer(name, given, 1.0)
             except ValueError as error:
                 yield name, str(error)
 

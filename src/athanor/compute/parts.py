@@ -58,8 +58,8 @@ class Parts:
     `tried_on` are tokens, rows × positions, on which it is tried whether it can be taken apart, and
     `left` is what the body leaves of them.
     `path` are the names that lead from the model to its body, whose attribute `key` is the list of
-    its layers. `whole` says why the head is not apart: the body is then the model itself.
-    `uncut` says at which cuts its layers can't be parted, and why, as far as that was tried.
+    its layers. `unsplit_reason` says why the head is not apart: the body is then the model itself.
+    `uncut_reasons` says why its layers can't be parted at a cut, for each that was tried.
     """
 
     model: nn.Module
@@ -69,17 +69,17 @@ class Parts:
     width: int
     path: tuple[str, ...]
     key: str
-    whole: str | None = None
-    uncut: dict[int, str | None] = field(default_factory=dict)
+    unsplit_reason: str | None = None
+    uncut_reasons: dict[int, str | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, ids: mx.array) -> "Parts":
+    def find(cls, model: nn.Module, ids: mx.array) -> "Parts":
         """Finds the parts of a model, and tries its head on tokens, rows × positions."""
-        with evaluating(model):
-            return cls._of(model, ids)
+        with eval_mode(model):
+            return cls._find(model, ids)
 
     @classmethod
-    def _of(cls, model: nn.Module, ids: mx.array) -> "Parts":
+    def _find(cls, model: nn.Module, ids: mx.array) -> "Parts":
         expected = model(ids)
         size = expected.shape[-1]
         found = cls(model, ids, expected, size, size, (), "")
@@ -89,7 +89,7 @@ class Parts:
             hidden = found._try_head(expected)
             return replace(found, left=hidden, width=hidden.shape[-1])
         except Exception as error:  # a model's own code, called in a way it was not written for
-            return replace(found, whole=_in_words(error))
+            return replace(found, unsplit_reason=_in_words(error))
 
     def on(self, model: nn.Module) -> "Parts":
         """The same parts of another model of this architecture."""
@@ -112,7 +112,7 @@ class Parts:
 
     def head(self, hidden: mx.array) -> mx.array:
         """The logits, n × vocabulary, of what the body left at n positions, n × width."""
-        if self.whole is not None:
+        if self.unsplit_reason is not None:
             return hidden
         body = _StandIn(self._found_body(), _handed_on)
         logits: mx.array = self._with_body(body)(hidden[None])
@@ -158,16 +158,16 @@ class Parts:
             raise Misfit("its layers are not the ones that it computes")
         return noted
 
-    def cut_at(self, cut: int) -> bool:
-        """Whether the layers can be parted before the one at `cut`; if not, `uncut` says why."""
-        if cut not in self.uncut:
-            self.uncut[cut] = None
+    def can_cut_at(self, cut: int) -> bool:
+        """Return whether the layers can be split before `cut`; `uncut_reasons` has the reason."""
+        if cut not in self.uncut_reasons:
+            self.uncut_reasons[cut] = None
             try:
-                with evaluating(self.model):
+                with eval_mode(self.model):
                     self._try_cut(cut)
             except Exception as error:  # as above
-                self.uncut[cut] = _in_words(error)
-        return self.uncut[cut] is None
+                self.uncut_reasons[cut] = _in_words(error)
+        return self.uncut_reasons[cut] is None
 
     def _try_head(self, expected: mx.array) -> mx.array:
         """What the body leaves, if the head makes of that what the model does."""
@@ -195,7 +195,7 @@ class Parts:
         _refuse_other(alone, given[:1, :short], OTHER_SHAPE, "a row depends on its company")
 
     def _found_body(self) -> Any:
-        return self.model if self.whole is not None else self._holder()
+        return self.model if self.unsplit_reason is not None else self._holder()
 
     def _holder(self) -> Any:
         """The module that has the layers."""
@@ -219,11 +219,11 @@ class Parts:
     def _with_layers(self, layers: list[Any]) -> Any:
         """The body with other layers; everything else is shared."""
         body = _over(self._holder(), self.key, layers)
-        return body if self.whole is None else self._with_body(body)
+        return body if self.unsplit_reason is None else self._with_body(body)
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """While the block runs the model is not in training: some compute otherwise then."""
     before = model.training
     if before:

@@ -16,7 +16,13 @@ from athanor.config import schema
 from athanor.config.schema import Config, ModelConfig, TrainConfig
 from athanor.config.values import flatten
 from athanor.errors import UserError
-from athanor.model.source import is_quantized, is_repo, known_folder, no_folder, read_config
+from athanor.model.source import (
+    describe_missing_folder,
+    find_local_copy,
+    is_hub_repo,
+    is_quantized,
+    read_config,
+)
 
 
 class ConfigError(UserError):
@@ -119,11 +125,14 @@ def nearest(name: str, known: list[str], prefix: str = "") -> str:
 
 def model_misfits(model: ModelConfig, train: TrainConfig) -> Iterator[tuple[str, str]]:
     """Yields (key, text) for what can't go together, as far as it is known without a network."""
-    folder = known_folder(model.path, model.revision)
+    folder = find_local_copy(model.path, model.revision)
     if folder is not None:
         yield from training_misfits(read_config(folder), train)
-    elif not is_repo(model.path):
-        yield "model.path", f"{no_folder(model.path)}, and it is no owner/name of a hub"
+    elif not is_hub_repo(model.path):
+        yield (
+            "model.path",
+            f"{describe_missing_folder(model.path)}, and it is no owner/name of a hub",
+        )
 
 
 def training_misfits(config: dict[str, Any], train: TrainConfig) -> Iterator[tuple[str, str]]:

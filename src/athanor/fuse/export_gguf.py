@@ -36,8 +36,8 @@ from athanor.model.gguf_fields import (
     rope_scaling,
     tokenizer_fields,
 )
-from athanor.model.source import read_config, stated_ends
-from athanor.model.stored import dequantized, stored_weights
+from athanor.model.source import read_config, stated_stop_ids
+from athanor.model.stored import dequantize, read_weights
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -114,7 +114,7 @@ def write_gguf(model: Path, out: Path, dtype: str) -> None:
 def _ends(model: Path, tokenizer: "TokenizerWrapper") -> list[int]:
     """The stop tokens: generation_config.json's, else those that the tokenizer was loaded with."""
     path = model / "generation_config.json"
-    stated = stated_ends(files.read_json(path)) if path.exists() else []
+    stated = stated_stop_ids(files.read_json(path)) if path.exists() else []
     return stated or sorted(tokenizer.eos_token_ids)
 
 
@@ -160,12 +160,12 @@ def _tensors(model: Path, config: dict[str, Any]) -> "Iterator[tuple[str, mx.arr
 
 def _dequantized(model: Path, config: dict[str, Any]) -> "Iterator[tuple[str, mx.array]]":
     """The weights in a folder's files; those that mlx quantized as float32."""
-    weights = stored_weights(model)
+    weights = read_weights(model)
     for name, tensor in weights.items():
         layer, _, part = name.rpartition(".")
         if part in ("scales", "biases") and f"{layer}.scales" in weights:
             continue
-        unpacked = dequantized(weights, name, config)
+        unpacked = dequantize(weights, name, config)
         yield name, tensor if unpacked is None else unpacked
 
 

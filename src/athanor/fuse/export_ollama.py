@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from athanor import files
 from athanor.chat.load import load_tokenizer
 from athanor.errors import UserError
-from athanor.model.source import stated_ends
+from athanor.model.source import stated_stop_ids
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -438,7 +438,7 @@ def _context(config: dict[str, Any]) -> int:
 
 
 def _stops(generation: dict[str, Any], tokenizer: "TokenizerWrapper") -> list[str]:
-    ids = stated_ends(generation)
+    ids = stated_stop_ids(generation)
     return [str(tokenizer.decode([i], skip_special_tokens=False)) for i in ids]
 
 

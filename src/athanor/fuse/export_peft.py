@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 from athanor import console, files
 from athanor.errors import UserError
 from athanor.model.source import is_quantized, read_config
-from athanor.model.stored import stored_weights
+from athanor.model.stored import read_weights
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -138,7 +138,7 @@ def _alpha(scale: float, rank: int) -> int | float:
 
 def _rows(model: Path) -> dict[str, int]:
     """The number of rows of each weight in a model's files: outputs of a linear map, or tokens."""
-    stored = stored_weights(model)
+    stored = read_weights(model)
     return {name: value.shape[0] for name, value in stored.items() if value.ndim}
 
 

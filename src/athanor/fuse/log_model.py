@@ -15,7 +15,7 @@ from athanor import files
 from athanor.chat.contract import Contract
 from athanor.chat.load import load_tokenizer
 from athanor.chat.templates import Message
-from athanor.chat.tokens import tokenize_all, validated
+from athanor.chat.tokens import select_validation_texts, tokenize_rows
 from athanor.config.schema import Config
 from athanor.model.source import Source
 from athanor.paths import Workspace
@@ -36,14 +36,14 @@ def log_model(
     """Makes the fused model the run's model, with the validation loss of its adapters."""
     # As it was for the training: the fused folder's names another end, which plain texts get.
     tokenizer = load_tokenizer(base)
-    valid = tokenize_all(
+    valid = tokenize_rows(
         files.read_jsonl(workspace.rows("valid")),
         tokenizer,
         cfg.train.mask_prompt,
         cfg.train.max_seq_length,
         Contract.read(workspace.prepared / "chat.json").end,
     )
-    valid = validated(valid, cfg.train.val_batches, cfg.train.batch_size)
+    valid = select_validation_texts(valid, cfg.train.val_batches, cfg.train.batch_size)
     measured = files.read_json(workspace.trained / "metrics.json")
     is_best = measured["kept_iteration"] == measured["best_iteration"]
     turns = (turn for row in rows for turn in row.get("messages", ()))

@@ -31,8 +31,8 @@ from athanor.compute import evaluation
 from athanor.device.backend import on_cpu
 from athanor.errors import UserError
 from athanor.model.adapters import load_adapters
-from athanor.model.source import read_config, stated_ends
-from athanor.model.stored import stored_dtypes
+from athanor.model.source import read_config, stated_stop_ids
+from athanor.model.stored import read_dtypes
 
 # At most so many tokens of a question, of a plain text that is one, and of a greedy answer; and how
 # many last positions of both are compared: with 150,000 tokens each is 0.6 MB of logits.
@@ -154,7 +154,7 @@ def ask(base: Path, adapters: Path, rows: list[Message]) -> Trained:
     read = zip(rows, _read(rows, tokenizer), strict=True)
     asked = [(row, ids) for row, ids in read if 0 < len(ids) <= LONGEST]
     prompts = [ids for _, ids in asked]
-    given = evaluation.answers(
+    given = evaluation.generate_answers(
         model, tokenizer, prompts, max_tokens=ANSWER, batch_size=max(1, len(prompts))
     )
     said = []
@@ -219,7 +219,7 @@ def _largest(values: np.ndarray) -> float:
 
 def _epsilon(folder: Path) -> float:
     """The coarsest epsilon of the dtypes that a model's weights are stored in."""
-    dtypes = stored_dtypes(folder).values()
+    dtypes = read_dtypes(folder).values()
     return max([FLOAT32, *(mx.finfo(one).eps for one in dtypes if mx.issubdtype(one, mx.floating))])
 
 
@@ -254,7 +254,7 @@ def _read(rows: list[Message], tokenizer: TokenizerWrapper) -> list[list[int]]:
             if "text" in row:
                 ids = list(tokenizer.encode(row["text"]))[:TEXT]
             else:
-                ids = templates.prompt_ids(row, tokenizer)
+                ids = templates.encode_prompt(row, tokenizer)
         except Exception:  # chat templates raise what they like
             ids = []
         read.append(ids)
@@ -270,14 +270,14 @@ def _misread(trained: Trained, folder: Path, tokenizer: TokenizerWrapper) -> str
             same = own.chat_template == tokenizer.chat_template
             pairs = enumerate(zip(ids, found, strict=False))
             at = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(found)))
-            here, there = (templates.answer_text(part[at : at + 8], own) for part in (found, ids))
+            here, there = (templates.decode_answer(part[at : at + 8], own) for part in (found, ids))
             return (
                 f"the {'tokenizer' if same else 'chat template'} is not the base's: the question "
                 f"{_question(row)!r} has {here!r} as its tokens from {at} on, expected {there!r}"
             )
     ends = {}
     for name in ("config.json", "generation_config.json"):
-        ends[name] = set(stated_ends(files.read_json(folder / name)))
+        ends[name] = set(stated_stop_ids(files.read_json(folder / name)))
     ends["the tokenizer"] = tokenizer.eos_token_ids
     for where, stops in ends.items():
         if stops != own.eos_token_ids:

@@ -19,8 +19,8 @@ from athanor.chat.templates import Message
 from athanor.errors import UserError
 from athanor.fuse import parity
 from athanor.model.adapters import load_adapters
-from athanor.model.source import is_quantized, read_config, stated_ends
-from athanor.model.stored import stored_dtypes
+from athanor.model.source import is_quantized, read_config, stated_stop_ids
+from athanor.model.stored import read_dtypes
 
 # What a folder holds besides config.json, generation_config.json and the weights.
 CARRIED = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
@@ -113,7 +113,7 @@ def _to_stored_dtypes(model: nn.Module, base: Path) -> None:
     """Gives each weight the dtype that the base's files have for it, or else for their first."""
     stored = {
         name: dtype
-        for name, dtype in stored_dtypes(base).items()
+        for name, dtype in read_dtypes(base).items()
         if mx.issubdtype(dtype, mx.floating)
     }
     usual = next(iter(stored.values()), mx.float32)
@@ -129,7 +129,7 @@ def _to_stored_dtypes(model: nn.Module, base: Path) -> None:
 
 def _ends(base: Path, end: int, used: set[int]) -> int | list[int]:
     """The tokens that end an answer: the one that was learned, the base's own, then the others."""
-    stated = stated_ends(load_config(base))
+    stated = stated_stop_ids(load_config(base))
     ends = list(dict.fromkeys([end, *stated, *sorted(used)]))
     return ends[0] if len(ends) == 1 else ends
 

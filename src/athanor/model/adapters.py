@@ -173,7 +173,7 @@ def load_adapters(model: "nn.Module", folder: Path) -> None:
     model.eval()
 
 
-def adapter_names(folder: Path) -> list[str]:
+def read_adapter_names(folder: Path) -> list[str]:
     """The names of the weights that were trained."""
     import mlx.core as mx
 

@@ -35,7 +35,7 @@ def load_model(folder: Path) -> "nn.Module":
     return model
 
 
-def share_weights(model: "nn.Module") -> "nn.Module":
+def copy_sharing_weights(model: "nn.Module") -> "nn.Module":
     """A model of its own with the same weights, which are shared: arrays never change in place."""
     import mlx.core as mx
 
@@ -44,7 +44,7 @@ def share_weights(model: "nn.Module") -> "nn.Module":
     return copy.deepcopy(model, dict(shared))
 
 
-def parameter_counts(model: "nn.Module") -> tuple[int, int]:
+def count_parameters(model: "nn.Module") -> tuple[int, int]:
     """The numbers of trainable and of all parameters (those of quantized weights unpacked)."""
     from mlx.utils import tree_flatten
     from mlx_lm.utils import get_total_parameters

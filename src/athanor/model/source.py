@@ -71,7 +71,7 @@ def resolve_source(path: str, revision: str | None) -> Source:
         UserError: when it can't be found, reached, opened, or read without running its code.
     """
     folder = find_model(path, revision)
-    return Source(path, revision, folder.name if is_repo(path) else None, digest_model(folder))
+    return Source(path, revision, folder.name if is_hub_repo(path) else None, digest_model(folder))
 
 
 def find_model(path: str, revision: str | None) -> Path:
@@ -80,7 +80,7 @@ def find_model(path: str, revision: str | None) -> Path:
     Raises:
         UserError: as resolve does.
     """
-    folder = _download(path, revision) if is_repo(path) else _local(path)
+    folder = _download(path, revision) if is_hub_repo(path) else _local(path)
     _refuse_code(folder)
     return folder
 
@@ -102,7 +102,7 @@ def is_quantized(config: dict[str, Any]) -> bool:
     return "quantization" in config or "quantization_config" in config
 
 
-def stated_ends(config: dict[str, Any]) -> list[int]:
+def stated_stop_ids(config: dict[str, Any]) -> list[int]:
     """The tokens that a config.json or generation_config.json says end a text."""
     stated = config.get("eos_token_id")
     return [stated] if isinstance(stated, int) else list(stated or [])
@@ -124,7 +124,7 @@ def weight_files(folder: Path) -> list[Path]:
     return found
 
 
-def is_repo(path: str) -> bool:
+def is_hub_repo(path: str) -> bool:
     """Whether a path can only mean a hub's owner/name: models/tinny is a slip, not a repository."""
     return bool(REPO.fullmatch(path)) and not Path(path).parent.is_dir()
 
@@ -132,11 +132,13 @@ def is_repo(path: str) -> bool:
 def _local(path: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"model.path: {no_folder(path)}, and it is no owner/name of a hub")
+        raise UserError(
+            f"model.path: {describe_missing_folder(path)}, and it is no owner/name of a hub"
+        )
     return folder
 
 
-def no_folder(path: str) -> str:
+def describe_missing_folder(path: str) -> str:
     beside = [str(found.parent) for found in Path(path).expanduser().parent.glob("*/config.json")]
     close = difflib.get_close_matches(path, beside, n=1)
     return f"there is no folder {path} with a model in it" + (
@@ -144,9 +146,9 @@ def no_folder(path: str) -> str:
     )
 
 
-def known_folder(path: str, revision: str | None) -> Path | None:
+def find_local_copy(path: str, revision: str | None) -> Path | None:
     """The model's folder if it is on this machine already; never asks a network."""
-    if not is_repo(path):
+    if not is_hub_repo(path):
         folder = Path(path).expanduser()
         return folder if (folder / "config.json").exists() else None
     from huggingface_hub import try_to_load_from_cache
@@ -183,8 +185,8 @@ def _download(repo: str, revision: str | None) -> Path:
             raise UserError(f"{where}: the disk is full at {constants.HF_HUB_CACHE}") from error
         raise UserError(
             f"{where} can't be reached and is not whole on this machine yet "
-            f"({type(error).__name__}), and {no_folder(repo)}: check model.path and the network, "
-            "or name a mirror with HF_ENDPOINT; what has arrived is kept"
+            f"({type(error).__name__}), and {describe_missing_folder(repo)}: check model.path and "
+            "the network, or name a mirror with HF_ENDPOINT; what has arrived is kept"
         ) from error
 
 

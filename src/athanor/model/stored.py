@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 
-def stored_weights(folder: Path) -> "dict[str, mx.array]":
+def read_weights(folder: Path) -> "dict[str, mx.array]":
     """The weights on disk by their names there; each is read when it is used."""
     import mlx.core as mx
 
@@ -20,7 +20,7 @@ def stored_weights(folder: Path) -> "dict[str, mx.array]":
     return found
 
 
-def dequantized(
+def dequantize(
     weights: "dict[str, mx.array]", name: str, config: dict[str, Any]
 ) -> "mx.array | None":
     """The stored weight `name`, unpacked to float32 if mlx quantized it; None if it is not so.
@@ -50,6 +50,6 @@ def dequantized(
     )
 
 
-def stored_dtypes(folder: Path) -> "dict[str, mx.Dtype]":
+def read_dtypes(folder: Path) -> "dict[str, mx.Dtype]":
     """The dtype that each weight has on disk, by its name there."""
-    return {name: value.dtype for name, value in stored_weights(folder).items()}
+    return {name: value.dtype for name, value in read_weights(folder).items()}

@@ -20,9 +20,9 @@ import numpy as np
 
 from athanor import console
 from athanor.chat import templates
-from athanor.chat.templates import Rendered
-from athanor.chat.tokens import closes_texts, encode, supervise, to_learn
-from athanor.compute.arrays import Tokens
+from athanor.chat.templates import RenderedText
+from athanor.chat.tokens import appends_end_token, encode_texts, select_trained_texts, supervise
+from athanor.compute.arrays import TokenizedText
 from athanor.config.data_check import IGNORE
 from athanor.config.schema import DataConfig
 from athanor.errors import UserError
@@ -68,7 +68,7 @@ class Candidate:
     folded: str
     folded_digest: int
     question: str
-    rendered: list[Rendered] = field(default_factory=list)
+    rendered: list[RenderedText] = field(default_factory=list)
 
 
 class FirstPass:
@@ -100,7 +100,7 @@ class FirstPass:
         self._ends = tuple(tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids)))
         self._shares = shares(origins, config)
         self._compares = findings.actions["near_leak"] != IGNORE
-        self._closes = closes_texts(tokenizer)
+        self._closes = appends_end_token(tokenizer)
         self._say = other_words(config.synonyms, config.augment_share) if config.synonyms else None
         self._out: set[int] = set()  # records whose copies in other words are out with them
         self._labels: dict[str, int] = {}
@@ -136,7 +136,7 @@ class FirstPass:
                     [made for item in records for made in self._candidates(*item)]
                 )
                 texts = [text for candidate in candidates for text in candidate.rendered]
-                waiting.append((candidates, pool.submit(encode, texts, self.tokenizer)))
+                waiting.append((candidates, pool.submit(encode_texts, texts, self.tokenizer)))
                 if len(waiting) > CHUNKS_AHEAD:
                     found.append(self._finished(*waiting.popleft(), files))
             while waiting:
@@ -178,15 +178,17 @@ class FirstPass:
 
     def _rendered(self, candidates: list[Candidate]) -> list[Candidate]:
         """The candidates as the model's template writes them, without those that it refuses."""
-        written = templates.render_all([made.row.value for made in candidates], self.tokenizer)
+        written = templates.render_rows([made.row.value for made in candidates], self.tokenizer)
         taken = []
         for candidate, rendered in zip(candidates, written, strict=True):
             if isinstance(rendered, Exception):
                 fault = Fault("template_refuses", f"the chat template refuses it: {rendered}")
                 self._passes(candidate, [*candidate.faults, fault])
                 continue
-            candidate.rendered = to_learn(rendered, self.mask_prompt)
-            lost = templates.dropped(candidate.row.value, candidate.rendered, self.tokenizer)
+            candidate.rendered = select_trained_texts(rendered, self.mask_prompt)
+            lost = templates.find_dropped_content(
+                candidate.row.value, candidate.rendered, self.tokenizer
+            )
             if lost is not None:
                 text = f"the chat template leaves out {lost}"
                 candidate.faults.append(Fault("left_out_by_template", text))
@@ -377,7 +379,7 @@ class FirstPass:
         """
         faults, limit = candidate.faults, self.max_seq_length
         whole = candidate.rendered[-1]
-        if whole.starts is None:  # as supervision.supervise has it, without a list for each text
+        if whole.answer_starts is None:  # as tokens.supervise has it, without a list for each text
             closed = self._closes or whole.text.endswith(self._ends)
             length = len(encodings[-1]) + (not closed)
             kept, end_cut = max(min(length, limit) - 1, 0), False
@@ -387,7 +389,7 @@ class FirstPass:
                 for text, encoding in zip(candidate.rendered, encodings, strict=True)
             ]
             length = max(map(len, texts))
-            spans = [span for text in texts for span in text.answers]
+            spans = [span for text in texts for span in text.answer_spans]
             # The first token of a text is never predicted.
             counted = (behind - max(first, 1) for first, behind in spans if behind <= limit)
             kept = sum(counted) if self.mask_prompt else min(length, limit) - 1
@@ -419,14 +421,14 @@ class FirstPass:
                 faults.append(Fault("spelled_characters", text))
         return length, kept, cut, end_cut
 
-    def _check_turns(self, candidate: Candidate, texts: list[Tokens]) -> None:
+    def _check_turns(self, candidate: Candidate, texts: list[TokenizedText]) -> None:
         if self.mask_prompt:
             messages = candidate.row.value["messages"]
             there = sum(message["role"] == "assistant" for message in messages)
-            if missed := there - sum(len(text.answers) for text in texts):
+            if missed := there - sum(len(text.answer_spans) for text in texts):
                 said = f"{missed} answers are not learned: the chat template writes them otherwise"
                 candidate.faults.append(Fault("answer_not_found", said))
-        if not all(text.asked for text in texts):
+        if not all(text.prompts_match for text in texts):
             said = "the template asks in another way than it writes the finished conversation"
             candidate.faults.append(Fault("asked_otherwise", said))
 

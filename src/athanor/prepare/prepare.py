@@ -54,7 +54,7 @@ def prepare(
     source = resolve_source(model_path, revision)
     tokenizer = load_tokenizer(source.folder())
     contract = resolve_contract(source.folder(), tokenizer, end_token)
-    for finding in contract.of(NOTE, FAULT):
+    for finding in contract.findings(NOTE, FAULT):
         console.warn(f"{finding.about}: {finding.text}")
 
     def count(text: str) -> int:

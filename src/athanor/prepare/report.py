@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from athanor import files
-from athanor.chat.tokens import marked
+from athanor.chat.tokens import mark_supervised
 from athanor.config.data_check import CHECKS
 from athanor.paths import SPLITS
 from athanor.prepare import characters
@@ -82,7 +82,7 @@ def samples(
             found[split] = [
                 {
                     "where": tally.where(place),
-                    "pieces": marked(json.loads(line), tokenizer, mask_prompt, end),
+                    "pieces": mark_supervised(json.loads(line), tokenizer, mask_prompt, end),
                 }
                 for place, line in zip(places, islice(file, SAMPLES), strict=True)
             ]

@@ -9,8 +9,8 @@ from athanor import files
 from athanor.chat.contract import Contract
 from athanor.chat.load import load_with_tokenizer
 from athanor.chat.model_check import refuse_model_misfits
-from athanor.chat.tokens import tokenize_all
-from athanor.compute.arrays import Tokens
+from athanor.chat.tokens import tokenize_rows
+from athanor.compute.arrays import TokenizedText
 from athanor.config.schema import Config
 from athanor.errors import UserError
 from athanor.model.source import Source
@@ -56,10 +56,12 @@ class Prepared:
         """Loads the base model."""
         return load_with_tokenizer(self.folder)
 
-    def tokens(self, rows: list[Row], tokenizer: "TokenizerWrapper", cfg: Config) -> list[Tokens]:
+    def tokens(
+        self, rows: list[Row], tokenizer: "TokenizerWrapper", cfg: Config
+    ) -> list[TokenizedText]:
         """The rows as tokens, those without one to learn left out."""
         train = cfg.train
-        return tokenize_all(
+        return tokenize_rows(
             rows, tokenizer, train.mask_prompt, train.max_seq_length, self.contract.end
         )
 

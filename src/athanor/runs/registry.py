@@ -21,7 +21,7 @@ from athanor import console
 from athanor.runs.outbox import link
 
 if TYPE_CHECKING:
-    from athanor.compute.arrays import Tokens
+    from athanor.compute.arrays import TokenizedText
 
 ALIAS = "best"
 # What a request may leave out; `mlflow.pyfunc.load_model(…, model_config=…)` gives others.
@@ -31,7 +31,7 @@ SECONDS_FOR_AN_UPLOAD = 600
 OF_RUN = ("mlflow.user", "mlflow.source.name", "mlflow.source.type", "mlflow.source.git.commit")
 
 
-def measured_on(rows: "list[Tokens]") -> str:
+def measured_on(rows: "list[TokenizedText]") -> str:
     """Says what a validation loss was measured on: sha256 over its tokens, and which of them count.
 
     Two losses can be compared where this is the same: not only the rows, but tokenizer, template,
@@ -39,7 +39,7 @@ def measured_on(rows: "list[Tokens]") -> str:
     """
     total = hashlib.sha256()
     for row in rows:
-        total.update(json.dumps([row.ids, row.learned(), row.supervised]).encode())
+        total.update(json.dumps([row.ids, row.targets(), row.supervised]).encode())
     return total.hexdigest()
 
 

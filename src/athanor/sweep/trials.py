@@ -29,18 +29,18 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from athanor import console, files
-from athanor.compute.arrays import Tokens
+from athanor.compute.arrays import TokenizedText
 from athanor.compute.evaluation import Answer
 from athanor.compute.forward import Forward
-from athanor.compute.frozen import Frozen
+from athanor.compute.frozen import FrozenLayers
 from athanor.config import schema
 from athanor.config.check import check_config
 from athanor.config.compose import read_params
 from athanor.config.schema import Config
 from athanor.config.values import flatten
 from athanor.errors import UserError
-from athanor.model.adapters import adapter_names, load_adapters
-from athanor.model.load import share_weights
+from athanor.model.adapters import load_adapters, read_adapter_names
+from athanor.model.load import copy_sharing_weights
 from athanor.paths import SPLITS, Workspace
 from athanor.prepare import result
 from athanor.prepare.result import Prepared
@@ -114,14 +114,14 @@ class Loaded:
     cfg: Config
     base: Prepared
     model: Any
-    frozen: Frozen
+    frozen: FrozenLayers
     tokenizer: Any
-    tokens: dict[str, list[Tokens]]
+    tokens: dict[str, list[TokenizedText]]
     splits: dict[str, Split]
     outcomes: dict[str, Outcome]
     peaks: dict[str, int] = field(default_factory=dict)
 
-    def frozen_for(self, cfg: Config) -> Frozen | None:
+    def frozen_for(self, cfg: Config) -> FrozenLayers | None:
         """What the frozen layers made, for a point that computes them as the sweep's base says."""
         pair = (cfg.train, self.cfg.train)
         one, other = ((it.reuse_activations, it.compile) for it in pair)
@@ -327,7 +327,7 @@ def _train(
         metrics = fit(
             cfg,
             shared.base,
-            share_weights(shared.model),
+            copy_sharing_weights(shared.model),
             shared.tokens,
             folder,
             kept,
@@ -347,13 +347,13 @@ def _examined(
 ) -> Examined:
     """Tests the adapters of a point on some splits; or reads what came of it before."""
     if not (tested / "metrics.json").exists():
-        model = share_weights(shared.model)
+        model = copy_sharing_weights(shared.model)
         load_adapters(model, folder / "adapters")
         splits = {name: shared.splits[name] for name in names}
         before = {name: shared.outcomes[name] for name in names}
-        trained = adapter_names(folder / "adapters")
+        trained = read_adapter_names(folder / "adapters")
         frozen = shared.frozen_for(cfg)
-        cut = frozen.cut_below(trained) if frozen is not None else 0
+        cut = frozen.choose_cut(trained) if frozen is not None else 0
         forward = Forward(model, shared.frozen.parts, frozen, cut)
         after = examine(
             model, shared.tokenizer, splits, who="tuned", forward=forward, **examine_options(cfg)

@@ -19,13 +19,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from athanor import console, files
 from athanor.chat import templates
-from athanor.compute.arrays import Tokens
-from athanor.compute.evaluation import answers, mean_loss
-from athanor.compute.forward import Forward, trial
-from athanor.compute.frozen import Budget, Frozen
+from athanor.compute.arrays import TokenizedText
+from athanor.compute.evaluation import generate_answers, measure_loss
+from athanor.compute.forward import Forward, probe_tokens
+from athanor.compute.frozen import Budget, FrozenLayers
 from athanor.compute.parts import Parts
 from athanor.config.schema import Config
-from athanor.model.adapters import adapter_names
+from athanor.model.adapters import read_adapter_names
 from athanor.paths import Workspace
 from athanor.prepare.result import Prepared, Row
 from athanor.test.figures import (
@@ -46,7 +46,7 @@ class Split:
     `labels` are those of a classification's rows.
     """
 
-    tokens: list[Tokens]
+    tokens: list[TokenizedText]
     questions: list[Row]
     labels: set[str] = field(default_factory=set)
 
@@ -68,20 +68,22 @@ def examine(
     `forward` computes the losses, if it has a part of them already.
     """
     rows = [row for split in splits.values() for row in split.tokens]
-    through = forward or Forward.of(model, rows)
+    through = forward or Forward.from_model(model, rows)
     prompts = [
-        templates.prompt_ids(row, tokenizer) for split in splits.values() for row in split.questions
+        templates.encode_prompt(row, tokenizer)
+        for split in splits.values()
+        for row in split.questions
     ]
     with console.progress() as bar:
         batches = sum(-(-len(split.tokens) // batch_size) for split in splits.values())
         reading = bar.add_task(f"loss of the {who}", total=batches)
         asking = bar.add_task(f"ask the {who}", total=len(prompts))
         losses = [
-            mean_loss(through, split.tokens, batch_size, lambda: bar.advance(reading))[0]
+            measure_loss(through, split.tokens, batch_size, lambda: bar.advance(reading))[0]
             for split in splits.values()
         ]
         given = iter(
-            answers(
+            generate_answers(
                 model,
                 tokenizer,
                 prompts,
@@ -113,7 +115,7 @@ def predictions(
         for row, *pair in zip(
             split.questions, base[name].answers, tuned[name].answers, strict=True
         ):
-            texts = (templates.answer_text(answer.ids, tokenizer) for answer in pair)
+            texts = (templates.decode_answer(answer.ids, tokenizer) for answer in pair)
             said = {
                 who: {"text": text, "stopped": answer.stopped}
                 for who, answer, text in zip(("base", "tuned"), pair, texts, strict=True)
@@ -122,7 +124,7 @@ def predictions(
                 {
                     "split": name,
                     "prompt": row["messages"][:-1],
-                    "reference": templates.expected_answer(row, tokenizer),
+                    "reference": templates.find_expected_answer(row, tokenizer),
                     **({"label": label_of(row)} if "label" in row else {}),
                     **said,
                 }
@@ -130,10 +132,10 @@ def predictions(
     return lines
 
 
-def as_trained(model: nn.Module, workspace: Workspace, rows: list[Tokens]) -> Forward:
+def as_trained(model: nn.Module, workspace: Workspace, rows: list[TokenizedText]) -> Forward:
     """The model as its training computes it: what is frozen, a row at a time."""
-    frozen = Frozen(Parts.of(model, trial(rows)), Budget(0, 0, workspace.tested))
-    cut = frozen.cut_below(adapter_names(workspace.trained / "adapters"))
+    frozen = FrozenLayers(Parts.find(model, probe_tokens(rows)), Budget(0, 0, workspace.tested))
+    cut = frozen.choose_cut(read_adapter_names(workspace.trained / "adapters"))
     return Forward(model, frozen.parts, frozen, cut)
 
 

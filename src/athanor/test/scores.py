@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from rapidfuzz.distance import Levenshtein
 from sacrebleu import corpus_chrf
 
-from athanor.chat.templates import OPENER, without_thought
+from athanor.chat.templates import OPENER, strip_thought
 
 Ids = Sequence[int]
 
@@ -26,7 +26,7 @@ def compared(text: str) -> str:
     A thought ends with `</think>` or the like; where it begins is often in the prompt. One that
     never ends is followed by nothing. Of other texts every character counts, white space too.
     """
-    said = without_thought(text)
+    said = strip_thought(text)
     if said == text and OPENER.match(text.lstrip()):
         said = ""
     return unicodedata.normalize("NFC", said)

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from athanor.compute.arrays import Tokens
+from athanor.compute.arrays import TokenizedText
 
 # At most so many batches a window: in fewer, the rows of a batch are less alike in length; in more,
 # a batch meets the same rows again every epoch.
@@ -27,7 +27,7 @@ class Batch:
     """
 
     numbers: list[int]
-    rows: list[Tokens]
+    rows: list[TokenizedText]
     tokens: int
 
 
@@ -35,7 +35,7 @@ class Batches:
     """The batches of a training by iteration, from 1; in a group of processes one rank's share."""
 
     def __init__(
-        self, rows: list[Tokens], batch_size: int, seed: int, rank: int = 0, size: int = 1
+        self, rows: list[TokenizedText], batch_size: int, seed: int, rank: int = 0, size: int = 1
     ) -> None:
         self.rows = rows
         self.an_epoch = -(-len(rows) // batch_size)

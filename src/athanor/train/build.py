@@ -14,11 +14,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from athanor import console
-from athanor.chat.tokens import validated
+from athanor.chat.tokens import select_validation_texts
 from athanor.compute import optimizers
-from athanor.compute.arrays import Tokens
-from athanor.compute.forward import Forward, trainable, trial
-from athanor.compute.frozen import Budget, Frozen
+from athanor.compute.arrays import TokenizedText
+from athanor.compute.forward import Forward, probe_tokens, trainable_weights
+from athanor.compute.frozen import Budget, FrozenLayers
 from athanor.compute.parts import Parts
 from athanor.config.schema import Config
 from athanor.config.values import optimizer_options
@@ -33,9 +33,9 @@ def build_trainer(
     cfg: Config,
     workspace: Workspace,
     model: Any,
-    rows: list[Tokens],
-    valid: list[Tokens],
-    frozen: Frozen | None = None,
+    rows: list[TokenizedText],
+    valid: list[TokenizedText],
+    frozen: FrozenLayers | None = None,
     **hooks: Any,
 ) -> Trainer:
     """The trainer that a configuration describes; `hooks` are Trainer's, for checkpoints and news.
@@ -66,7 +66,7 @@ def build_trainer(
     assert iters is not None  # schema.impossible: one of the two is given
     if on_cpu():  # where loading has switched it off, and a sweep's last point may have on
         compile_kernels(bool(train.compile))
-    rate = optimizers.schedule(
+    rate = optimizers.build_schedule(
         train.lr_schedule,
         train.learning_rate,
         train.lr_end,
@@ -80,13 +80,13 @@ def build_trainer(
             model,
             frozen.parts,
             frozen,
-            frozen.cut_below(trainable(model)),
+            frozen.choose_cut(trainable_weights(model)),
             grad_checkpoint=train.grad_checkpoint,
             compile=compile,
         ),
         batches,
-        validated(valid, train.val_batches, train.batch_size),
-        optimizers.build(train.optimizer, optimizer_options(cfg), rate),
+        select_validation_texts(valid, train.val_batches, train.batch_size),
+        optimizers.build_optimizer(train.optimizer, optimizer_options(cfg), rate),
         seed=cfg.seed,
         iters=iters,
         batch_size=train.batch_size,
@@ -103,19 +103,23 @@ def build_trainer(
 
 
 def build_frozen(
-    cfg: Config, workspace: Workspace, model: Any, rows: list[Tokens], cuts: Iterable[int] = ()
-) -> Frozen:
+    cfg: Config,
+    workspace: Workspace,
+    model: Any,
+    rows: list[TokenizedText],
+    cuts: Iterable[int] = (),
+) -> FrozenLayers:
     """What is frozen of a model, to be computed once; says so where the head can't be apart.
 
     Args:
         rows: some, to try on whether the model can be taken apart.
         cuts: the first trained layers of the trainings that will share it, as far as known.
     """
-    parts = Parts.of(model, trial(rows))
-    if parts.whole is not None:
+    parts = Parts.find(model, probe_tokens(rows))
+    if parts.unsplit_reason is not None:
         console.warn(
             f"logits are computed at every position, as {cfg.model.path} can't be taken apart: "
-            f"{parts.whole}"
+            f"{parts.unsplit_reason}"
         )
     train = cfg.train
     memory, disk = (int(size * 1e9) for size in (train.activations_memory, train.activations_disk))
@@ -124,4 +128,4 @@ def build_frozen(
         if train.reuse_activations
         else None
     )
-    return Frozen(parts, budget, cuts)
+    return FrozenLayers(parts, budget, cuts)

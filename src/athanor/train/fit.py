@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from athanor import console
-from athanor.compute.arrays import Tokens
-from athanor.compute.frozen import Frozen
+from athanor.compute.arrays import TokenizedText
+from athanor.compute.frozen import FrozenLayers
 from athanor.config.schema import Config
 from athanor.config.values import effective_values
 from athanor.device.backend import describe_device, memory_limit
 from athanor.errors import UserError
 from athanor.model.adapters import make_trainable
-from athanor.model.load import parameter_counts
+from athanor.model.load import count_parameters
 from athanor.paths import Workspace
 from athanor.prepare.result import Prepared
 from athanor.train import checkpoints
@@ -48,11 +48,11 @@ def fit(
     cfg: Config,
     base: Prepared,
     model: Any,
-    tokens: dict[str, list[Tokens]],
+    tokens: dict[str, list[TokenizedText]],
     out: Path,
     kept: checkpoints.Checkpoints,
     *,
-    frozen: Frozen | None = None,
+    frozen: FrozenLayers | None = None,
     peaks: dict[str, int] | None = None,
     on_point: Callable[[Point], None],
     say: Callable[[str], None],
@@ -103,7 +103,7 @@ def fit(
 
 
 def warn_of_rows_without_targets(
-    workspace: Workspace, split: str, count: int, found: list[Tokens]
+    workspace: Workspace, split: str, count: int, found: list[TokenizedText]
 ) -> None:
     """Says which of a split's `count` rows have no token to learn."""
     there = {row.line for row in found}
@@ -120,7 +120,7 @@ def warn_of_rows_without_targets(
 def begin(
     cfg: Config,
     trainer: Trainer,
-    rows: list[Tokens],
+    rows: list[TokenizedText],
     folder: Path,
     say: Callable[[str], None],
     peaks: dict[str, int],
@@ -131,7 +131,7 @@ def begin(
     """
     import mlx.core as mx
 
-    learned, total = parameter_counts(trainer.forward.model)
+    learned, total = count_parameters(trainer.forward.model)
     limit = memory_limit()
     shape = checkpoints.key(
         {k: v for k, v in effective_values(cfg).items() if k not in TAKES_NO_MEMORY}

@@ -21,10 +21,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from athanor import console
-from athanor.compute.arrays import Tokens
-from athanor.compute.dropouts import keyed_dropouts
-from athanor.compute.evaluation import mean_loss
-from athanor.compute.forward import Forward, Ready, trainable
+from athanor.compute.arrays import TokenizedText
+from athanor.compute.dropouts import replace_dropouts
+from athanor.compute.evaluation import measure_loss
+from athanor.compute.forward import Forward, PreparedBatch, trainable_weights
 from athanor.errors import UserError
 from athanor.train.batches import Batch
 from athanor.train.checkpoints import Checkpoint, Checkpoints
@@ -106,7 +106,7 @@ class Trainer:
         self,
         forward: Forward,
         batches: Callable[[int], Batch],
-        valid: list[Tokens],
+        valid: list[TokenizedText],
         optimizer: optim.Optimizer,
         *,
         seed: int,
@@ -133,9 +133,11 @@ class Trainer:
         self.world = mx.distributed.init()
         self.state = State()
         self.best: Arrays = {}  # the weights after state.best_iteration
-        self.dropouts = keyed_dropouts(forward.model)
-        self.learner = Learner(trainable(forward.model), optimizer, max_grad_norm, compile=compile)
-        self._next: tuple[Batch, Ready | None] | None = None
+        self.dropouts = replace_dropouts(forward.model)
+        self.learner = Learner(
+            trainable_weights(forward.model), optimizer, max_grad_norm, compile=compile
+        )
+        self._next: tuple[Batch, PreparedBatch | None] | None = None
 
     def weights(self) -> Arrays:
         """What is learned, by its names."""
@@ -149,11 +151,11 @@ class Trainer:
         self.state = State.from_json(found.state)
         self.learner.put_back(found.arrays["adapters"], found.arrays["optimizer"])
         self.learner.gradient = found.arrays.get("gradient")
-        self.forward.put(self.learner.weights)
+        self.forward.set_weights(self.learner.weights)
         self.best = found.arrays.get("best", {})
         return self.state.iteration
 
-    def predicted_peak(self, longest: Tokens, rows: int) -> int:
+    def predicted_peak(self, longest: TokenizedText, rows: int) -> int:
         """The memory in bytes that an iteration on `rows` rows like the longest will need.
 
         What a batch needs grows by the same amount with each row of the same length, so one and two
@@ -171,8 +173,8 @@ class Trainer:
             mx.clear_cache()
             mx.reset_peak_memory()
             with fits():
-                ready = self.forward.ready([longest] * count)
-                _, gradient = self.forward.gradient(learner.weights, ready)
+                ready = self.forward.prepare([longest] * count)
+                _, gradient = self.forward.loss_and_gradient(learner.weights, ready)
                 mx.eval(gradient)
             peaks.append(mx.get_peak_memory())
         learner.add(gradient)
@@ -182,7 +184,7 @@ class Trainer:
             learner.update(mx.array(0.0))
             mx.eval(learner.weights, learner.optimizer.state)
         learner.put_back(weights, moments)
-        self.forward.put(learner.weights)
+        self.forward.set_weights(learner.weights)
         size = sum(array.nbytes for array in weights.values())
         # Both phases may hold two more sets of weights: the best so far, and a sum of gradients.
         kept = size * (1 + (self.grad_accumulation_steps > 1))
@@ -242,7 +244,7 @@ class Trainer:
             for dropout, key in zip(
                 self.dropouts, mx.random.split(keys, len(self.dropouts)), strict=True
             ):
-                dropout.draw_from(key)
+                dropout.set_key(key)
         learner = self.learner
         with fits():
             loss, gradient = self._loss_and_gradient(ready)
@@ -259,7 +261,7 @@ class Trainer:
             if iteration < self.iters:  # while this one is computed
                 self._next = self._made_ready(iteration + 1)
             mx.eval(asked)
-        self.forward.put(learner.weights)
+        self.forward.set_weights(learner.weights)
         if norm is not None:
             state.grad_norm = _number(norm)
         self._refuse_nan(iteration, batch, _number(loss), state.grad_norm or 0.0)
@@ -274,16 +276,16 @@ class Trainer:
         if iteration % self.steps_per_report == 0 or iteration == self.iters:
             self._report()
 
-    def _made_ready(self, iteration: int) -> tuple[Batch, Ready | None]:
+    def _made_ready(self, iteration: int) -> tuple[Batch, PreparedBatch | None]:
         """The batch of an iteration; without arrays where it has no row for this rank."""
         batch = self.batches(iteration)
-        return batch, self.forward.ready(batch.rows) if batch.rows else None
+        return batch, self.forward.prepare(batch.rows) if batch.rows else None
 
-    def _loss_and_gradient(self, ready: Ready | None) -> tuple[mx.array, Arrays]:
+    def _loss_and_gradient(self, ready: PreparedBatch | None) -> tuple[mx.array, Arrays]:
         if ready is None:
             weights = self.learner.weights
             return mx.array(0.0), {name: mx.zeros_like(one) for name, one in weights.items()}
-        return self.forward.gradient(self.learner.weights, ready)
+        return self.forward.loss_and_gradient(self.learner.weights, ready)
 
     def _validate(self) -> None:
         state = self.state
@@ -293,7 +295,9 @@ class Trainer:
         with self._watch.paused(), fits():
             model.eval()
             try:
-                loss, _ = mean_loss(self.forward, self.valid, self.batch_size, self._stop_if_asked)
+                loss, _ = measure_loss(
+                    self.forward, self.valid, self.batch_size, self._stop_if_asked
+                )
             finally:
                 model.train()
         state.validated = state.iteration
