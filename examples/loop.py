@@ -19,8 +19,8 @@ import mlx.optimizers as optim
 from athanor.chat import templates, tokens
 from athanor.chat.contract import resolve_contract
 from athanor.chat.load import load_with_tokenizer
-from athanor.compute.evaluation import answers
-from athanor.compute.forward import Forward, trainable
+from athanor.compute.evaluation import generate_answers
+from athanor.compute.forward import Forward, trainable_weights
 from athanor.config.schema import TrainConfig
 from athanor.model.adapters import make_trainable, save_adapters
 from athanor.model.source import resolve_source
@@ -57,8 +57,10 @@ rows = [
 
 # Tokens and supervision: the template writes each row as text, the tokenizer splits it, and the
 # loss counts only the answer and the token that ends it.
-texts = tokens.tokenize_all(rows, tokenizer, mask_prompt=True, max_seq_length=256, end=contract.end)
-for piece, is_supervised in tokens.marked(rows[0], tokenizer, mask_prompt=True):
+texts = tokens.tokenize_rows(
+    rows, tokenizer, mask_prompt=True, max_seq_length=256, end=contract.end
+)
+for piece, is_supervised in tokens.mark_supervised(rows[0], tokenizer, mask_prompt=True):
     print("  learned" if is_supervised else "  read   ", repr(piece))
 
 # Batches: which rows come at which iteration, decided by the seed alone.
@@ -70,19 +72,20 @@ make_trainable(model, train, SEED)
 
 # The forward pass takes the trained weights as an argument, and returns a loss and a gradient. The
 # learner holds these weights and the optimizer's state.
-forward = Forward.of(model, texts)
-learner = Learner(trainable(model), optim.Adam(learning_rate=4e-4), max_grad_norm=1.0)
+forward = Forward.from_model(model, texts)
+learner = Learner(trainable_weights(model), optim.Adam(learning_rate=4e-4), max_grad_norm=1.0)
 
 model.train()
 for iteration in range(1, ITERATIONS + 1):
     batch = batches(iteration)
-    loss, gradient = forward.gradient(learner.weights, forward.ready(batch.rows))  # summed
+    # Both are sums over the tokens of the batch.
+    loss, gradient = forward.loss_and_gradient(learner.weights, forward.prepare(batch.rows))
     learner.add(gradient)
     norm = learner.update(mx.array(1 / batch.tokens))  # a mean over the supervised tokens
     mx.eval(learner.weights, learner.optimizer.state, loss, norm)
     if iteration % 10 == 0:
         print(f"iteration {iteration:>3}  loss {loss.item() / batch.tokens:.4f}")
-forward.put(learner.weights)
+forward.set_weights(learner.weights)
 
 # The adapters, as `mlx_lm.generate --model models/tiny --adapter-path …` reads them.
 save_adapters(learner.weights, out, train, source, model=model, iteration=ITERATIONS)
@@ -90,8 +93,8 @@ print("wrote", out)
 
 # Answers: the prompt of each row, then the likeliest tokens up to a stop.
 model.eval()
-prompts = [templates.prompt_ids(row, tokenizer) for row in rows]
-generated = answers(model, tokenizer, prompts, max_tokens=32, batch_size=len(prompts))
+prompts = [templates.encode_prompt(row, tokenizer) for row in rows]
+generated = generate_answers(model, tokenizer, prompts, max_tokens=32, batch_size=len(prompts))
 for question, answer in zip(FACTS, generated, strict=True):
     end = "stopped" if answer.stopped else "cut off"
-    print(f"{question}  {templates.answer_text(answer.ids, tokenizer)}  ({end})")
+    print(f"{question}  {templates.decode_answer(answer.ids, tokenizer)}  ({end})")
