@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 # isort: off
-import athanor  # first: it says which BLAS mlx computes with
+import athanor  # noqa: F401  first: it says which BLAS mlx computes with
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,6 +47,7 @@ from athanor import files
 from athanor.chat.load import load_tokenizer
 from athanor.compute.dropouts import replace_dropouts
 from athanor.config.compose import load_config
+from athanor.device import blas
 from athanor.device.backend import describe_device, on_cpu
 from athanor.model.adapters import make_trainable
 from athanor.model.load import copy_sharing_weights
@@ -224,7 +225,8 @@ def theirs(folder: Path, args: argparse.Namespace, changed: dict[str, Any]) -> t
     """Seconds and peak memory in GB of mlx_lm.lora."""
     config = files.read_json(folder / "theirs.json") | changed
     (folder / "now.json").write_text(json.dumps(config), encoding="utf-8")
-    env = {} if athanor.BLAS == "wheel" else {"LD_PRELOAD": athanor.BLAS}
+    openblas = blas.library()
+    env = {} if openblas is None else {"LD_PRELOAD": openblas._name}
     if not args.compile:
         env["MLX_DISABLE_COMPILE"] = "1"
     seconds, said = run([sys.executable, "-c", PEER, "--config", "now.json"], folder, env)

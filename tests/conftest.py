@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import athanor  # noqa: F401  # before any test imports mlx: chooses its BLAS
+import athanor  # noqa: F401  # before any test imports mlx: chooses its BLAS and threads
 
 # No test may reach a hub: a try fails at once, wherever it happens.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -25,7 +25,8 @@ WIDTH = 60
 def differences(a: Made, b: Made) -> Iterator[str]:
     """Yields what two runs were made from otherwise, a thing a line."""
     for key, (first, second) in compare.values(a.params, b.params).items():
-        if key != "trained_layers":  # that follows from train.num_layers and the model
+        # One follows from train.num_layers and the model, the other is part of the device.
+        if key not in ("trained_layers", "train.blas_threads"):
             yield from _changed(key, first, second)
     yield from _data(a, b)
     for tag in ("model.path", "model.commit", "model.digest"):

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from athanor import console, files
+from athanor.device import blas
 from athanor.errors import UserError
 from athanor.paths import SPLITS, Workspace
 from athanor.runs import compare, lineage, restore
@@ -56,6 +57,7 @@ def reproduce(made: Made, keep: bool) -> bool:
         for path in (config["model"]["path"], config["data"].get("dataset")):
             if path is not None:
                 restore.link(path, tree)
+        blas.use_threads(config["train"].get("blas_threads"))
         others = list(_elsewhere(made, commit))
         note(others)
         variables = restore.environment(made, tree)
@@ -91,7 +93,10 @@ def reproduce(made: Made, keep: bool) -> bool:
                 f"test/{'params.yaml'}"
             )  # after other values were chosen, perhaps
             if tested is not None:
-                (Workspace(tree, tree).params).write_bytes(tested.read_bytes())
+                files.write_text(
+                    Workspace(tree, tree).params,
+                    yaml.safe_dump(_read(tested, made), allow_unicode=True),
+                )
             _run("test", tree, variables)
             metrics |= files.read_json(Workspace(tree, tree).tested / "metrics.json")
         lacking = compare.results(made.metrics).keys() - metrics.keys()
@@ -124,9 +129,18 @@ def configuration(made: Made) -> dict[str, Any]:
             "no "
             "training (the parent of a sweep has none; name one of its children)"
         )
-    config = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    config = _read(path, made)
     if commit := made.tags.get("model.commit"):
         config["model"]["revision"] = commit
+    return config
+
+
+def _read(params: Path, made: Made) -> dict[str, Any]:
+    """Read a run's configuration, with the number of threads that null stood for."""
+    config = dict(yaml.safe_load(params.read_text(encoding="utf-8")))
+    recorded = made.params.get("train.blas_threads", "None")
+    if recorded != "None" and config["train"]["blas_threads"] is None:
+        config["train"]["blas_threads"] = int(recorded)
     return config
 
 

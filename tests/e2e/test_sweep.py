@@ -18,6 +18,7 @@ import yaml
 
 from athanor.chat import tokens
 from athanor.config.compose import compose_config
+from athanor.device import blas
 from athanor.errors import UserError
 from athanor.sweep import trials, worker
 from athanor.sweep.space import refuse_unprepared, space
@@ -232,18 +233,25 @@ def test_a_search_by_optuna_is_the_same_by_its_seed(prepared: Path, store: str) 
     assert tried() == first[:11]  # the eleventh is the first that the ten before it decide
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_points_side_by_side_are_the_same_points(prepared: Path, store: str, launcher: str) -> None:
+def test_points_side_by_side_are_the_same_points(
+    prepared: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By each launcher, whatever number of BLAS threads the caller's environment asks for."""
     grid = ("train.learning_rate=1e-4,2e-4", "train.iters=4", SHORT)
-    run(*grid, f"hydra/launcher={launcher}")
-    beside = adapters(prepared)
-    parent, children = recorded(store)
-    assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
-    assert len(children) == len(beside) == 2
-    (prepared / "artifacts/sweep").rename(prepared / "before")
     run(*grid)
-    assert adapters(prepared) == beside
-    assert len(recorded(store)[1]) == 2  # the same runs
+    by_default = adapters(prepared)  # below folders whose names tell the device and its threads
+    assert len(by_default) == 2
+    for threads, launcher in (("2", "basic"), ("1", "joblib"), ("4", "submitit_local")):
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", threads)
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        (prepared / "artifacts/sweep").rename(prepared / f"before-{launcher}")
+        printed = run(*grid, f"hydra/launcher={launcher}")
+        assert adapters(prepared) == by_default, launcher
+        parent, children = recorded(store)
+        assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
+        assert len(children) == 2  # the same runs
+        if launcher != "basic" and blas.library() is not None and blas.physical_cores() <= 2:
+            assert "2 trials at once with" in printed
 
 
 def adapters(folder: Path) -> dict[str, bytes]:
@@ -338,6 +346,21 @@ def test_a_sweep_is_sorted_before_it_runs(conf: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "at_once"),
+    [
+        ([], 1),
+        (["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], 2),
+        (["hydra/launcher=joblib", "hydra.launcher.n_jobs=64"], 3),
+        (["hydra/launcher=submitit_local"], 3),
+        (["hydra/launcher=submitit_local", "hydra.sweeper.max_batch_size=2"], 2),
+        (["hydra/launcher=submitit_slurm"], 1),  # of other machines
+    ],
+)
+def test_trials_at_once_are_the_launchers(conf: Path, arguments: list[str], at_once: int) -> None:
+    assert space(conf, ["train.rank=2,4,8", *arguments]).at_once == at_once
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["model=tiny,qwen2.5-0.5b"], "uv run dvc exp run --queue -S model=tiny,qwen2.5-0.5b"),
@@ -345,6 +368,7 @@ def test_a_sweep_is_sorted_before_it_runs(conf: Path) -> None:
         (["train.mask_prompt=true,false"], "dvc exp run --queue -S train.mask_prompt=true,false"),
         (["test.temp=0,1"], "test.temp: a sweep goes over what is trained"),
         (["fuse.gguf=f16,q8_0"], "fuse.gguf: a sweep goes over what is trained"),
+        (["train.blas_threads=1,2"], "train.blas_threads: the trials of a sweep share"),
         (["train.rnk=1,2"], "did you mean train.rank?"),
         (["train.learning_rate=1e-4,-1"], "expected a finite number above 0, found -1.0"),
         (["train.learning_rate=interval(1e-5,1e-3)"], "hydra/sweeper=optuna"),

@@ -1,4 +1,4 @@
-"""What a run keeps of what it was made from, and how two records are compared."""
+"""What a run keeps of what it was made from, and how two records are compare."""
 
 import json
 import shutil
@@ -386,6 +386,45 @@ def test_a_run_without_a_result_is_not_made_again(
 
 def made(tmp_path: Path, **tags: str) -> compare.Made:
     return compare.Made("1", "a run", "FINISHED", tags, {}, {}, {}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("configured", "recorded", "restored"),
+    [(None, "4", 4), (1, "1", 1), (None, "None", None), (3, "2", 3)],
+)
+def test_the_recorded_number_of_threads_is_restored(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    configured: int | None,
+    recorded: str,
+    restored: int | None,
+) -> None:
+    """What null stood for on the machine of the run; 3 is what could not be set there."""
+    config = {"model": {}, "train": {"blas_threads": configured}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    monkeypatch.setattr(compare.Made, "artifact", lambda self, path: tmp_path / path)
+    params = {"train.blas_threads": recorded}
+    run = compare.Made("1", "a run", "FINISHED", {}, params, {}, {}, tmp_path)
+    assert reproduce.configuration(run)["train"]["blas_threads"] == restored
+
+
+def test_other_threads_are_one_line_of_a_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare.Made, "artifact", lambda self, path: None)
+    a, b = (
+        compare.Made(
+            *("1", "a run", "FINISHED"),
+            {"device": f"cpu x86_64 (OpenBLAS 0.3.21 Zen, {threads})"},
+            {"train.blas_threads": threads[0]},
+            *({}, {}, tmp_path),
+        )
+        for threads in ("2 threads", "1 thread")
+    )
+    assert list(diff.differences(a, b)) == [
+        "device: cpu x86_64 (OpenBLAS 0.3.21 Zen, 2 threads) -> "
+        "cpu x86_64 (OpenBLAS 0.3.21 Zen, 1 thread)"
+    ]
 
 
 def test_data_comes_from_a_remote_where_the_cache_lacks_it(

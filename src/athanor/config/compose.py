@@ -54,13 +54,14 @@ def config_groups(conf: Path) -> dict[str, list[str]]:
     }
 
 
-def sweeper_config(conf: Path, overrides: list[str]) -> dict[str, Any]:
-    """The configuration of Hydra's sweeper, as conf/ and overrides of Hydra's own keys have it.
+def multirun_config(conf: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configurations of Hydra's sweeper and launcher, from conf/ and overrides.
 
     Raises:
         ConfigError: where Hydra can't compose it.
     """
-    return dict(_compose(conf, "config", ["~schema", *overrides])[1]["sweeper"])
+    hydra = _compose(conf, "config", ["~schema", *overrides])[1]
+    return hydra["sweeper"], hydra["launcher"]
 
 
 def load_config(overrides: list[str], params: Path | None = None) -> Config:
@@ -156,6 +157,8 @@ def _compose(
         hydra = {
             "runtime": {"choices": config.hydra.runtime.choices},
             "sweeper": OmegaConf.to_container(config.hydra.sweeper, resolve=True),
+            # Not all of it: submitit's names the job, which has no name yet.
+            "launcher": {key: config.hydra.launcher.get(key) for key in ("_target_", "n_jobs")},
         }
         tree = OmegaConf.to_container(
             OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]), resolve=True

@@ -105,6 +105,7 @@ class TrainConfig:
     mask_prompt: bool = MISSING
     end_token: str = MISSING
     compile: bool | None = MISSING
+    blas_threads: int | None = MISSING
 
 
 @dataclass
@@ -229,6 +230,7 @@ def impossible(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "train.patience",
         "train.save_every",
         "train.grad_accumulation_steps",
+        "train.blas_threads",
         "test.batch_size",
         "test.max_tokens",
     ):

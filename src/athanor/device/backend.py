@@ -1,10 +1,8 @@
 """The device that mlx computes on: its kind, its memory, its compiler."""
 
 import sys
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+from athanor.device import blas
 
 
 def compile_kernels(on: bool) -> None:
@@ -33,12 +31,17 @@ def describe_device() -> str:
 
     import mlx.core as mx
 
-    from athanor import BLAS
-
     if on_cpu():
-        blas = "Accelerate" if platform.system() == "Darwin" else BLAS
-        return f"cpu {platform.machine()} ({blas})"
+        name = "Accelerate" if platform.system() == "Darwin" else blas.version()
+        if (count := blas_threads()) is not None:
+            name += f", {count} thread{'s' if count > 1 else ''}"
+        return f"cpu {platform.machine()} ({name})"
     return f"gpu {mx.device_info().get('device_name', '')}".strip()
+
+
+def blas_threads() -> int | None:
+    """Return how many threads OpenBLAS computes with, None where mlx does not use it."""
+    return blas.threads() if on_cpu() else None
 
 
 def memory_limit() -> int:

@@ -10,7 +10,6 @@ Rows have digests of their own because data.dvc can name older rows than those t
 and because only so it can be said later which of them are others.
 """
 
-import ctypes
 import getpass
 import hashlib
 import json
@@ -26,7 +25,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from athanor import BLAS, __version__, console
+from athanor import __version__, console
+from athanor.device import blas
 from athanor.paths import SPLITS
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def versions() -> dict[str, str]:
         "platform": _platform(),
         "cpu": _cpu(),
         "cores": str(os.cpu_count()),
-        "blas": _blas(),
+        "blas": blas.configuration(),
     }
     for name in LIBRARIES:
         try:
@@ -275,15 +275,6 @@ def _cpu() -> str:
         asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     return platform.processor()
-
-
-def _blas() -> str:
-    """OpenBLAS with its version and the kernels that it chose for this processor."""
-    if BLAS == "wheel":
-        return BLAS
-    says = ctypes.CDLL(BLAS).openblas_get_config
-    says.restype = ctypes.c_char_p
-    return bytes(says()).decode()
 
 
 def _user() -> str:

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from athanor import files
 from athanor.config.schema import Config
 from athanor.config.values import effective_values
-from athanor.device.backend import describe_device
+from athanor.device.backend import blas_threads, describe_device
 from athanor.model.source import Source, read_config
 from athanor.paths import SPLITS, Workspace
 from athanor.runs import lineage
@@ -36,7 +36,11 @@ def start_training(
     """
     opened = start_run(
         name,
-        effective_values(cfg) | _trained_layers(cfg, folder),
+        {
+            **effective_values(cfg),
+            **_trained_layers(cfg, folder),
+            "train.blas_threads": blas_threads(),  # what null stood for
+        },
         {
             **lineage.tags(),
             **_model_tags(source),

@@ -1,5 +1,6 @@
 """What a sweep goes over: the overrides of its command, sorted and checked before any work."""
 
+import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from athanor.config.compose import (
     config_groups,
     flatten,
     load_config,
-    sweeper_config,
+    multirun_config,
 )
 from athanor.config.schema import Config
 from athanor.errors import UserError
@@ -30,7 +31,7 @@ class Space:
     `swept` are its keys (or groups, as `train`), each with its values as Hydra texts, or with the
     two ends of an interval; `typed` are the command's own overrides of them, `fixed` its others,
     `hydra` those of Hydra's own keys; `sweeper` is Hydra's configuration of what chooses the
-    points; `total` their number.
+    points; `total` their number, and `at_once` how many of them this machine trains side by side.
     """
 
     base: Config
@@ -40,6 +41,7 @@ class Space:
     hydra: list[str]
     sweeper: dict[str, Any]
     total: int
+    at_once: int
 
 
 def space(conf: Path, arguments: list[str]) -> Space:
@@ -77,7 +79,7 @@ def space(conf: Path, arguments: list[str]) -> Space:
     if problems:
         raise ConfigError(problems)
     base = compose_config(conf, fixed)
-    sweeper = _sweeper(conf, [*fixed, *hydra])
+    sweeper, launcher = _multirun(conf, [*fixed, *hydra])
     given = {parser.parse_override(text).key_or_group for text in fixed}
     for key, text in (sweeper.get("params") or {}).items():
         override = parser.parse_override(f"{key}={text}")
@@ -102,7 +104,7 @@ def space(conf: Path, arguments: list[str]) -> Space:
     _check(conf, base, fixed, values, arguments)
     if "sampler" in sweeper and sweeper["sampler"].get("seed", base.seed) is None:
         hydra.append(f"hydra.sweeper.sampler.seed={base.seed}")
-        sweeper = _sweeper(conf, [*fixed, *hydra])
+        sweeper, launcher = _multirun(conf, [*fixed, *hydra])
     if "n_trials" in sweeper and "seed" in swept:
         raise UserError(
             "seed: a search would draw it as it draws the rest; sweep over seed=0,1,2 with the "
@@ -118,7 +120,8 @@ def space(conf: Path, arguments: list[str]) -> Space:
                     "hydra/sweeper=optuna`"
                 )
             total *= len(values[key])
-    return Space(base, values, typed, fixed, hydra, sweeper, total)
+    at_once = _at_once(launcher, sweeper, total)
+    return Space(base, values, typed, fixed, hydra, sweeper, total, at_once)
 
 
 def refuse_unprepared(found: Space) -> None:
@@ -150,9 +153,18 @@ def _decides_prepare(text: str) -> bool:
     return key in ("experiment", "train") or f"{key}.".startswith(DECIDED_BY)
 
 
-def _sweeper(conf: Path, overrides: list[str]) -> dict[str, Any]:
+def _at_once(launcher: dict[str, Any], sweeper: dict[str, Any], total: int) -> int:
+    """Return how many trials a launcher runs at once on this machine."""
+    batch = min(total, sweeper.get("n_jobs") or sweeper.get("max_batch_size") or total)
+    jobs = launcher["n_jobs"]
+    if jobs is not None:  # joblib's, where -1 is all cores, -2 all but one
+        return min(batch, jobs if jobs > 0 else max((os.cpu_count() or 1) + 1 + jobs, 1))
+    return batch if str(launcher["_target_"]).endswith(".LocalLauncher") else 1
+
+
+def _multirun(conf: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        return sweeper_config(conf, overrides)
+        return multirun_config(conf, overrides)
     except ConfigError as error:
         if "hydra/sweeper" in str(error) or "hydra/launcher" in str(error):
             raise UserError(
@@ -195,6 +207,11 @@ def _check(
             except ConfigError as error:
                 problems += [one for one in error.problems if one not in problems]
                 continue
+            if flat["train.blas_threads"] != usual["train.blas_threads"]:
+                raise UserError(
+                    f"{key}: the trials of a sweep share what the frozen layers computed, and so "
+                    "one number of BLAS threads; give train.blas_threads one value"
+                )
             if key not in needs and any(
                 name.startswith(DECIDED_BY) and flat[name] != usual[name] for name in flat
             ):

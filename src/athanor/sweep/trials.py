@@ -38,6 +38,7 @@ from athanor.config.check import check_config
 from athanor.config.compose import read_params
 from athanor.config.schema import Config
 from athanor.config.values import flatten
+from athanor.device import blas
 from athanor.errors import UserError
 from athanor.model.adapters import load_adapters, read_adapter_names
 from athanor.model.load import copy_sharing_weights
@@ -69,7 +70,8 @@ class Sweep:
     """What the points of a sweep have in common.
 
     `run` is our name for its MLflow run; `keys` are swept; `recorded` are the names of those of its
-    points' runs that the store has whole; `command` is one start of it.
+    points' runs that the store has whole; `command` is one start of it. `blas_threads` are those of
+    the process that started it: one with fewer cores computes with as many.
     """
 
     folder: Path
@@ -78,6 +80,7 @@ class Sweep:
     total: int
     recorded: list[str]
     command: str
+    blas_threads: int | None
 
     def write(self) -> None:
         """Writes sweep.json, and tells the processes of this sweep where."""
@@ -182,6 +185,7 @@ def run(composed: DictConfig) -> float:
     from hydra.core.hydra_config import HydraConfig
 
     sweep = Sweep.here()
+    blas.use_threads(sweep.blas_threads)
     hydra = HydraConfig.get()
     tree: Any = OmegaConf.to_container(composed, resolve=True)
     typed = (text.lstrip("+").partition("=") for text in hydra.overrides.task)

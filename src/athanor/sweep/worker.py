@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from athanor import console, files, ui
 from athanor.config.values import flatten
+from athanor.device import blas
 from athanor.device.backend import describe_device
 from athanor.errors import UserError
 from athanor.paths import Workspace
@@ -45,6 +46,7 @@ def main(arguments: list[str]) -> None:
     refuse_unprepared(found)
     fresh = _ask_dvc()
     base = Prepared.read(found.base, workspace)
+    threads = blas.use_threads(found.base.train.blas_threads)
     about = _about(found, base)
     folder = workspace.sweeps / checkpoints.key(about)
     lock = files.try_lock(folder / "lock")
@@ -59,6 +61,7 @@ def main(arguments: list[str]) -> None:
         total=found.total,
         recorded=[],
         command=os.environ[COMMAND],
+        blas_threads=threads,
     )
     cause = os.environ.get(ENDED_BY)
     dead = trials.mark_dead(sweep, cause) if cause else []
@@ -67,6 +70,11 @@ def main(arguments: list[str]) -> None:
         f"{found.total} points of {found.base.model.path}: {folder.relative_to(workspace.home)}",
         highlight=False,
     )
+    if threads is not None and found.at_once * threads > (cores := blas.physical_cores()):
+        console.warn(
+            f"{found.at_once} trials at once with {threads} BLAS threads each share {cores} cores; "
+            "fewer at once, or a smaller train.blas_threads (other bytes), may be faster"
+        )
     with _start(sweep, found, base) as run:
         for note in dead:
             trials.fail(sweep, note, f"its process was ended by {cause}: {TOO_MUCH}")

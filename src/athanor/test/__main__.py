@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from athanor import console, files
 from athanor.config.compose import load_config
+from athanor.device import blas
 from athanor.model.adapters import load_adapters
 from athanor.paths import SPLITS, Workspace
 from athanor.prepare import result
@@ -28,6 +29,7 @@ from athanor.test.tables import show
 def main() -> None:
     workspace = Workspace.here()
     cfg = load_config(sys.argv[1:])
+    blas.use_threads(cfg.train.blas_threads)
     trained = files.read_json(workspace.trained / "run.json")
     with resume_run(trained["run"], trained["run_id"]) as run:
         base = Prepared.read(cfg, workspace)

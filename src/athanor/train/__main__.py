@@ -14,6 +14,7 @@ import sys
 
 from athanor import console, files
 from athanor.config.compose import load_config, warn_if_params_differ_from_conf
+from athanor.device import blas
 from athanor.paths import Workspace
 from athanor.prepare import result
 from athanor.prepare.result import Prepared
@@ -27,6 +28,7 @@ def main() -> None:
     workspace = Workspace.here()
     cfg = load_config(sys.argv[1:])
     warn_if_params_differ_from_conf(cfg)
+    blas.use_threads(cfg.train.blas_threads)
     base = Prepared.read(cfg, workspace)
     rows = result.read_rows(workspace, ("train", "valid"))
     kept = checkpoints.Checkpoints(workspace.checkpoints, training_identity(cfg, base))

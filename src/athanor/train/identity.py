@@ -8,7 +8,7 @@ from typing import Any
 from athanor import files
 from athanor.config.schema import Config
 from athanor.config.values import effective_values
-from athanor.device.backend import describe_device
+from athanor.device.backend import blas_threads, describe_device
 from athanor.prepare.result import Prepared
 
 # The packages and modules whose code decides a training: this stage's deps in dvc.yaml.
@@ -20,6 +20,7 @@ def training_identity(cfg: Config, base: Prepared) -> dict[str, Any]:
     deciding, source = ("seed", "train."), base.source
     return {
         **{key: value for key, value in effective_values(cfg).items() if key.startswith(deciding)},
+        "train.blas_threads": blas_threads(),  # null and its number are the same training
         # When it is saved, and where activations are kept, decides nothing.
         **dict.fromkeys(("train.save_every", "train.activations_memory", "train.activations_disk")),
         "data": files.digest([base.workspace.rows(split) for split in ("train", "valid")]),
