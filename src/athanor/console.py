@@ -1,7 +1,6 @@
 """The terminal: a stage's closing table, its progress bar, its errors, its interrupts."""
 
 import errno
-import gc
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from athanor import switches
 from athanor.errors import UserError
 
 # DVC's log is no terminal: a width of 80 would break paths there.
@@ -37,9 +37,8 @@ def run_command(main: Callable[[], None], after_interrupt: str = CHECKOUT) -> No
     An error that the user can fix is printed without its traceback; `after_interrupt` is printed
     after Ctrl-C or SIGTERM.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Imported modules stay: the collector need not scan them each time MLflow imports more.
-    gc.freeze()
+    switches.interrupt_on(signal.SIGTERM)
+    switches.freeze_objects()
     try:
         main()
     except UserError as error:
@@ -61,8 +60,7 @@ def run_command(main: Callable[[], None], after_interrupt: str = CHECKOUT) -> No
     except Exception:
         _exit_with_traceback()
     finally:
-        # Python's last collection would scan every object: half a second after MLflow.
-        gc.freeze()
+        switches.freeze_objects()  # else Python's last collection scans all of them
 
 
 def _exit_with_error(text: str) -> NoReturn:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from athanor import console, files
+from athanor import console, files, switches
 from athanor.errors import UserError
 from athanor.paths import Workspace
 from athanor.runs import client as client_module
@@ -170,7 +170,7 @@ def main() -> None:
     args = parser.parse_args()
     if not 1 <= args.port <= 65535:
         parser.error("argument --port: from 1 to 65535")
-    signal.signal(signal.SIGHUP, signal.default_int_handler)  # a terminal that is closed
+    switches.interrupt_on(signal.SIGHUP)  # the terminal is closed
     client_module.refuse_absent()
     with client_module.said_shortly():
         send_what_was_left()

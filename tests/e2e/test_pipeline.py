@@ -371,7 +371,7 @@ def test_values_typed_into_params_are_kept(clone: Workspace) -> None:
 
 # Modules that decide no output: a change of what is typed, shown or recorded re-runs no training.
 # What stages import and what decides no byte of what they write.
-NO_OUTPUT = ("athanor", "config", "console", "errors", "paths", "runs")
+NO_OUTPUT = ("athanor", "config", "console", "errors", "paths", "runs", "switches")
 
 
 def test_stages_name_the_code_they_run(repo: Path) -> None:

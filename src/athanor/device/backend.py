@@ -6,12 +6,18 @@ from athanor.device import blas
 
 
 def compile_kernels(on: bool) -> None:
-    """Switches mlx's compiler on or off, for all that is computed from here on."""
+    """Turn mlx's compiler on or off for the process; without it Linux's CPU gets a faster SiLU.
+
+    mlx-lm's models look nn.silu up at each call. With the compiler mlx's own is put back: functions
+    that are compiled for any shape can't hold a custom gradient.
+    """
     import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.nn.layers import activations
 
-    from athanor.device import silu
+    from athanor.device.silu import silu
 
-    silu.use(not on and sys.platform == "linux")
+    nn.silu = silu if sys.platform == "linux" and not on else activations.silu
     if on:
         mx.enable_compile()
     else:

@@ -8,9 +8,7 @@ Elfwing et al. 2018.
 from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
-
-_mlx_silu = nn.silu
+from mlx.nn.layers import activations
 
 
 @mx.custom_function
@@ -30,13 +28,5 @@ def _(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
 def silu(x: mx.array) -> mx.array:
     """As mlx.nn.silu, to 2e-6 of the largest; other dtypes than float32 are left to that."""
     if x.dtype != mx.float32:
-        return cast(mx.array, _mlx_silu(x))
+        return cast(mx.array, activations.silu(x))
     return cast("tuple[mx.array, mx.array]", _with_sigmoid(x))[0]
-
-
-def use(ours: bool = True) -> None:
-    """Makes mlx-lm's models compute with it, or with mlx's: they look for nn.silu when called.
-
-    What mlx compiles for any shape, as mlx-lm does around it, can't hold a custom gradient.
-    """
-    nn.silu = silu if ours else _mlx_silu

@@ -9,16 +9,12 @@ why); report.json, report.html, metrics.json and lengths.csv (what the data look
 generation stops).
 """
 
-import gc
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from athanor import console, files
+from athanor import console, files, switches
 from athanor.chat.contract import FAULT, NOTE, resolve_contract
 from athanor.chat.load import load_tokenizer
 from athanor.config.schema import DataConfig
@@ -49,8 +45,7 @@ def prepare(
     Raises:
         UserError: for faults that stop, a model that can't be found or opened.
     """
-    # Nothing here forks, which is what the tokenizer's threads would not survive.
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    switches.parallel_tokenizers()
     source = resolve_source(model_path, revision)
     tokenizer = load_tokenizer(source.folder())
     contract = resolve_contract(source.folder(), tokenizer, end_token)
@@ -79,7 +74,7 @@ def prepare(
         left.unlink()
     rejected = out / "rejected.jsonl"
     with (
-        _rare_collections(),
+        switches.rare_collections(),
         tempfile.TemporaryDirectory(dir=out, prefix=".rows.") as name,
         files.writing(rejected) as reasons,
     ):
@@ -122,14 +117,3 @@ def prepare(
     contract.write(out / "chat.json")
     source.write(out / "model.json")
     return found
-
-
-@contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Rows are freed as they go: looking for cycles among them, in vain, is a tenth of the time."""
-    before = gc.get_threshold()
-    gc.set_threshold(100_000, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from athanor import console, files
+from athanor import console, files, switches
 from athanor.errors import UserError
 from athanor.paths import Workspace
 from athanor.runs import registry
@@ -264,12 +264,7 @@ def client() -> Any:
 
     A schema whose making was cut off can't be mended, so it gets its name when it is whole.
     """
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    # The journal is what tries again: MLflow's own client would create a run once more where only
-    # the answer was lost. A server answers when it has written a file to wherever it keeps files.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    switches.configure_mlflow()
     from mlflow import MlflowClient
 
     if uri().startswith(("http://", "https://")):

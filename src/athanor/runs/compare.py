@@ -4,7 +4,6 @@ Reads the store; artifacts that are needed are fetched to a folder of the caller
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from athanor import switches
 from athanor.runs import client as client_module
 from athanor.runs import lineage
 
@@ -47,7 +47,7 @@ class Made:
             UserError: where the store, or where it keeps files, is away.
         """
         parent = path.rpartition("/")[0]
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        switches.configure_mlflow()
         with client_module.said_shortly():
             client = client_module.client()
             if path not in {kept.path for kept in client.list_artifacts(self.id, parent or None)}:

@@ -11,13 +11,11 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from athanor import console
+from athanor import console, switches
 from athanor.runs.outbox import link
 
 if TYPE_CHECKING:
@@ -70,8 +68,7 @@ def save(
     `question` makes the input example; `ids` are MLflow's for a model that is logged
     (artifact_path, model_id, model_uuid, run_id). What was at `out` is replaced.
     """
-    # Else a copy of uv.lock, which names this machine's package registry, goes into the model.
-    os.environ.setdefault("MLFLOW_LOG_UV_FILES", "false")
+    switches.configure_mlflow()
     from mlflow.models import Model
     from mlflow.pyfunc import save_model
 
@@ -147,7 +144,7 @@ def log(
     ids = {"model_id": model.model_id, "model_uuid": model.model_id, "run_id": run}
     ids["artifact_path"] = model.artifact_location
     save(fused, out, name=name, question=question, pip=pip, ids=ids)
-    with _patience():
+    with switches.mlflow_timeout(SECONDS_FOR_AN_UPLOAD):
         client.log_model_artifacts(model.model_id, str(out))
     return client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
@@ -235,18 +232,6 @@ def _how_to_move(name: str, new: str) -> str:
         f"uv run python -c 'from mlflow import MlflowClient; "
         f'MlflowClient({where}).set_registered_model_alias("{name}", "{ALIAS}", "{new}")\''
     )
-
-
-@contextmanager
-def _patience() -> Iterator[None]:
-    """Gives a server more time than store.client() does: it may have gigabytes to put away."""
-    key = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    before = os.environ[key]
-    os.environ[key] = str(max(int(before), SECONDS_FOR_AN_UPLOAD))
-    try:
-        yield
-    finally:
-        os.environ[key] = before
 
 
 def _signature() -> Any:

@@ -5,7 +5,6 @@ function returns what can't be restored, in words, or nothing.
 """
 
 import hashlib
-import logging
 import os
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from athanor import console
+from athanor import console, switches
 from athanor.errors import UserError
 from athanor.paths import Workspace
 from athanor.runs import lineage
@@ -148,7 +147,7 @@ def _check_out(md5: str, out: Path) -> str:
     from dvc_data.hashfile import load
     from dvc_data.hashfile.hash_info import HashInfo
 
-    logging.getLogger("dvc").setLevel(logging.ERROR)  # what is missing is said once, and here
+    switches.quiet_dvc()  # what is missing is reported here
     with Repo(str(Workspace.here().home)) as repo:
         cache = repo.cache.local
         remotes = list(repo.config["remote"])

@@ -9,7 +9,6 @@ store refuses is set aside, and does not hold up the rest.
 """
 
 import queue
-import sys
 import threading
 import time
 import uuid
@@ -19,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from athanor import console
+from athanor import console, switches
 from athanor.paths import Workspace
 from athanor.runs import client, registry
 from athanor.runs.client import Sender
@@ -62,8 +61,7 @@ class Run:
         for left in journal.lines():
             self._said.put(left)
         self._say(opening)
-        # While that thread imports MLflow, a training's would wait 5 ms for Python each time.
-        sys.setswitchinterval(0.0005)
+        switches.switch_threads_often(True)
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
@@ -81,6 +79,7 @@ class Run:
             self._say({"do": "end", "status": status, "time": _now()})
         self._said.put(None)
         self._thread.join()
+        switches.switch_threads_often(False)
         if self.failure is None and not self._refused:
             self._journal.remove()
             return

@@ -13,7 +13,6 @@ machines (submitit). What the points share is loaded once a process.
 """
 
 import copy
-import gc
 import hashlib
 import json
 import math
@@ -28,7 +27,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from athanor import console, files
+from athanor import console, files, switches
 from athanor.compute.arrays import TokenizedText
 from athanor.compute.evaluation import Answer
 from athanor.compute.forward import Forward
@@ -297,7 +296,7 @@ def _point(sweep: Sweep, number: int, values: dict[str, Any], cfg: Config, share
             _note_failure(sweep, note, _reason(error))
             return math.inf
         finally:
-            _let_go()
+            switches.release_memory()
         kept.clear()
         files.write_json(path, finished)
         _say(sweep, number, label, folder, "was trained before" if trained else "done")
@@ -504,12 +503,3 @@ def _say(sweep: Sweep, number: int, label: str, folder: Path, how: str) -> None:
         f"{metrics['kept_val_loss']:.4f}  {metrics['train_seconds']:.1f} s  {how}",
         highlight=False,
     )
-
-
-def _let_go() -> None:
-    """Frees what the point had in memory, for the next."""
-    import mlx.core as mx
-
-    gc.collect()
-    gc.freeze()  # what is left, MLflow above all, stays: the next point need not look through it
-    mx.clear_cache()

@@ -13,7 +13,7 @@ from typing import Any
 import hydra
 from omegaconf import OmegaConf
 
-from athanor import console, files, ui
+from athanor import console, files, switches, ui
 from athanor.config.values import flatten
 from athanor.device import blas
 from athanor.device.backend import describe_device
@@ -179,11 +179,7 @@ def _refuse_stale(asked: "subprocess.Popen[str] | None") -> None:
 
 def _run_points(found: Space, folder: Path) -> None:
     """Lets Hydra call points.run for each point, with its sweeper and its launcher."""
-    if "sampler" in found.sweeper:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come here as they are
+    switches.configure_hydra(optuna="sampler" in found.sweeper)
     sys.argv = [
         "sweep",
         "--multirun",

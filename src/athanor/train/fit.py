@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from athanor import console
+from athanor import console, switches
 from athanor.compute.arrays import TokenizedText
 from athanor.compute.frozen import FrozenLayers
 from athanor.config.schema import Config
@@ -129,7 +129,6 @@ def begin(
 
     `peaks` are those of trainings on the same rows and base, by what theirs depends on.
     """
-    import mlx.core as mx
 
     learned, total = count_parameters(trainer.forward.model)
     limit = memory_limit()
@@ -141,7 +140,7 @@ def begin(
         peaks[shape] = trainer.predicted_peak(longest, count)
     peak = peaks[shape]
     # What one iteration frees, the next can have; more than that is kept from others for nothing.
-    mx.set_cache_limit(peak)
+    switches.limit_cache(peak)
     say(
         f"train {cfg.train.method}: {learned:,} of {total:,} parameters, "
         f"{trainer.iters} iterations, on {describe_device()}; the longest batch needs about "

@@ -18,9 +18,8 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from athanor import console
+from athanor import console, switches
 from athanor.compute.arrays import TokenizedText
 from athanor.compute.dropouts import replace_dropouts
 from athanor.compute.evaluation import measure_loss
@@ -198,7 +197,7 @@ class Trainer:
             UserError: when a loss or a gradient is no number any more, with the rows it came from.
             KeyboardInterrupt: after Ctrl-C or SIGTERM and a checkpoint.
         """
-        maybe_set_recommended_wired_limit()  # Metal: keep a large model from being paged out
+        switches.wire_memory()
         mx.reset_peak_memory()
         state = self.state
         began = time.perf_counter() - state.seconds

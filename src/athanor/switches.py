@@ -1,0 +1,125 @@
+"""Process-wide switches: all that a stage changes in Python and in libraries for a whole process.
+
+None of these changes a result. What does is elsewhere: `import athanor` loads the BLAS (and turns
+telemetry off), and device.backend.compile_kernels turns mlx's compiler on or off.
+
+Collector, threads: `freeze_objects`, `rare_collections`, `switch_threads_often`
+Signals:            `interrupt_on`
+mlx:                `limit_cache`, `wire_memory`, `release_memory`
+Other libraries:    `parallel_tokenizers`, `configure_mlflow`, `mlflow_timeout`, `configure_hydra`
+"""
+
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Seconds that a Python thread runs before another may; Python's default is the second.
+OFTEN, USUALLY = 0.0005, 0.005
+MLFLOW = {
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # Else a copy of uv.lock, which names this machine's package registry, goes into each model.
+    "MLFLOW_LOG_UV_FILES": "false",
+    # The journal retries: MLflow's client would create a second run where only an answer was lost.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    # A server answers once it has written a file to wherever it keeps files.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+}
+
+
+def freeze_objects() -> None:
+    """Exempt all present objects from garbage collection for good.
+
+    Imported modules stay: scanning them takes half a second once MLflow is among them.
+    """
+    gc.freeze()
+
+
+@contextmanager
+def rare_collections() -> Iterator[None]:
+    """Collect cyclic garbage rarely while the block runs.
+
+    Rows have no cycles and are freed as they go; looking for some takes a tenth of the time.
+    """
+    previous = gc.get_threshold()
+    gc.set_threshold(100_000, *previous[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*previous)
+
+
+def switch_threads_often(on: bool) -> None:
+    """Let a training wait 0.5 ms for the thread that imports MLflow, or again Python's 5 ms."""
+    sys.setswitchinterval(OFTEN if on else USUALLY)
+
+
+def interrupt_on(number: signal.Signals) -> None:
+    """Make a signal raise KeyboardInterrupt, as Ctrl-C does."""
+    signal.signal(number, signal.default_int_handler)
+
+
+def limit_cache(size: int) -> None:
+    """Let mlx keep at most `size` bytes of freed memory, until the next training sets its own."""
+    import mlx.core as mx
+
+    mx.set_cache_limit(size)
+
+
+def wire_memory() -> None:
+    """Keep a large model from being paged out by Metal."""
+    from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+    maybe_set_recommended_wired_limit()
+
+
+def release_memory() -> None:
+    """Free all that the last trial left in memory, and exempt the rest from later collections."""
+    import mlx.core as mx
+
+    gc.collect()
+    gc.freeze()
+    mx.clear_cache()
+
+
+def parallel_tokenizers() -> None:
+    """Let tokenizers use all cores; for processes that do not fork, which its threads forbid."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+
+
+def configure_mlflow() -> None:
+    """Make MLflow quiet and impatient, before it is imported; the user's variables win."""
+    for name, value in MLFLOW.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def mlflow_timeout(seconds: int) -> Iterator[None]:
+    """Give MLflow's server at least so long to answer while the block runs."""
+    configure_mlflow()
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    previous = os.environ[name]
+    os.environ[name] = str(max(int(previous), seconds))
+    try:
+        yield
+    finally:
+        os.environ[name] = previous
+
+
+def configure_hydra(optuna: bool) -> None:
+    """Make Hydra raise a job's exceptions as they are, and its Optuna sweeper report less."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    if optuna:
+        from optuna.logging import WARNING, set_verbosity
+
+        set_verbosity(WARNING)
+
+
+def quiet_dvc() -> None:
+    """Keep DVC from logging what the caller reports itself."""
+    logging.getLogger("dvc").setLevel(logging.ERROR)
