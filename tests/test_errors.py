@@ -10,7 +10,7 @@ from athanor import errors
 # Rooms that still write their sentences where they raise them.
 SENTENCES = {
     "chat", "compute", "config", "device", "diff", "files", "fuse", "generate", "model",
-    "prepare", "reproduce", "runs", "sweep", "synthesize", "test", "train", "ui",
+    "prepare", "reproduce", "runs", "sweep", "synthesize", "test", "ui",
 }  # fmt: skip
 
 

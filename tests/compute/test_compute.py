@@ -30,9 +30,10 @@ from athanor.model import adapters
 from athanor.model.adapters import make_trainable
 from athanor.model.load import copy_sharing_weights
 from athanor.paths import Workspace
+from athanor.train import shared
 from athanor.train.build import build_frozen, build_trainer
-from athanor.train.fit import begin
-from athanor.train.trainer import Trainer
+from athanor.train.memory import predict_peak
+from athanor.train.shared import SharedBase
 
 PLENTY = Budget(10**9, 0, Path())
 
@@ -341,11 +342,13 @@ def test_a_frozen_layer_runs_once_a_row_whatever_epochs_and_points(
             model = copy_sharing_weights(base)
             cfg = config(num_layers=number)
             make_trainable(model, cfg.train, cfg.seed)
-            trainers.append(build_trainer(cfg, Workspace.here(), model, known, supervised, frozen))
+            trainers.append(
+                build_trainer(cfg, Workspace.here(), model, known, supervised, frozen=frozen)
+            )
         with counted(base) as (ran, positions):
             for number, trainer in zip(order, trainers, strict=True):
                 trainer.run()
-                validations = sum("val_loss" in point.metrics for point in trainer.state.points)
+                validations = sum("val_loss" in metrics for metrics in trainer.state.history)
                 rows = 3 * len(known) + validations * len(supervised)
                 # For the way back mlx asks for the head's graph again; of a linear head, that is
                 # all: nothing of it is computed.
@@ -366,32 +369,29 @@ def test_the_memory_of_a_training_is_predicted_once_a_shape(
     tiny: Path,
     tokens: list[TokenizedText],
     config: Callable[..., Any],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of six points, three numbers of layers by two rates."""
+    """Of six trials, three numbers of layers by two rates."""
     base, _ = load_with_tokenizer(tiny)
-    predicted = Trainer.predicted_peak
-    found: list[int] = []
+    computed: list[int] = []
 
-    def counted(self: Trainer, *given: Any) -> int:
-        found.append(predicted(self, *given))
-        return found[-1]
+    def counted(*args: Any, **options: Any) -> int:
+        computed.append(predict_peak(*args, **options))
+        return computed[-1]
 
-    monkeypatch.setattr(Trainer, "predicted_peak", counted)
-    peaks: dict[str, int] = {}
-    said: list[str] = []
+    monkeypatch.setattr(shared, "predict_peak", counted)
+    base_of_all = SharedBase()
+    peaks: list[int] = []
     for rate in (1e-4, 1e-3):
         for number in (1, 3, 6):
             cfg = config(num_layers=number, learning_rate=rate)
             model = copy_sharing_weights(base)
             make_trainable(model, cfg.train, cfg.seed)
             trainer = build_trainer(cfg, Workspace.here(), model, tokens, tokens)
-            begin(cfg, trainer, tokens, tmp_path / "kept", said.append, peaks)
-    assert list(peaks.values()) == found
-    assert len(found) == 3
-    assert found[0] < found[1] < found[2]
-    assert said[:3] == said[3:]
+            peaks.append(base_of_all.predict_peak(cfg, trainer, tokens))
+    assert len(computed) == 3
+    assert computed[0] < computed[1] < computed[2]
+    assert peaks == computed * 2
 
 
 class Wide(nn.Module):

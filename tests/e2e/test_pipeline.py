@@ -269,7 +269,7 @@ def test_killed_repro_goes_on_by_itself(clone: Workspace) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     printed = clone.run("dvc", "repro", "train")
-    assert "goes on after iteration" in printed
+    assert "resumes after iteration" in printed
     assert not any(saved.iterdir())
     assert clone.mlflow_run().info.status == "FINISHED"
     steps = clone.metric_steps("train_loss")

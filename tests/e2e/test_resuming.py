@@ -164,7 +164,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     assert while_writing >= kills // 2
     assert [run.info.status for run in killed.runs()] in ([], ["RUNNING"])
     said = killed.run("train")
-    assert "goes on after iteration" in said
+    assert "resumes after iteration" in said
     assert killed.result() == whole.result()
     killed.assert_each_point_once()
     assert killed.nothing_is_left()
@@ -207,8 +207,8 @@ def test_interrupted_training_saves_and_goes_on_in_its_run(
     assert run.info.status == "KILLED"
     assert run.data.metrics["train_loss"] > 0
     said = one.run("train")
-    assert "goes on after iteration" in said
-    assert int(said.split("goes on after iteration ")[1].split(",")[0]) >= 9
+    assert "resumes after iteration" in said
+    assert int(said.split("resumes after iteration ")[1].split(",")[0]) >= 9
     one.assert_each_point_once()
     whole = one.beside("whole")
     whole.run("train")
@@ -254,7 +254,7 @@ def test_a_full_disk_and_a_truncated_checkpoint_are_survived(place: Callable[...
     weights.write_bytes(weights.read_bytes()[:-100])
     said = one.run("train")
     assert f"{latest.name} is damaged" in said.replace("\n", "")
-    assert "goes on after iteration" in said
+    assert "resumes after iteration" in said
     assert one.result() == whole.result()
     one.assert_each_point_once()
 

@@ -9,7 +9,7 @@ from mlx_lm.tuner import trainer as peer
 from mlx_lm.tuner.datasets import CacheDataset
 
 from athanor.compute.arrays import TokenizedText, pad_rows
-from athanor.train.batches import Batches, plan
+from athanor.train.batches import Batches, plan_epoch
 
 
 def row(length: int, line: int = 0) -> TokenizedText:
@@ -22,7 +22,7 @@ def row(length: int, line: int = 0) -> TokenizedText:
 def test_every_row_comes_once_an_epoch(count: int, batch_size: int) -> None:
     lengths = [2 + i % 37 for i in range(count)]
     for epoch in (0, 1, 7):
-        found = plan(lengths, batch_size, 3, epoch)
+        found = plan_epoch(lengths, batch_size, 3, epoch)
         assert sorted(number for batch in found for number in batch) == list(range(count))
         assert max(map(len, found)) <= batch_size
         assert len(found) == -(-count // batch_size)
@@ -31,11 +31,11 @@ def test_every_row_comes_once_an_epoch(count: int, batch_size: int) -> None:
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     lengths = [10] * 50
     np.random.seed(1)
-    first = plan(lengths, 4, 0, 0)
+    first = plan_epoch(lengths, 4, 0, 0)
     np.random.seed(2)
-    assert plan(lengths, 4, 0, 0) == first
-    assert plan(lengths, 4, 0, 1) != first
-    assert plan(lengths, 4, 1, 0) != first
+    assert plan_epoch(lengths, 4, 0, 0) == first
+    assert plan_epoch(lengths, 4, 0, 1) != first
+    assert plan_epoch(lengths, 4, 1, 0) != first
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(12, 6), (101, 4), (1000, 8)])
@@ -43,7 +43,8 @@ def test_rows_change_company_from_epoch_to_epoch(count: int, batch_size: int) ->
     """Also where no two rows have the same length."""
     lengths = list(range(10, 10 + count))
     first, second = (
-        {frozenset(batch) for batch in plan(lengths, batch_size, 0, epoch)} for epoch in (0, 1)
+        {frozenset(batch) for batch in plan_epoch(lengths, batch_size, 0, epoch)}
+        for epoch in (0, 1)
     )
     assert len(first & second) < len(first) / 4
 
@@ -64,7 +65,7 @@ def test_at_most_a_twentieth_is_padding_beside_mlx_lms(capsys: pytest.CaptureFix
     for sigma in (0.5, 1.0):
         lengths = np.clip(draw.lognormal(5, sigma, 2000).astype(int), 8, 2048)
         rows = [row(int(length)) for length in lengths]
-        batches = (pad_rows([rows[i] for i in b]) for b in plan(list(lengths), 8, 0, 0))
+        batches = (pad_rows([rows[i] for i in b]) for b in plan_epoch(list(lengths), 8, 0, 0))
         ours = share_of_padding((batch.inputs.size, batch.targets.size) for batch in batches)
         np.random.seed(0)
         theirs = share_of_padding(peers_batches(rows))

@@ -55,7 +55,9 @@ from athanor.train import checkpoints
 from athanor.train.build import build_frozen
 from athanor.train.fit import fit, warn_of_rows_without_targets
 from athanor.train.identity import training_identity
-from athanor.train.trainer import Point
+from athanor.train.metrics import Metrics
+from athanor.train.result import write_result
+from athanor.train.shared import SharedBase
 
 # Where the processes of a sweep find it.
 FOLDER = "ATHANOR_SWEEP"
@@ -110,7 +112,7 @@ class Sweep:
 class Loaded:
     """What the points share in memory; no result of one depends on what others add to it.
 
-    `cfg` is the sweep's own, before any point changes it; `peaks` are train.fit's.
+    `cfg` is the sweep's own, before any point changes it.
     """
 
     cfg: Config
@@ -123,11 +125,11 @@ class Loaded:
     outcomes: dict[str, Outcome]
     peaks: dict[str, int] = field(default_factory=dict)
 
-    def frozen_for(self, cfg: Config) -> FrozenLayers | None:
-        """What the frozen layers made, for a point that computes them as the sweep's base says."""
-        pair = (cfg.train, self.cfg.train)
-        one, other = ((it.reuse_activations, it.compile) for it in pair)
-        return self.frozen if one == other else None
+    def shared_for(self, cfg: Config) -> SharedBase:
+        """Return what trainings share; without activations where `cfg` computes others."""
+        ours, theirs = self.cfg.train, cfg.train
+        same = (ours.reuse_activations, ours.compile) == (theirs.reuse_activations, theirs.compile)
+        return SharedBase(self.frozen if same else None, self.peaks)
 
     @property
     def labels(self) -> set[str]:
@@ -313,33 +315,26 @@ def _train(
     """Trains the point and says so to its run; or says again what an earlier training said."""
     path = folder / "trained.json"
 
-    def on_point(point: Point) -> None:
-        opened.metrics(point.iteration, point.metrics, once=True)
+    def publish(metrics: Metrics) -> None:
+        opened.metrics(metrics.iteration, metrics.values, once=True)
 
     if path.exists():
         found = files.read_json(path)
-        for point in found["points"]:
-            on_point(Point(**point))
+        for entry in found["history"]:
+            publish(Metrics(**entry))
     else:
-        told: list[Point] = []
-
-        def tell(point: Point) -> None:
-            told.append(point)
-            on_point(point)
-
-        metrics = fit(
+        trainer = fit(
             cfg,
             shared.base,
             copy_sharing_weights(shared.model),
             shared.tokens,
-            folder,
             kept,
-            frozen=shared.frozen_for(cfg),
-            peaks=shared.peaks,
-            on_point=tell,
-            say=lambda text: None,
+            publish,
+            shared=shared.shared_for(cfg),
         )
-        found = {"metrics": metrics, "points": [asdict(point) for point in told]}
+        metrics = write_result(cfg, trainer, shared.base.source, folder)
+        history = [asdict(entry) for entry in trainer.state.history]
+        found = {"metrics": metrics, "history": history}
         files.write_json(path, found)
     record_training(opened, shared.base.workspace, folder, found["metrics"])
     return dict(found["metrics"])
@@ -355,7 +350,7 @@ def _examined(
         splits = {name: shared.splits[name] for name in names}
         before = {name: shared.outcomes[name] for name in names}
         trained = read_adapter_names(folder / "adapters")
-        frozen = shared.frozen_for(cfg)
+        frozen = shared.shared_for(cfg).frozen
         cut = frozen.choose_cut(trained) if frozen is not None else 0
         forward = Forward(model, shared.frozen.parts, frozen, cut)
         after = examine(
@@ -449,12 +444,12 @@ def measured(note: dict[str, Any], *tests: Path) -> choice.Point:
     """A point with all that was measured of it, and by the tests in some folders."""
     path = points() / note["digest"] / "trained.json"
     done = note["status"] == "FINISHED"
-    found = files.read_json(path) if done else {"metrics": {}, "points": []}
+    found = files.read_json(path) if done else {"metrics": {}, "history": []}
     metrics = dict(found["metrics"])
     history: dict[int, dict[str, float]] = {}
-    for point in found["points"]:
-        row = history.setdefault(point["iteration"], {"iteration": point["iteration"]})
-        row |= {key: point["metrics"][key] for key in CURVES if key in point["metrics"]}
+    for entry in found["history"]:
+        row = history.setdefault(entry["iteration"], {"iteration": entry["iteration"]})
+        row |= {key: entry["values"][key] for key in CURVES if key in entry["values"]}
     for folder in tests:
         metrics |= files.read_json(folder / "metrics.json")
     return choice.Point(

@@ -1,13 +1,13 @@
-"""Stage `train`: fine-tunes the base model on what `prepare` left.
+"""Stage `train`: fine-tune the base model on the output of `prepare`.
 
     uv run python -m athanor.train
     uv run python -m athanor.train train.learning_rate=3e-4
 
 Reads params.yaml and artifacts/prepare/; writes artifacts/train/adapters/ (mlx-lm's format; the
-best or the last, as train.keep says), other_adapters/ (the other of the two), history.csv (what was
-learned at which iteration), metrics.json (the last of every metric) and run.json (the MLflow run
-that the later stages add to). While it trains it keeps checkpoints in artifacts/train/checkpoints/;
-the same command goes on from there after it was interrupted.
+best or the last, as train.keep has it), other_adapters/ (the other of the two), history.csv (the
+metrics by iteration), metrics.json (the last of every metric) and run.json (the MLflow run that the
+later stages add to). Checkpoints in artifacts/train/checkpoints/ let the same command continue
+after an interrupt.
 """
 
 import sys
@@ -19,61 +19,60 @@ from athanor.paths import Workspace
 from athanor.prepare import result
 from athanor.prepare.result import Prepared
 from athanor.runs.stage_records import record_training, run_name, start_training
-from athanor.train import checkpoints
+from athanor.train.checkpoints import Checkpoints
 from athanor.train.fit import fit, warn_of_rows_without_targets
 from athanor.train.identity import run_of, training_identity
+from athanor.train.result import write_result
 
 
 def main() -> None:
+    """Train, or continue the training that was interrupted."""
     workspace = Workspace.here()
     cfg = load_config(sys.argv[1:])
     warn_if_params_differ_from_conf(cfg)
     blas.use_threads(cfg.train.blas_threads)
     base = Prepared.read(cfg, workspace)
     rows = result.read_rows(workspace, ("train", "valid"))
-    kept = checkpoints.Checkpoints(workspace.checkpoints, training_identity(cfg, base))
+    checkpoints = Checkpoints(workspace.checkpoints, training_identity(cfg, base))
     with start_training(
         workspace,
         cfg,
         base.source,
         base.folder,
         run_name(cfg),
-        kept.folder.name,
-        run_of(kept.folder),
+        checkpoints.folder.name,
+        run_of(checkpoints.folder),
     ) as run:
         model, tokenizer = base.load()
         tokens = {split: base.tokens(rows[split], tokenizer, cfg) for split in rows}
         for split in rows:
             warn_of_rows_without_targets(workspace, split, len(rows[split]), tokens[split])
-        metrics = fit(
+        trainer = fit(
             cfg,
             base,
             model,
             tokens,
-            workspace.trained,
-            kept,
-            on_point=lambda point: run.metrics(point.iteration, point.metrics, once=True),
-            say=console.out.print,
+            checkpoints,
+            lambda metrics: run.metrics(metrics.iteration, metrics.values, once=True),
+            log=console.out.print,
         )
+        metrics = write_result(cfg, trainer, base.source, workspace.trained)
         record_training(run, workspace, workspace.trained, metrics)
         files.write_json(
             workspace.trained / "run.json",
             {"run": run.name, "run_id": run.opened(), "iteration": metrics["kept_iteration"]},
         )
-    kept.clear()
-    console.print_facts(
-        "train",
-        {
-            "train loss": f"{metrics['train_loss']:.4f}",
-            "validation loss": f"{metrics['val_loss']:.4f}, at best {metrics['best_val_loss']:.4f} "
-            f"after iteration {metrics['best_iteration']}",
-            "peak memory": f"{metrics['peak_memory']:.2f} GB",
-            "adapters": f"{workspace.trained / 'adapters'}, after iteration "
-            f"{metrics['kept_iteration']} "
-            f"({cfg.train.keep})",
-            "MLflow run": run.shown(),
-        },
-    )
+    checkpoints.clear()
+    facts = {
+        "train loss": f"{metrics['train_loss']:.4f}",
+        "validation loss": f"{metrics['val_loss']:.4f}; best {metrics['best_val_loss']:.4f} "
+        f"after iteration {metrics['best_iteration']}",
+        "peak memory": f"{metrics['peak_memory']:.2f} GB",
+        "adapters": f"{workspace.trained / 'adapters'}, after iteration "
+        f"{metrics['kept_iteration']} ({cfg.train.keep})",
+        "MLflow run": run.shown(),
+    }
+    console.print_facts("train", facts)
 
 
 if __name__ == "__main__":

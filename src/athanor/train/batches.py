@@ -1,9 +1,9 @@
-"""Which rows come when, and as which arrays: pure functions of what is passed in.
+"""The order of the rows: a pure function of seed and epoch.
 
 Every row comes once an epoch. Rows of similar length share a batch, so that little is padding, and
 yet no two epochs are alike: rows are shuffled, sorted within windows of many batches, at least two
-an epoch, and the batches are shuffled again. Nothing but (seed, epoch) decides that, so that a
-training can be taken up anywhere.
+an epoch, and the batches are shuffled again. Only (seed, epoch) decides that, so that a training
+can resume anywhere.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ import numpy as np
 
 from athanor.compute.arrays import TokenizedText
 
-# At most so many batches a window: in fewer, the rows of a batch are less alike in length; in more,
-# a batch meets the same rows again every epoch.
+# At most so many batches a window: with fewer, the rows of a batch differ more in length; with
+# more, the same rows share a batch every epoch.
 WINDOW = 256
 
 
@@ -38,30 +38,30 @@ class Batches:
         self, rows: list[TokenizedText], batch_size: int, seed: int, rank: int = 0, size: int = 1
     ) -> None:
         self.rows = rows
-        self.an_epoch = -(-len(rows) // batch_size)
+        self.per_epoch = -(-len(rows) // batch_size)
         self._rank, self._size = rank, size
         lengths = [len(row) for row in rows]
-        # The plan of an epoch is needed for each of its iterations.
-        self._epoch = lru_cache(2)(lambda epoch: plan(lengths, batch_size, seed, epoch))
+        # An epoch's batches are looked up in each of its iterations.
+        self._epoch = lru_cache(2)(lambda epoch: plan_epoch(lengths, batch_size, seed, epoch))
 
     def __call__(self, iteration: int) -> Batch:
-        epoch, position = divmod(iteration - 1, self.an_epoch)
+        epoch, position = divmod(iteration - 1, self.per_epoch)
         numbers = self._epoch(epoch)[position]
         mine = numbers[self._rank :: self._size]
         tokens = sum(sum(self.rows[i].supervised[1:]) for i in numbers)
         return Batch(numbers, [self.rows[i] for i in mine], tokens)
 
 
-def plan(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The row numbers of each batch of an epoch; every row once, the remainder included."""
+def plan_epoch(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Return the row numbers of each batch of an epoch: every row once, the remainder included."""
     draw = np.random.default_rng([seed, epoch])
     length_of = np.array(lengths)
     order = draw.permutation(len(lengths))
-    found: list[list[int]] = []
-    an_epoch = -(-len(lengths) // batch_size)
-    size = min(WINDOW, -(-an_epoch // 2)) * batch_size
+    batches: list[list[int]] = []
+    per_epoch = -(-len(lengths) // batch_size)
+    size = min(WINDOW, -(-per_epoch // 2)) * batch_size
     for start in range(0, len(order), size):
         window = order[start : start + size]
         window = window[np.argsort(length_of[window], kind="stable")]
-        found += [window[i : i + batch_size].tolist() for i in range(0, len(window), batch_size)]
-    return [found[i] for i in draw.permutation(len(found))]
+        batches += [window[i : i + batch_size].tolist() for i in range(0, len(window), batch_size)]
+    return [batches[i] for i in draw.permutation(len(batches))]

@@ -1,16 +1,16 @@
-"""Checkpoints: all that a training needs to go on as if it had never been interrupted.
+"""Checkpoints: everything that a training needs to resume as if it had never been interrupted.
 
     artifacts/train/checkpoints/<key>/       a training that has not ended yet
-        about.json                           what the key is made of
+        about.json                           the identity that the key is the digest of
         0000100/                             the checkpoint after iteration 100
             adapters.safetensors …           arrays, a file a group
-            state.json                       everything else
-            manifest.json                    sizes and sha256 of the others; written last
+            state.json                       the progress
+            manifest.json                    sizes and sha256 of the other files; written last
 
-The key is a digest of everything that decides the result, so a training goes on from its own
-checkpoints and never from those of another. A checkpoint gets its name when all of it is on the
-disk, the two latest are kept, and one that is not as its manifest says is passed over. When the
-training's results are written, the folder is removed.
+The key is a digest of everything that decides the result, so a training resumes from its own
+checkpoints and never from those of another one. A checkpoint gets its name when all of it is on the
+disk; the two latest are kept; a damaged one is skipped. When the training's result is written, the
+folder is removed.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved after an iteration: arrays by group and name, and a JSON value."""
+    """Arrays by group and name, and the progress as JSON, after an iteration."""
 
     iteration: int
     arrays: dict[str, dict[str, mx.array]]
@@ -38,58 +38,54 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one training, whose folder this process alone may use.
-
-    `about` is what decides the result, as JSON.
+    """The checkpoints of one training, in a folder that only this process may use.
 
     Raises:
         UserError: while another process runs the same training.
     """
 
-    def __init__(self, root: Path, about: dict[str, Any]) -> None:
-        self.folder = root / key(about)
+    def __init__(self, root: Path, identity: dict[str, Any]) -> None:
+        self.folder = root / key(identity)
         self._lock = files.try_lock(self.folder / "lock")
         if self._lock is None:
-            raise UserError(
-                f"another process is at this very training ({self.folder}): wait for it, or end it"
-            )
-        for left_behind in [*self.folder.glob(".*"), *root.glob(".*")]:
-            if left_behind.is_dir():
-                shutil.rmtree(left_behind, ignore_errors=True)
+            raise UserError("train.already_running", folder=self.folder)
+        for leftover in [*self.folder.glob(".*"), *root.glob(".*")]:
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
             else:
-                left_behind.unlink(missing_ok=True)
-        files.write_json(self.folder / "about.json", about)
+                leftover.unlink(missing_ok=True)
+        files.write_json(self.folder / "about.json", identity)
 
-    def save(self, found: Checkpoint) -> bool:
-        """Writes a checkpoint and removes all but the latest two.
+    def save(self, checkpoint: Checkpoint) -> bool:
+        """Write a checkpoint, and remove all but the latest two; return False if that failed.
 
         A disk that is full, or fails, costs this checkpoint and a warning; earlier ones stay.
         """
-        name = f"{found.iteration:07d}"
+        name = f"{checkpoint.iteration:07d}"
         try:
             with files.whole_folder(self.folder / name) as folder:
-                for group, arrays in found.arrays.items():
+                for group, arrays in checkpoint.arrays.items():
                     mx.save_safetensors(str(folder / f"{group}.safetensors"), arrays)
-                files.write_json(folder / "state.json", found.state)
+                files.write_json(folder / "state.json", checkpoint.state)
                 files.write_json(folder / "manifest.json", _manifest(folder))
         except OSError as error:
-            why = "the disk is full" if error.errno in console.DISK_FULL else str(error)
-            there = ", ".join(path.name for path in self._all()) or "none"
+            cause = "the disk is full" if error.errno in console.DISK_FULL else str(error)
+            earlier = ", ".join(path.name for path in self._folders()) or "none"
             console.warn(
-                f"no checkpoint after iteration {found.iteration} ({_size(found)}) in "
-                f"{self.folder}: {why}; earlier checkpoints stay ({there})"
+                f"no checkpoint after iteration {checkpoint.iteration} ({_size(checkpoint)}) in "
+                f"{self.folder}: {cause}; earlier checkpoints stay ({earlier})"
             )
             return False
-        for old in self._all()[KEPT:]:
+        for old in self._folders()[KEPT:]:
             shutil.rmtree(old)
         return True
 
     def latest(self) -> Checkpoint | None:
-        """The latest checkpoint that is whole; later ones that are not are named and removed."""
-        for folder in self._all():
+        """Return the latest whole checkpoint; warn of damaged later ones, and remove them."""
+        for folder in self._folders():
             try:
                 if files.read_json(folder / "manifest.json") != _manifest(folder):
-                    raise ValueError("its files are not those of its manifest")
+                    raise ValueError("its files differ from its manifest")
                 arrays = {
                     path.stem: cast("dict[str, mx.array]", mx.load(str(path)))
                     for path in folder.glob("*.safetensors")
@@ -97,39 +93,39 @@ class Checkpoints:
                 mx.eval(arrays)  # now: this folder is removed when later ones are written
                 return Checkpoint(int(folder.name), arrays, files.read_json(folder / "state.json"))
             except (OSError, ValueError, RuntimeError, UserError) as error:
-                console.warn(f"checkpoint {folder} is damaged ({error}), and so is removed")
+                console.warn(f"checkpoint {folder} is damaged ({error}) and was removed")
                 shutil.rmtree(folder, ignore_errors=True)
         return None
 
     def clear(self) -> None:
-        """Removes the folder: the training has ended, and its results are written."""
-        # All of it at once: half a folder would be taken for another training's beginning.
-        gone = self.folder.with_name(f".{self.folder.name}")
-        shutil.rmtree(gone, ignore_errors=True)
-        self.folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        """Remove the folder: the training has ended, and its result is written."""
+        # At once, by renaming: half a folder would look like a training's beginning.
+        removed = self.folder.with_name(f".{self.folder.name}")
+        shutil.rmtree(removed, ignore_errors=True)
+        self.folder.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
         self.close()
 
     def close(self) -> None:
-        """Lets other processes go on with this training."""
+        """Let other processes resume this training."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
-    def _all(self) -> list[Path]:
-        """The checkpoints' folders, the latest first."""
-        found = (path for path in self.folder.iterdir() if path.name.isdigit())
-        return sorted(found, key=lambda path: int(path.name), reverse=True)
+    def _folders(self) -> list[Path]:
+        """Return the checkpoints' folders, the latest first."""
+        numbered = (path for path in self.folder.iterdir() if path.name.isdigit())
+        return sorted(numbered, key=lambda path: int(path.name), reverse=True)
 
 
-def key(about: dict[str, Any]) -> str:
-    """The digest of what decides a training's result."""
-    text = json.dumps(about, sort_keys=True, ensure_ascii=False)
+def key(identity: dict[str, Any]) -> str:
+    """Return the digest of an identity, or of another JSON object: 16 hexadecimal digits."""
+    text = json.dumps(identity, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def unfinished(root: Path) -> list[Path]:
-    """The folders of all trainings that have a checkpoint, and so have not ended."""
+    """Return the folders of all trainings that have a checkpoint, and so have not ended."""
     return sorted({path.parent.parent for path in root.glob("[!.]*/[!.]*/manifest.json")})
 
 
@@ -141,6 +137,6 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _size(found: Checkpoint) -> str:
-    size = sum(array.nbytes for arrays in found.arrays.values() for array in arrays.values())
+def _size(checkpoint: Checkpoint) -> str:
+    size = sum(array.nbytes for group in checkpoint.arrays.values() for array in group.values())
     return f"{size / 1e6:.1f} MB"

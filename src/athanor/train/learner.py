@@ -1,4 +1,4 @@
-"""What one training changes, and how an update changes it."""
+"""The weights and the optimizer of a training, and their updates."""
 
 import math
 from typing import Any
@@ -17,16 +17,16 @@ PACK = 1 << 18
 
 
 class Learner:
-    """What one training changes: its weights, its optimizer's state, a sum of gradients.
+    """Weights, an optimizer's state and a sum of gradients.
 
-    A step asks for the gradient by these weights and hands it back, and knows nothing else of them:
-    several learners, each with a rate and an optimizer of its own, can take theirs from one batch.
+    A step computes the gradient by these weights and hands it over, and knows nothing else of them:
+    several learners, each with its own rate and optimizer, can learn from one batch.
 
     Args:
         weights: by their names.
         optimizer: one that has not been used yet.
-        max_grad_norm: as Trainer's.
-        compile: whether to run the update through mx.compile.
+        max_grad_norm: the L2 norm that a gradient is scaled down to; None for no limit.
+        compile: run the update through mx.compile.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class Learner:
         self.weights, self.optimizer = weights, optimizer
         self.gradient: Arrays | None = None  # of the batches since the last update, summed
         self._limit = math.inf if max_grad_norm is None else max_grad_norm
-        # Of these every number is updated by itself, whatever array it stands in.
-        apart = isinstance(optimizer, optim.Adam | optim.SGD | optim.Lion)
-        self._packs = packs(weights) if apart else [[name] for name in weights]
+        # These update each number by itself, whatever array it is in.
+        elementwise = isinstance(optimizer, optim.Adam | optim.SGD | optim.Lion)
+        self._packs = packs(weights) if elementwise else [[name] for name in weights]
         self._packed = self._pack(weights)
         optimizer.init(self._packed)
         self._apply = self._applied
@@ -51,21 +51,21 @@ class Learner:
             self._apply = mx.compile(self._applied, inputs=state, outputs=state)
 
     def add(self, gradient: Arrays) -> None:
-        """Adds a batch's gradient to those since the last update."""
-        before = self.gradient
-        if before is not None:
-            gradient = {name: one + before[name] for name, one in gradient.items()}
+        """Add a batch's gradient to those since the last update."""
+        total = self.gradient
+        if total is not None:
+            gradient = {name: array + total[name] for name, array in gradient.items()}
         self.gradient = gradient
 
     def update(self, scale: mx.array) -> mx.array:
-        """Updates the weights by what was added, times `scale`; returns the norm of that."""
+        """Update the weights by the sum of gradients times `scale`; return the norm of that."""
         assert self.gradient is not None
         self._packed, norm = self._apply(self._packed, self._pack(self.gradient), scale)
         self.weights, self.gradient = self._unpack(self._packed), None
         return norm
 
     def put_back(self, weights: Arrays, moments: Arrays) -> None:
-        """Makes these, by their names, the weights and the optimizer's state."""
+        """Make these arrays, by their names, the weights and the optimizer's state."""
         self._packed = self._pack(weights)
         self.weights = self._unpack(self._packed)  # as an update leaves them
         # In place: the compiled update holds on to this tree.
@@ -78,7 +78,7 @@ class Learner:
         return self.optimizer.apply_gradients(gradient, weights), norm
 
     def _pack(self, arrays: Arrays) -> Arrays:
-        """A pack's arrays as one, one after the other; what is alone stays what it is."""
+        """Return each pack's arrays as one, concatenated; a single array stays as it is."""
         return {
             names[0]: arrays[names[0]]
             if len(names) == 1
@@ -87,37 +87,37 @@ class Learner:
         }
 
     def _unpack(self, packed: Arrays) -> Arrays:
-        """The arrays of the packs, as views of these."""
-        found: Arrays = {}
+        """Return the arrays of the packs by their names, as views."""
+        arrays: Arrays = {}
         for names in self._packs:
             whole = packed[names[0]]
             if len(names) == 1:
-                found[names[0]] = whole
+                arrays[names[0]] = whole
                 continue
             shapes = [self.weights[name].shape for name in names]
             ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist()
             for name, shape, part in zip(names, shapes, mx.split(whole, ends), strict=True):
-                found[name] = part.reshape(shape)
-        return {name: found[name] for name in self.weights}
+                arrays[name] = part.reshape(shape)
+        return {name: arrays[name] for name in self.weights}
 
 
 def packs(weights: Arrays) -> list[list[str]]:
-    """Names of weights that are updated as one array: small ones of one dtype, up to PACK.
+    """Return the names of weights to update as one array: small ones of one dtype, up to PACK.
 
     Adapters are hundreds of small arrays, and an update has some 17 operations for each, of which
     every one costs a few µs on a CPU, or a kernel on a GPU, however few numbers it has.
     """
-    found: list[list[str]] = []
-    begun: dict[mx.Dtype, list[str]] = {}
+    result: list[list[str]] = []
+    current: dict[mx.Dtype, list[str]] = {}
     for name, weight in weights.items():
-        pack = begun.get(weight.dtype)
-        if pack is None or sum(weights[one].nbytes for one in pack) + weight.nbytes > PACK:
-            pack = begun[weight.dtype] = []
-            found.append(pack)
+        pack = current.get(weight.dtype)
+        if pack is None or sum(weights[other].nbytes for other in pack) + weight.nbytes > PACK:
+            pack = current[weight.dtype] = []
+            result.append(pack)
         pack.append(name)
-    return found
+    return result
 
 
 def _named(tree: Any, arrays: Arrays) -> Any:
-    """A tree of the same form with the arrays of these names."""
+    """Return a tree of the same form with the arrays of these names."""
     return tree_map_with_path(lambda name, _: arrays[name], tree)

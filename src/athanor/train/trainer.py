@@ -1,21 +1,21 @@
 """The training loop: mlx-lm's models and adapter layers, our batches, loss, order and state.
 
-What decides the result is passed in; nothing is read from a configuration. What an iteration does
+Everything that decides the result is passed in; nothing is read from a configuration. An iteration
 depends on the weights, the optimizer's moments and the iteration's number alone: the order of rows
-and the dropout come from (seed, epoch, position), and no generator has a state. So a training that
-goes on from a checkpoint ends with the same bytes as one that was never interrupted, and looking at
-it changes nothing.
+and the dropout follow from (seed, epoch, position), and no generator has a state. So a training
+that resumes from a checkpoint ends with the same bytes as one that was never interrupted, and
+validating more often changes nothing.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import mlx.optimizers as optim
+import msgspec
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -28,31 +28,24 @@ from athanor.errors import UserError
 from athanor.train.batches import Batch
 from athanor.train.checkpoints import Checkpoint, Checkpoints
 from athanor.train.learner import Arrays, Learner
+from athanor.train.memory import explain_out_of_memory
+from athanor.train.metrics import Metrics, Stopwatch
+from athanor.train.plan import Hooks, TrainingPlan
 
-# So many updates without any gradient end a training, unless its loss in nats says that there is
-# nothing left to learn.
+# So many updates without any gradient end a training, unless its loss in nats shows that nothing
+# is left to learn.
 DEAD_UPDATES = 5
-LEARNED = 1e-4
-
-LESS_MEMORY = (
-    "try a smaller train.batch_size (with more train.grad_accumulation_steps), a smaller "
-    "train.max_seq_length, fewer train.num_layers, or train.grad_checkpoint=true"
-)
-
-
-@dataclass(frozen=True)
-class Point:
-    """Metrics at an iteration, under mlx-lm's names; memory in GB, losses in nats a token."""
-
-    iteration: int
-    metrics: dict[str, float]
+LEARNED_LOSS = 1e-4
+# An error names at most so many rows of a batch.
+ROWS_NAMED = 16
 
 
 @dataclass
 class State:
-    """Where a training stands, besides its arrays. The window is what the next report is about.
+    """The progress of a training, besides its arrays.
 
-    `seconds` are those that it took, all told.
+    The window is the iterations since the last report; `seconds` are those of all sessions;
+    `best_loss` is None before the first validation that counts.
     """
 
     iteration: int = 0
@@ -62,21 +55,12 @@ class State:
     window_tokens: int = 0
     grad_norm: float | None = None
     validated: int = -1
-    best_loss: float = math.inf
+    best_loss: float | None = None
     best_iteration: int = 0
     not_better: int = 0
     seconds: float = 0.0
     dead_updates: int = 0
-    points: list[Point] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"best_loss": self.best_loss if self.best_iteration else None}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "State":
-        loss = math.inf if value["best_loss"] is None else value["best_loss"]
-        points = [Point(**point) for point in value["points"]]
-        return cls(**value | {"best_loss": loss, "points": points})
+    history: list[Metrics] = field(default_factory=list)
 
 
 class Stopped(KeyboardInterrupt):
@@ -91,138 +75,84 @@ class Trainer:
     first iteration, every `steps_per_eval` iterations and at the end.
 
     Args:
+        plan: its numbers.
         forward: the model, as the loss and the gradient of a batch.
         batches: the batch of each iteration, from 1.
+        valid: the rows of the validation; none, no validation.
         optimizer: one that has not been used yet.
-        max_grad_norm: the L2 norm that an update's gradient is scaled down to; None for no limit.
-        patience: ends the training after so many validations in a row without a better one.
-        checkpoints: where to save every `save_every` iterations and on Ctrl-C or SIGTERM.
-        name_of: how to name a row, by its number, to a person.
-        compile: whether to run the update through mx.compile.
+        checkpoints: the place to save every `save_every` iterations and on Ctrl-C or SIGTERM.
+        hooks: functions that are called on the way.
     """
 
     def __init__(
         self,
+        plan: TrainingPlan,
         forward: Forward,
         batches: Callable[[int], Batch],
         valid: list[TokenizedText],
         optimizer: optim.Optimizer,
-        *,
-        seed: int,
-        iters: int,
-        batch_size: int,
-        steps_per_report: int,
-        steps_per_eval: int,
-        grad_accumulation_steps: int = 1,
-        max_grad_norm: float | None = None,
-        compile: bool = False,
-        patience: int | None = None,
-        save_every: int | None = None,
         checkpoints: Checkpoints | None = None,
-        name_of: Callable[[int], str] = lambda row: f"row {row + 1}",
-        on_iteration: Callable[[int], None] = lambda iteration: None,
-        on_point: Callable[[Point], None] = lambda point: None,
+        hooks: Hooks | None = None,
     ) -> None:
-        self.forward, self.batches, self.valid = forward, batches, valid
-        self.seed, self.iters, self.batch_size = seed, iters, batch_size
-        self.steps_per_report, self.steps_per_eval = steps_per_report, steps_per_eval
-        self.grad_accumulation_steps = grad_accumulation_steps
-        self.patience, self.save_every, self.checkpoints = patience, save_every, checkpoints
-        self.name_of, self.on_iteration, self.on_point = name_of, on_iteration, on_point
+        self.plan, self.forward, self.batches, self.valid = plan, forward, batches, valid
+        self.checkpoints, self.hooks = checkpoints, hooks or Hooks()
         self.world = mx.distributed.init()
         self.state = State()
         self.best: Arrays = {}  # the weights after state.best_iteration
         self.dropouts = replace_dropouts(forward.model)
         self.learner = Learner(
-            trainable_weights(forward.model), optimizer, max_grad_norm, compile=compile
+            trainable_weights(forward.model), optimizer, plan.max_grad_norm, compile=plan.compile
         )
         self._next: tuple[Batch, PreparedBatch | None] | None = None
-
-    def weights(self) -> Arrays:
-        """What is learned, by its names."""
-        return dict(self.learner.weights)
+        self._stopwatch = Stopwatch()
+        self._saved = 0  # the iteration of the last checkpoint
+        self._interrupted: Callable[[], bool] = lambda: False
 
     def resume(self) -> int:
-        """Goes on from the latest whole checkpoint; returns its iteration, 0 without one."""
-        found = self.checkpoints.latest() if self.checkpoints else None
-        if found is None:
+        """Restore the latest whole checkpoint; return its iteration, 0 without one."""
+        checkpoint = self.checkpoints.latest() if self.checkpoints else None
+        if checkpoint is None:
             return 0
-        self.state = State.from_json(found.state)
-        self.learner.put_back(found.arrays["adapters"], found.arrays["optimizer"])
-        self.learner.gradient = found.arrays.get("gradient")
+        arrays = checkpoint.arrays
+        self.state = msgspec.convert(checkpoint.state, State)
+        self.learner.put_back(arrays["adapters"], arrays["optimizer"])
+        self.learner.gradient = arrays.get("gradient")
         self.forward.set_weights(self.learner.weights)
-        self.best = found.arrays.get("best", {})
+        self.best = arrays.get("best", {})
         return self.state.iteration
 
-    def predicted_peak(self, longest: TokenizedText, rows: int) -> int:
-        """The memory in bytes that an iteration on `rows` rows like the longest will need.
-
-        What a batch needs grows by the same amount with each row of the same length, so one and two
-        are computed; then an update is made and taken back. Nothing is trained.
-
-        Raises:
-            UserError: where not even that fits.
-        """
-        learner = self.learner
-        weights, moments = self.weights(), dict(tree_flatten(learner.optimizer.state))
-        self.forward.model.train()
-        mx.eval(moments)
-        peaks: list[int] = []
-        for count in range(1, min(rows, 2) + 1):
-            mx.clear_cache()
-            mx.reset_peak_memory()
-            with fits():
-                ready = self.forward.prepare([longest] * count)
-                _, gradient = self.forward.loss_and_gradient(learner.weights, ready)
-                mx.eval(gradient)
-            peaks.append(mx.get_peak_memory())
-        learner.add(gradient)
-        del gradient
-        mx.reset_peak_memory()
-        with fits():
-            learner.update(mx.array(0.0))
-            mx.eval(learner.weights, learner.optimizer.state)
-        learner.put_back(weights, moments)
-        self.forward.set_weights(learner.weights)
-        size = sum(array.nbytes for array in weights.values())
-        # Both phases may hold two more sets of weights: the best so far, and a sum of gradients.
-        kept = size * (1 + (self.grad_accumulation_steps > 1))
-        backward = peaks[0] + (rows - 1) * (peaks[-1] - peaks[0])
-        return max(backward + kept, mx.get_peak_memory())
-
     def run(self) -> None:
-        """Trains to the end; `state`, `best` and the model's own weights are then its result.
+        """Train to the end; `state`, `best` and the learner's weights are then the result.
 
         Raises:
-            UserError: when a loss or a gradient is no number any more, with the rows it came from.
+            UserError: where a loss or a gradient is not finite, with the rows of the batch.
             KeyboardInterrupt: after Ctrl-C or SIGTERM and a checkpoint.
         """
         switches.wire_memory()
         mx.reset_peak_memory()
-        state = self.state
-        began = time.perf_counter() - state.seconds
-        self._watch = Stopwatch()
+        state, plan = self.state, self.plan
+        start = time.perf_counter() - state.seconds
+        self._stopwatch = Stopwatch()
         self._saved = state.iteration
         self.forward.model.train()
-        with console.defer_interrupts() as noted:
-            self._noted = noted
+        with console.defer_interrupts() as self._interrupted:
             try:
                 while True:
-                    ended = state.iteration >= self.iters
-                    due = ended or state.iteration % self.steps_per_eval == 0
+                    ended = state.iteration >= plan.iters
+                    due = ended or state.iteration % plan.steps_per_eval == 0
                     if due and state.validated < state.iteration:
                         self._validate()
-                    if self.patience is not None and state.not_better >= self.patience:
+                    if plan.patience is not None and state.not_better >= plan.patience:
                         ended = True
                         if state.window_tokens:
                             self._report()
-                    state.seconds = time.perf_counter() - began
-                    # At the end, too: writing the results can still be interrupted.
-                    if ended or (self.save_every and state.iteration % self.save_every == 0):
+                    state.seconds = time.perf_counter() - start
+                    # Also at the end: writing the results can still be interrupted.
+                    if ended or (plan.save_every and state.iteration % plan.save_every == 0):
                         self._save()
                     if ended:
                         return
-                    self._stop_if_asked()
+                    self._stop_if_interrupted()
                     self._step()
             except Stopped:
                 self._save()
@@ -232,58 +162,58 @@ class Trainer:
                 raise Stopped(saved) from None
 
     def _step(self) -> None:
-        state = self.state
+        state, plan = self.state, self.plan
         iteration = state.iteration + 1
-        with fits():
-            batch, ready = self._next or self._made_ready(iteration)
+        with explain_out_of_memory():
+            batch, ready = self._next or self._prepare_batch(iteration)
         self._next = None
         if self.dropouts:
-            place = np.random.SeedSequence([self.seed, iteration, self.world.rank()])
-            keys = mx.random.key(int(place.generate_state(1, np.uint32)[0]))
+            seeds = np.random.SeedSequence([plan.seed, iteration, self.world.rank()])
+            keys = mx.random.key(int(seeds.generate_state(1, np.uint32)[0]))
             for dropout, key in zip(
                 self.dropouts, mx.random.split(keys, len(self.dropouts)), strict=True
             ):
                 dropout.set_key(key)
         learner = self.learner
-        with fits():
+        with explain_out_of_memory():
             loss, gradient = self._loss_and_gradient(ready)
             learner.add(gradient)
             del gradient  # an update can have its memory
             state.update_tokens += batch.tokens
             norm = None
-            if iteration % self.grad_accumulation_steps == 0 or iteration == self.iters:
+            if iteration % plan.grad_accumulation_steps == 0 or iteration == plan.iters:
                 norm = learner.update(mx.array(self.world.size() / state.update_tokens))
                 state.update_tokens = 0
             loss = mx.distributed.all_sum(loss)
-            asked = [learner.weights, learner.optimizer.state, learner.gradient, loss, norm]
-            mx.async_eval(asked)
-            if iteration < self.iters:  # while this one is computed
-                self._next = self._made_ready(iteration + 1)
-            mx.eval(asked)
+            computed = [learner.weights, learner.optimizer.state, learner.gradient, loss, norm]
+            mx.async_eval(computed)
+            if iteration < plan.iters:  # while this iteration is computed
+                self._next = self._prepare_batch(iteration + 1)
+            mx.eval(computed)
         self.forward.set_weights(learner.weights)
         if norm is not None:
             state.grad_norm = _number(norm)
-        self._refuse_nan(iteration, batch, _number(loss), state.grad_norm or 0.0)
+        self._check_finite(iteration, batch, _number(loss), state.grad_norm or 0.0)
         if norm is not None:
-            self._refuse_dead(iteration, _number(loss) / max(batch.tokens, 1))
+            self._check_gradient(iteration, _number(loss) / max(batch.tokens, 1))
 
         state.iteration = iteration
         state.window_loss += _number(loss)
         state.window_tokens += batch.tokens
-        self._watch.count(batch.tokens)
-        self.on_iteration(iteration)
-        if iteration % self.steps_per_report == 0 or iteration == self.iters:
+        self._stopwatch.count_iteration(batch.tokens)
+        self.hooks.on_iteration(iteration)
+        if iteration % plan.steps_per_report == 0 or iteration == plan.iters:
             self._report()
 
-    def _made_ready(self, iteration: int) -> tuple[Batch, PreparedBatch | None]:
-        """The batch of an iteration; without arrays where it has no row for this rank."""
+    def _prepare_batch(self, iteration: int) -> tuple[Batch, PreparedBatch | None]:
+        """Return the batch of an iteration; its arrays are None where this rank has no row."""
         batch = self.batches(iteration)
         return batch, self.forward.prepare(batch.rows) if batch.rows else None
 
     def _loss_and_gradient(self, ready: PreparedBatch | None) -> tuple[mx.array, Arrays]:
         if ready is None:
             weights = self.learner.weights
-            return mx.array(0.0), {name: mx.zeros_like(one) for name, one in weights.items()}
+            return mx.array(0.0), {name: mx.zeros_like(array) for name, array in weights.items()}
         return self.forward.loss_and_gradient(self.learner.weights, ready)
 
     def _validate(self) -> None:
@@ -291,158 +221,124 @@ class Trainer:
         if not self.valid:
             return
         model = self.forward.model
-        with self._watch.paused(), fits():
+        with self._stopwatch.paused(), explain_out_of_memory():
             model.eval()
             try:
                 loss, _ = measure_loss(
-                    self.forward, self.valid, self.batch_size, self._stop_if_asked
+                    self.forward, self.valid, self.plan.batch_size, self._stop_if_interrupted
                 )
             finally:
                 model.train()
         state.validated = state.iteration
         if not math.isfinite(loss):
             raise UserError(
-                f"iteration {state.iteration}: the validation loss is {loss}, so the training "
-                f"diverged and was stopped; {self._try()}"
+                "train.validation_diverged", iteration=state.iteration, loss=loss, rate=self._rate()
             )
         # Before the first iteration there is nothing yet that could be kept.
-        if state.iteration > 0 and loss < state.best_loss:
+        if state.iteration > 0 and (state.best_loss is None or loss < state.best_loss):
             state.best_loss, state.best_iteration, state.not_better = loss, state.iteration, 0
-            self.best = self.weights()
+            self.best = self.learner.weights
         elif state.iteration > 0:
             state.not_better += 1
-        self._say({"val_loss": loss})
+        self._publish({"val_loss": loss})
 
     def _report(self) -> None:
         state = self.state
         state.trained_tokens += state.window_tokens
         metrics = {
             "train_loss": state.window_loss / state.window_tokens,
-            # float32 as a person would write it: 0.0002, not 0.00019999999494757503
-            "learning_rate": float(f"{_number(self.learner.optimizer.learning_rate):.7g}"),
+            "learning_rate": self._rate(),
             "trained_tokens": state.trained_tokens,
         }
         if state.grad_norm is not None:
             metrics["grad_norm"] = state.grad_norm
-        metrics |= self._watch.speeds()
+        metrics |= self._stopwatch.take_speeds()
         metrics |= {
             "peak_memory": mx.get_peak_memory() / 1e9,
             "active_memory": mx.get_active_memory() / 1e9,
         }
         state.window_loss, state.window_tokens = 0.0, 0
-        self._say(metrics)
+        self._publish(metrics)
 
-    def _say(self, metrics: dict[str, float]) -> None:
-        point = Point(self.state.iteration, metrics)
-        self.state.points.append(point)
-        self.on_point(point)
+    def _publish(self, values: dict[str, float]) -> None:
+        metrics = Metrics(self.state.iteration, values)
+        self.state.history.append(metrics)
+        self.hooks.on_metrics(metrics)
 
-    def _refuse_nan(self, iteration: int, batch: Batch, loss: float, norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        what, numbers = f"the loss is {loss}", batch.numbers
-        if math.isfinite(loss):  # any of the batches that were summed can be the one
-            what = f"the gradient is {norm} long"
-            first = (iteration - 1) // self.grad_accumulation_steps * self.grad_accumulation_steps
+    def _check_finite(self, iteration: int, batch: Batch, loss: float, norm: float) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                "train.loss_diverged",
+                iteration=iteration,
+                loss=loss,
+                count=len(batch.numbers),
+                rows=self._name_rows(batch.numbers),
+                rate=self._rate(),
+            )
+        if not math.isfinite(norm):  # any of the batches that were summed can be the cause
+            steps = self.plan.grad_accumulation_steps
+            first = (iteration - 1) // steps * steps
             numbers = [row for i in range(first, iteration) for row in self.batches(i + 1).numbers]
-        rows = ", ".join(self.name_of(row) for row in numbers[:16])
-        rows += f" and {len(numbers) - 16} more" if len(numbers) > 16 else ""
-        raise UserError(
-            f"iteration {iteration}: {what}, so the training diverged and was stopped\n"
-            f"  rows of this batch: {rows}\n  look at them, and {self._try()}"
-        )
+            raise UserError(
+                "train.gradient_diverged",
+                iteration=iteration,
+                norm=norm,
+                count=len(numbers),
+                rows=self._name_rows(numbers),
+                rate=self._rate(),
+            )
 
-    def _refuse_dead(self, iteration: int, loss: float) -> None:
-        """Stops where nothing is learned any more, as after a far too great learning rate.
+    def _name_rows(self, numbers: list[int]) -> list[str]:
+        return [self.hooks.name_row(number) for number in numbers[:ROWS_NAMED]]
 
-        A model whose weights have grown beyond measure says the same to everything: its gradient is
-        0 to the last bit, and its loss, often not the worst, stays for good.
+    def _check_gradient(self, iteration: int, loss: float) -> None:
+        """Raise where nothing is learned any more, as after a far too great learning rate.
+
+        A model whose weights have grown beyond measure answers every row alike: its gradient is 0
+        to the last bit, and its loss, often not the worst, stays for good.
         """
-        dead = self.state.grad_norm == 0.0 and loss > LEARNED
+        dead = self.state.grad_norm == 0.0 and loss > LEARNED_LOSS
         self.state.dead_updates = self.state.dead_updates + 1 if dead else 0
         if self.state.dead_updates == DEAD_UPDATES:
             raise UserError(
-                f"iteration {iteration}: {DEAD_UPDATES} updates in a row had a gradient of 0 at a "
-                f"loss of {loss:.4f}, so the training diverged and was stopped; {self._try()}"
+                "train.gradient_vanished",
+                iteration=iteration,
+                updates=DEAD_UPDATES,
+                loss=loss,
+                rate=self._rate(),
             )
 
-    def _try(self) -> str:
-        rate = _number(self.learner.optimizer.learning_rate)
-        return (
-            f"try a smaller train.learning_rate (here it was {rate:g}), some train.warmup, or "
-            "train.max_grad_norm"
-        )
+    def _rate(self) -> float:
+        """Return the learning rate in decimal: 0.0002, not float32's 0.00019999999494757503."""
+        return float(f"{_number(self.learner.optimizer.learning_rate):.7g}")
 
     def _save(self) -> None:
         if self.checkpoints is None or self.world.rank() != 0:
             return
         if self._saved >= self.state.iteration:
             return
-        weights, gradient = self.weights(), self.learner.gradient
+        weights, gradient = self.learner.weights, self.learner.gradient
         if not all(mx.isfinite(array).all().item() for array in weights.values()):
-            return  # the next iteration says so; what was saved before stays the last good state
+            return  # the next iteration raises; the last good checkpoint stays
         arrays = {
             "adapters": weights,
             "optimizer": dict(tree_flatten(self.learner.optimizer.state)),
             "gradient": gradient or {},
             "best": self.best,
         }
-        found = Checkpoint(
+        checkpoint = Checkpoint(
             self.state.iteration,
             {group: named for group, named in arrays.items() if named},
-            self.state.as_json(),
+            asdict(self.state),
         )
-        with self._watch.paused():
-            if self.checkpoints.save(found):
-                self._saved = found.iteration
+        with self._stopwatch.paused():
+            if self.checkpoints.save(checkpoint):
+                self._saved = checkpoint.iteration
 
-    def _stop_if_asked(self) -> None:
-        if self._noted():
+    def _stop_if_interrupted(self) -> None:
+        if self._interrupted():
             raise Stopped
 
 
 def _number(array: mx.array) -> float:
     return cast(float, array.item())
-
-
-@contextmanager
-def fits() -> Iterator[None]:
-    """Turns mlx's errors about memory into one that a person can act on."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "alloc" not in str(error).lower() and "memory" not in str(error).lower():
-            raise
-        raise UserError(f"the memory does not suffice ({error}): {LESS_MEMORY}") from error
-
-
-class Stopwatch:
-    """How long the iterations since the last report took, without what came between them."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._start, self._steps, self._tokens = time.perf_counter(), 0, 0
-
-    def count(self, tokens: int) -> None:
-        """Counts an iteration."""
-        self._steps += 1
-        self._tokens += tokens
-
-    def speeds(self) -> dict[str, float]:
-        """The speeds since the last call."""
-        seconds = time.perf_counter() - self._start
-        found = {
-            "iterations_per_second": self._steps / seconds,
-            "tokens_per_second": self._tokens / seconds,
-        }
-        self._reset()
-        return found
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves out what the block takes."""
-        start = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - start
