@@ -1,12 +1,14 @@
 """Every error has a message, and every message is some error's."""
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 from string import Formatter
 
 from athanor import errors
 
+CODE = re.compile(r"[a-z_]+\.[a-z0-9_]+")
 # Rooms that still write their sentences where they raise them.
 SENTENCES = {
     "chat", "compute", "config", "device", "diff", "files", "fuse", "generate", "model",
@@ -23,7 +25,7 @@ def test_messages_name_the_facts_of_their_errors(repo: Path) -> None:
             if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith("UserError"):
                 continue
             code = ast.literal_eval(node.args[0]) if isinstance(node.args[0], ast.Constant) else ""
-            if code.split(".")[0] in errors.messages():
+            if CODE.fullmatch(code):
                 raised[code].append({str(keyword.arg) for keyword in node.keywords})
             else:
                 assert room in SENTENCES, f"{path}:{node.lineno}: expected a code and its facts"
