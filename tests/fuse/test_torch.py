@@ -112,7 +112,7 @@ def test_torch_computes_what_mlx_computes(
     folder = tmp_path / "fused"
     folder.mkdir()
     end = tokenizer.eos_token_id
-    weights.fuse(base, tmp_path / "adapters", folder, end=end, dequantize=False)
+    weights.write_fused_model(base, tmp_path / "adapters", folder, end=end, dequantize=False)
     fused, tokenizer = load_with_tokenizer(folder)
     fused.set_dtype(mx.float32)
     found = {

@@ -173,6 +173,22 @@ def load_adapters(model: "nn.Module", folder: Path) -> None:
     model.eval()
 
 
+def merge_adapters(model: "nn.Module", *, dequantize: bool) -> None:
+    """Add the adapters to the weights below them, in place; nothing is computed yet.
+
+    A quantized weight is quantized again after the sum, or becomes a plain one with `dequantize`.
+    """
+    from mlx.utils import tree_unflatten
+
+    merged = [
+        (name, module.fuse(dequantize=dequantize))
+        for name, module in model.named_modules()
+        if hasattr(module, "fuse")
+    ]
+    if merged:
+        model.update_modules(tree_unflatten(merged))
+
+
 def read_adapter_names(folder: Path) -> list[str]:
     """The names of the weights that were trained."""
     import mlx.core as mx

@@ -1,0 +1,161 @@
+"""Each weight of a fused model against the trained one's.
+
+A stored form holds a weight only to its own precision, so each is compared with the trained weight
+and with that weight in the same form. This sees damage that few questions show, and tells adapters
+that are not there from adapters that the form is too coarse for.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.utils import dequantize_model, load_model
+
+from athanor.errors import UserError
+from athanor.model.adapters import load_adapters, merge_adapters
+
+# Values that are compared at a time.
+VALUES = 1 << 24
+# Below float32's own epsilon the order of a sum decides.
+EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """The change of one weight in training, and what fusing kept of it.
+
+    Figures are Euclidean norms, but for `kept` and `storable`: of the trained weight (`size`), of
+    its change (`wanted`), of the fused weight's distance from it (`lost`), and of the part of that
+    which is due to the stored form (`unavoidable`). `kept` says how many times the fused weight has
+    the change (its regression on it), `storable` how many times it has it at best: a change below
+    the steps of a quantized weight drowns.
+    """
+
+    name: str
+    quantized: bool
+    wanted: float
+    size: float
+    lost: float
+    unavoidable: float
+    kept: float
+    storable: float
+
+    @property
+    def share_lost(self) -> float:
+        return self.lost / self.wanted if self.wanted else math.inf
+
+    @property
+    def is_damaged(self) -> bool:
+        # Products of matrices are only so exact on some devices: hence 1% of the change.
+        exact = 2 * self.unavoidable + 1e-2 * self.wanted + EPSILON * self.size
+        return abs(self.kept - self.storable) > 0.05 or not self.lost <= exact
+
+    @property
+    def is_unchanged(self) -> bool:
+        return self.storable > 0.5 and abs(self.kept) < 0.1
+
+
+def compare_weights(base: Path, adapters: Path, fused: Path) -> Iterator[WeightChange]:
+    """Yield the change of each weight that the base, the trained and the fused model have.
+
+    Weights are read from the disk as they are compared, some rows at a time.
+    """
+    before = _plain_weights(load_model(base, lazy=True)[0])
+    trained, _ = load_model(base, lazy=True)
+    load_adapters(trained, adapters)
+    goals = _plain_weights(trained)
+    stored, _ = load_model(fused, lazy=True)
+    forms = _stored_forms(stored)
+    after = _plain_weights(stored)
+    del trained, stored
+    for name in [name for name in after if name in before and name in goals]:
+        arrays = [weights.pop(name) for weights in (before, goals, after)]
+        arrays = [array if array.ndim else array[None] for array in arrays]
+        rows = max(1, VALUES // math.prod(arrays[0].shape[1:]))
+        sums = np.zeros(6)
+        for start in range(0, len(arrays[0]), rows):
+            old, goal, new = (array[start : start + rows].astype(mx.float32) for array in arrays)
+            best = forms[name].round(goal)
+            change = goal - old
+            squares = [(x * x).sum() for x in (change, goal, new - goal, best - goal)]
+            products = [(x * change).sum() for x in (new - old, best - old)]
+            sums += np.array(mx.stack([*squares, *products]))
+        figures = (*np.sqrt(sums[:4]), *(sums[4:] / sums[0] if sums[0] > 0 else (0, 0)))
+        yield WeightChange(name, forms[name].quantization is not None, *map(float, figures))
+
+
+def find_damage(changes: list[WeightChange]) -> UserError | None:
+    """Return the error for weights that are not the trained ones; None where all are."""
+    damaged = [change for change in changes if change.is_damaged]
+    if not damaged:
+        return None
+    worst = max(damaged, key=lambda change: change.share_lost)
+    if all(change.is_unchanged for change in damaged):
+        trained = sum(change.storable > 0.5 for change in changes)
+        return UserError(
+            "fuse.adapters_missing", count=len(damaged), trained=trained, name=worst.name
+        )
+    if not worst.wanted:
+        return UserError(
+            "fuse.untrained_weight_differs", count=len(damaged), total=len(changes), name=worst.name
+        )
+    return UserError(
+        "fuse.weights_differ",
+        count=len(damaged),
+        total=len(changes),
+        name=worst.name,
+        share=worst.share_lost,
+    )
+
+
+def explain_rounding(changes: list[WeightChange]) -> UserError:
+    """Return the error for trained weights that their stored form is too coarse for."""
+    trained = [change for change in changes if change.wanted]
+    wanted = math.hypot(*(change.wanted for change in trained))
+    rounded = math.hypot(*(change.unavoidable for change in trained))
+    times = rounded / wanted if wanted else math.inf
+    if any(change.quantized for change in trained):
+        return UserError("fuse.lost_in_quantizing", times=times)
+    return UserError("fuse.lost_in_rounding", times=times)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The form that a weight is stored in: its dtype, or its quantization and its scales' dtype."""
+
+    dtype: mx.Dtype
+    quantization: dict[str, Any] | None = None
+
+    def round(self, value: mx.array) -> mx.array:
+        """Return what is left of float32 values in this form, in float32."""
+        if self.quantization is None:
+            return value.astype(self.dtype).astype(mx.float32)
+        packed, scales, *biases = mx.quantize(value, **self.quantization)
+        if biases:  # else scales are whole numbers, as in mxfp4
+            scales, *biases = (
+                part.astype(self.dtype).astype(mx.float32) for part in (scales, *biases)
+            )
+        bias = biases[0] if biases else None
+        return mx.dequantize(packed, scales, bias, **self.quantization).astype(mx.float32)
+
+
+def _stored_forms(model: nn.Module) -> dict[str, _Form]:
+    forms = {name: _Form(value.dtype) for name, value in tree_flatten(model.parameters())}
+    for name, module in model.named_modules():
+        if "scales" in module:
+            settings = {key: getattr(module, key) for key in ("group_size", "bits", "mode")}
+            forms[f"{name}.weight"] = _Form(module.scales.dtype, settings)
+    return forms
+
+
+def _plain_weights(model: nn.Module) -> dict[str, mx.array]:
+    """Return all weights, unpacked and with the adapters in them; nothing is computed yet."""
+    model.set_dtype(mx.float32)
+    merge_adapters(model, dequantize=True)
+    return dict(tree_flatten(dequantize_model(model).parameters()))
