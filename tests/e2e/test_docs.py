@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def ran(repo: Path, blocks: list[Block], tmp_path_factory: pytest.TempPathFactor
     for name, text in (("uv", UV), ("pip", PIP)):
         (programs / name).write_text(text, encoding="utf-8")
         (programs / name).chmod(0o755)
-    rows = [{"prompt": f"Where is box {n}?", "completion": f"On shelf {n % 7}."} for n in range(40)]
+    rows = [{"prompt": f"Where is box {n}?", "completion": f"On shelf {n % 7}."} for n in range(24)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (clone.folder / "my-rows.jsonl").write_text(lines, encoding="utf-8")
 
@@ -92,7 +93,7 @@ def ran(repo: Path, blocks: list[Block], tmp_path_factory: pytest.TempPathFactor
     for block in blocks:
         if block.needs or set(block.commands()) <= done:
             continue
-        start = time.perf_counter()
+        start, before = time.perf_counter(), processor_seconds()
         text = block.text
         if runs:
             text = text.replace(FIRST_RUN, runs[0]).replace(LATEST_RUN, runs[-1])
@@ -106,7 +107,7 @@ def ran(repo: Path, blocks: list[Block], tmp_path_factory: pytest.TempPathFactor
             text=True,
         )
         seconds = time.perf_counter() - start
-        print(f"{seconds:5.1f} s  {block}")
+        print(f"{seconds:5.1f} s, of a processor {processor_seconds() - before:5.1f}  {block}")
         results.append(Ran(block, process.returncode, process.stdout, seconds))
         done |= set(block.commands())
         trained = clone.folder / "artifacts/train/run.json"
@@ -116,9 +117,15 @@ def ran(repo: Path, blocks: list[Block], tmp_path_factory: pytest.TempPathFactor
     return results
 
 
+def processor_seconds() -> float:
+    """Return the seconds that processors spent on the commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_every_command_runs(ran: list[Ran]) -> None:
     assert not [f"{one.block}\n{one.printed}" for one in ran if one.status]
-    assert {one.block.page for one in ran} >= {"README.md", "docs/data.md", "docs/sweeps.md"}
+    assert {one.block.page for one in ran} >= {"README.md", "docs/data.md", "docs/runs.md"}
 
 
 def test_answers_to_the_three_questions_are_those_of_the_readmes(
