@@ -1,7 +1,9 @@
-"""Write the tree of src/athanor into docs/architecture.md: each module and its docstring's start.
+"""Write the tree of src/athanor and its floors of imports into docs/architecture.md.
 
-uv run python scripts/tree.py             # write it
-uv run python scripts/tree.py --check     # exit with 1 where the page differs from the code
+    uv run python scripts/tree.py             # write them
+    uv run python scripts/tree.py --check     # exit with 1 where the page differs from the code
+
+The tree has a line for each module: its name, and the first sentence of its docstring.
 """
 
 import ast
@@ -9,11 +11,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import imports
+
 REPO = Path(__file__).parent.parent
 PACKAGE = REPO / "src" / "athanor"
 PAGE = REPO / "docs" / "architecture.md"
-BEGIN = "<!-- tree: python scripts/tree.py -->\n"
-END = "<!-- end of tree -->\n"
 
 
 def summary(module: Path) -> str:
@@ -46,18 +48,33 @@ def tree() -> str:
     return "```\n" + "".join(f"{name:<{width}}  {text}\n" for name, text in lines) + "```\n"
 
 
+def floors() -> str:
+    """Return the rooms on each floor as a table of Markdown, from the top."""
+    floor = imports.floors(imports.between_rooms(imports.read_imports()))
+    rooms: dict[int, list[str]] = {}
+    for room in sorted(floor.keys() - {"athanor"}):
+        rooms.setdefault(floor[room], []).append(f"`{room}`")
+    rows = [f"| {number} | {', '.join(rooms[number])} |" for number in sorted(rooms, reverse=True)]
+    return "\n".join(["| floor | rooms |", "| --- | --- |", *rows]) + "\n"
+
+
+def put(page: str, name: str, text: str) -> str:
+    """Return the page with a text between the two markers of a name."""
+    before, begin, rest = page.partition(f"<!-- {name}: python scripts/tree.py -->\n")
+    _, end, after = rest.partition(f"<!-- end of {name} -->\n")
+    return f"{before}{begin}{text}{end}{after}"
+
+
 def main() -> None:
     """Write the page, or compare it with the code."""
     page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    written = f"{before}{BEGIN}{tree()}{END}{after}"
+    written = put(put(page, "tree", tree()), "floors", floors())
     if "--check" not in sys.argv[1:]:
         PAGE.write_text(written, encoding="utf-8")
     elif written != page:
         sys.exit(
-            f"the tree in {PAGE.relative_to(REPO)} differs from the code; "
-            "`uv run python scripts/tree.py` writes it"
+            f"{PAGE.relative_to(REPO)} differs from the code; "
+            "`uv run python scripts/tree.py` updates it"
         )
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import imports
 import pytest
 import yaml
 
@@ -358,14 +357,6 @@ def test_readmes_are_equals(pages: list[Page]) -> None:
     assert rows[0] == rows[1]
 
 
-def test_floors_of_architecture_are_the_codes(pages: list[Page]) -> None:
-    [page] = [page for page in pages if page.name == "docs/architecture.md"]
-    table = page.table("| floor | rooms |")
-    shown = {name: int(floor) for floor, rooms in table for name in re.findall(r"`(\w+)`", rooms)}
-    floors = imports.floors(imports.between_rooms(imports.read_imports()))
-    assert shown == {room: floor for room, floor in floors.items() if room != "athanor"}
-
-
 def test_example_trains_and_answers(repo: Path, tmp_path: Path) -> None:
     example = repo / "examples/loop.py"
     assert len(example.read_text(encoding="utf-8").splitlines()) < 120
@@ -383,7 +374,7 @@ def test_example_trains_and_answers(repo: Path, tmp_path: Path) -> None:
     assert adapters == {"adapters.safetensors", "adapter_config.json"}
 
 
-def test_tree_is_the_codes(repo: Path) -> None:
+def test_tree_and_floors_are_the_codes(repo: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(repo / "scripts/tree.py"), "--check"], capture_output=True, text=True
     )
