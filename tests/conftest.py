@@ -1,16 +1,16 @@
 """What tests share: the repository's own parts, and copies of it to work in."""
 
-import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import athanor  # noqa: F401  # before any test imports mlx: chooses its BLAS and threads
+from support.stages import Stages, run_stages
 
 # No test may reach a hub: a try fails at once, wherever it happens.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,7 +20,10 @@ os.environ.pop("DVC_ROOT", None)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-Stages = Callable[..., None]
+# A shell without job control starts what is in the background with Ctrl-C ignored, and so would be
+# the processes of these tests.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).parent.parent
 
@@ -53,6 +56,16 @@ def tiny() -> Path:
     return REPO / "models" / "tiny"
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables and nothing in them; to make one takes seconds."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
+    return path
+
+
 @pytest.fixture
 def stages(
     repo: Path, data: Path, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
@@ -64,12 +77,7 @@ def stages(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
 
-    def run(*names: str, overrides: tuple[str, ...] = ()) -> None:
-        for name in names:
-            monkeypatch.setattr(sys, "argv", [name, *overrides])
-            importlib.import_module(f"athanor.{name}.__main__").main()
-
-    return run
+    return run_stages
 
 
 # The longest first: what begins last should be short, or one of the processes waits for the other.

@@ -15,7 +15,7 @@ from athanor.chat.contract import Contract
 from athanor.chat.load import load_tokenizer
 from athanor.errors import UserError
 from athanor.paths import Workspace
-from conftest import Stages
+from support.stages import Stages
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ from athanor.chat.tokens import tokenize_row
 from athanor.config.compose import compose_config
 from athanor.errors import UserError
 from athanor.model.adapters import make_trainable
-from conftest import Stages
 from support import kinds
+from support.stages import Stages
 
 REPO = Path(__file__).parents[2]
 MOST = 24  # tokens; the longest of the answers has 13

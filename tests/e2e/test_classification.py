@@ -21,7 +21,7 @@ from athanor.test.figures import (
     labels_csv,
     numbered,
 )
-from conftest import Stages
+from support.stages import Stages
 
 LABELS = ["negative", "neutral", "positive"]
 FIGURES = ("accuracy", "macro_f1")

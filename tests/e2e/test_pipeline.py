@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ def finished(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """What the README's first command leaves in a fresh clone."""
     clone = workspace.of_the_repository(repo, tmp_path_factory.mktemp("clone") / "athanor")
     assert not (clone.folder / "data").exists()
-    assert clone.dvc("repro", "--pull") == ["config", "prepare", "train", "test", "fuse"]
+    assert clone.cold().dvc("repro", "--pull") == ["config", "prepare", "train", "test", "fuse"]
     return clone
 
 
@@ -263,7 +262,7 @@ def test_killed_repro_goes_on_by_itself(clone: Workspace) -> None:
     clone.edit(LORA, "save_every: 100", "save_every: 5")
     saved = clone.folder / "artifacts/train/checkpoints"
     process = subprocess.Popen(
-        ["dvc", "repro", "train"], cwd=clone.folder, env=clone.env(), start_new_session=True
+        ["dvc", "repro", "train"], cwd=clone.folder, env=clone.cold().env(), start_new_session=True
     )
     wait_while(lambda: not any(saved.glob("*/0*/manifest.json")), seconds=60, every=0.02)
     os.killpg(process.pid, signal.SIGKILL)
@@ -296,11 +295,11 @@ def test_a_sweep_and_queued_experiments_make_the_same_points(clone: Workspace) -
     experiment = client.get_experiment_by_name("athanor")
     assert experiment is not None
     rates = "train.learning_rate=1e-4,5e-4"
-    printed = clone.run(sys.executable, "-m", "athanor.sweep", "-m", rates)
+    printed = clone.run("python", "-m", "athanor.sweep", "-m", rates)
 
-    clone.run("dvc", "exp", "run", "--queue", "-S", rates)
+    clone.cold().run("dvc", "exp", "run", "--queue", "-S", rates)
     clone.edit(Path("src/athanor/console.py"), "What a person sees", "What one sees")
-    clone.run("dvc", "queue", "start", "--jobs", "2")
+    clone.cold().run("dvc", "queue", "start", "--jobs", "2")
 
     def waiting() -> bool:
         status = clone.run("dvc", "queue", "status")
@@ -337,7 +336,7 @@ def test_a_sweep_and_queued_experiments_make_the_same_points(clone: Workspace) -
     # The pipeline's own rows have changed: a sweep on what prepare made of others is refused.
     with (clone.folder / "data/train.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"prompt": "新的问题", "completion": "新的回答"}\n')
-    refused = clone.run(sys.executable, "-m", "athanor.sweep", rates, check=False)
+    refused = clone.run("python", "-m", "athanor.sweep", rates, check=False)
     assert "uv run dvc repro prepare" in refused
 
 

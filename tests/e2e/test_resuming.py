@@ -1,6 +1,6 @@
 """Trainings that are killed, interrupted, or run out of disk, and go on to the same bytes.
 
-uv run pytest tests/test_resuming.py --kills 20
+uv run pytest tests/e2e/test_resuming.py --kills 20
 """
 
 import csv
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from athanor import files
+from support import warm
 
 SETTINGS = [
     "train.num_layers=2",
@@ -43,9 +44,11 @@ KEPT_ACTIVATIONS = [
 class Place:
     """A folder in which this repository's stages are run as processes, with a store of its own."""
 
-    def __init__(self, folder: Path, repo: Path, data: Path) -> None:
+    def __init__(self, folder: Path, repo: Path, data: Path, store: Path) -> None:
         self.folder = folder
-        folder.mkdir()
+        self.empty_store = store
+        (folder / "mlruns").mkdir(parents=True)
+        shutil.copyfile(store, folder / "mlruns/mlflow.db")
         for part in (repo / "conf", data):
             shutil.copytree(part, folder / part.name)
         (folder / "models").symlink_to(repo / "models")
@@ -53,14 +56,16 @@ class Place:
 
     def beside(self, name: str) -> "Place":
         """Another folder, in which the same was prepared and nothing was trained."""
-        other = Place(self.folder.with_name(name), self.folder, self.folder / "data")
+        other = Place(
+            self.folder.with_name(name), self.folder, self.folder / "data", self.empty_store
+        )
         shutil.copyfile(self.folder / "params.yaml", other.folder / "params.yaml")
         shutil.copytree(self.folder / "artifacts/prepare", other.folder / "artifacts/prepare")
         return other
 
     def run(self, stage: str, *overrides: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", f"athanor.{stage}", *overrides],
+            [warm.python(), "-m", f"athanor.{stage}", *overrides],
             cwd=self.folder,
             env=self.env,
             text=True,
@@ -133,11 +138,11 @@ class Place:
 
 
 @pytest.fixture
-def place(repo: Path, data: Path, tmp_path: Path) -> Callable[..., Place]:
+def place(repo: Path, data: Path, tmp_path: Path, empty_store: Path) -> Callable[..., Place]:
     """Makes a folder whose rows are prepared, and whose training is as long as is said."""
 
     def make(name: str, iters: int, *overrides: str) -> Place:
-        found = Place(tmp_path / name, repo, data)
+        found = Place(tmp_path / name, repo, data, empty_store)
         found.run("config", *SETTINGS, f"train.iters={iters}", *overrides)
         found.run("prepare")
         return found

@@ -20,6 +20,7 @@ import pytest
 
 from athanor.paths import Workspace
 from athanor.runs.run import send_what_was_left, start_run
+from support import warm
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
@@ -128,16 +129,17 @@ def server(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iter
 TRAIN = """
 import time
 from pathlib import Path
-from athanor.record import tracking
-tracking.SECONDS_BETWEEN_SENDS = tracking.SECONDS_BETWEEN_TRIES = 1
-record = tracking.Run.metrics
+from athanor.runs import run as runs
+runs.SECONDS_BETWEEN_SENDS = runs.SECONDS_BETWEEN_TRIES = 1
+record = runs.Run.metrics
 def wait_and_record(run, step, values, once=False):
     while step > int(Path("until").read_text() or 0):
         time.sleep(0.05)
     record(run, step, values, once)
-tracking.Run.metrics = wait_and_record
-from athanor import console, train
-console.run_command(train.main)
+runs.Run.metrics = wait_and_record
+from athanor import console
+from athanor.train.__main__ import main
+console.run_command(main)
 """
 
 
@@ -195,7 +197,7 @@ def test_nothing_is_lost_while_server_and_database_are_killed(
     env = os.environ | {"MLFLOW_TRACKING_URI": server.uri, "PYTHONUNBUFFERED": "1"}
     settings = ["train.iters=200", "train.steps_per_report=2", "train.steps_per_eval=50"]
     for stage in (["config", *settings], ["prepare"]):
-        command = [sys.executable, "-m", f"athanor.{stage[0]}", *stage[1:]]
+        command = [warm.python(), "-m", f"athanor.{stage[0]}", *stage[1:]]
         subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=True)
     training = Training(tmp_path, env)
 

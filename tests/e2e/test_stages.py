@@ -22,8 +22,8 @@ from athanor.model.source import digest_model
 from athanor.model.stored import read_dtypes
 from athanor.runs import registry
 from athanor.train import build, fit
-from conftest import Stages
 from support.refused import refused
+from support.stages import Stages
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,13 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from athanor.errors import UserError
 from athanor.sweep import trials, worker
 from athanor.sweep.space import refuse_unprepared, space
 from athanor.sweep.supervise import COMMAND
-from conftest import Stages
+from support import warm
+from support.stages import run_stages
 
 # Answers of so few tokens that a point is mostly its training.
 SHORT = "test.max_tokens=4"
@@ -31,21 +33,39 @@ GRID = ("train.learning_rate=1e-4,2e-4,4e-4", "train.num_layers=1,2,-1", "train.
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> str:
+def store(tmp_path: Path, empty_store: Path) -> str:
+    shutil.copyfile(empty_store, tmp_path / "runs.db")
     return f"sqlite:///{tmp_path}/runs.db"
 
 
-@pytest.fixture
-def prepared(stages: Stages, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def prepared_once(repo: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which config and prepare have run."""
-    stages("config", "prepare")
+    folder = tmp_path_factory.mktemp("prepared")
+    for part in (repo / "conf", data):
+        shutil.copytree(part, folder / part.name)
+    (folder / "models").symlink_to(repo / "models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_stages("config", "prepare")
+    return folder
+
+
+@pytest.fixture
+def prepared(
+    prepared_once: Path, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A copy of that folder to work in."""
+    shutil.copytree(prepared_once, tmp_path, symlinks=True, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     return tmp_path
 
 
-def start(*arguments: str) -> "subprocess.Popen[str]":
-    """Starts a sweep, as the leader of its own process group."""
+def start(*arguments: str, python: str = sys.executable) -> "subprocess.Popen[str]":
+    """Start a sweep, as the leader of its own process group."""
     return subprocess.Popen(
-        [sys.executable, "-m", "athanor.sweep", "-m", *arguments],
+        [python, "-m", "athanor.sweep", "-m", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -55,7 +75,7 @@ def start(*arguments: str) -> "subprocess.Popen[str]":
 
 def run(*arguments: str, status: int = 0) -> str:
     """Runs a sweep to its end and returns what it printed."""
-    process = start(*arguments)
+    process = start(*arguments, python=warm.python())
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == status, printed
     return printed
@@ -315,7 +335,7 @@ def test_the_line_that_promotes_says_what_was_typed(prepared: Path, store: str) 
         (odd / name).symlink_to(prepared / name)
     betas = "train.optimizer_config.adam.betas=[0.9,0.99],[0.8,0.99]"
     process = subprocess.run(
-        [sys.executable, "-m", "athanor.sweep", betas, "experiment=null", "train.iters=2"],
+        [warm.python(), "-m", "athanor.sweep", betas, "experiment=null", "train.iters=2"],
         cwd=odd,
         capture_output=True,
         text=True,
@@ -330,8 +350,13 @@ def test_the_line_that_promotes_says_what_was_typed(prepared: Path, store: str) 
 
 
 @pytest.fixture
-def conf(prepared: Path) -> Iterator[Path]:
-    yield Path("conf")
+def conf(prepared_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of conf/, beside the model and params.yaml."""
+    shutil.copytree(prepared_once / "conf", tmp_path / "conf")
+    shutil.copyfile(prepared_once / "params.yaml", tmp_path / "params.yaml")
+    (tmp_path / "models").symlink_to(prepared_once / "models")
+    monkeypatch.chdir(tmp_path)
+    return Path("conf")
 
 
 def test_a_sweep_is_sorted_before_it_runs(conf: Path) -> None:

@@ -20,7 +20,7 @@ from athanor.compute.arrays import TokenizedText
 from athanor.paths import Workspace
 from athanor.runs import registry, run
 from athanor.runs.run import Dataset, Run, resume_run, start_run
-from conftest import Stages
+from support.stages import Stages
 
 NAME = "facts"
 

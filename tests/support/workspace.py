@@ -10,12 +10,15 @@ from typing import Any
 
 import yaml
 
+from support import warm
+
 
 class Workspace:
     """A clone of this repository in a folder of its own, driven by commands."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, warm: bool = True) -> None:
         self.folder = folder
+        self.warm = warm  # whether its commands are started by support.warm
 
     def run(self, *command: str, check: bool = True) -> str:
         """Runs a command and returns what it printed; a failure shows all of it."""
@@ -32,9 +35,11 @@ class Workspace:
 
     def env(self) -> dict[str, str]:
         """The environment of its commands, which run its own code and not the installed one."""
-        bin = str(Path(sys.executable).parent)
+        programs = [str(Path(sys.executable).parent), os.environ["PATH"]]
+        if self.warm:
+            programs.insert(0, str(warm.programs()))
         return os.environ | {
-            "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join(programs),
             "PYTHONPATH": str(self.folder / "src"),
             "SHELL": "/bin/sh",
         }
@@ -76,6 +81,10 @@ class Workspace:
     def copy(self, folder: Path) -> "Workspace":
         shutil.copytree(self.folder, folder, symlinks=True)
         return Workspace(folder)
+
+    def cold(self) -> "Workspace":
+        """Return the same workspace, with processes that start as a person's do."""
+        return Workspace(self.folder, warm=False)
 
 
 def of_the_repository(repo: Path, folder: Path) -> Workspace:

@@ -1,0 +1,17 @@
+"""Stages in this process: as `python -m athanor.<stage>` runs them, without its start."""
+
+import importlib
+import sys
+from collections.abc import Callable
+
+import pytest
+
+Stages = Callable[..., None]
+
+
+def run_stages(*names: str, overrides: tuple[str, ...] = ()) -> None:
+    """Run stages in this process and the working directory, each with the same overrides."""
+    for name in names:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [name, *overrides])
+            importlib.import_module(f"athanor.{name}.__main__").main()
