@@ -15,7 +15,7 @@ import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 LIBRARIES = (
     "dvc.cli",
@@ -64,11 +64,12 @@ def run_for(connection: socket.socket, python: Path) -> None:
         become(module, arguments, folder, environment, streams, python)
     for stream in streams:
         os.close(stream)
-    ended, watched = os.pidfd_open(process), [connection]
-    while ended not in (ready := select.select([ended, *watched], [], [])[0]):
+    ended = os.pidfd_open(process)
+    watched: list[Any] = [ended, connection]
+    while ended not in (ready := select.select(watched, [], [])[0]):
         signals = ready[0].recv(1)
         if not signals:
-            watched = []
+            watched.remove(connection)
         with suppress(ProcessLookupError):  # a client that is killed takes its process along
             os.kill(process, signals[0] if signals else signal.SIGKILL)
     _, status = os.waitpid(process, 0)
@@ -130,7 +131,8 @@ def main() -> None:
     listener.listen(64)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks of this process
     os.write(1, b"ready\n")
-    while 0 not in select.select([listener, 0], [], [])[0]:
+    watched: list[Any] = [listener, 0]
+    while 0 not in select.select(watched, [], [])[0]:
         connection, _ = listener.accept()
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
