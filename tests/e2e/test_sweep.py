@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import yaml
 
-from athanor.chat import tokens
 from athanor.config.compose import compose_config
 from athanor.device import blas
 from athanor.errors import UserError
+from athanor.prepare import result
 from athanor.sweep import trials, worker
 from athanor.sweep.space import refuse_unprepared, space
 from athanor.sweep.supervise import COMMAND
@@ -286,7 +286,7 @@ def test_a_wider_sweep_trains_only_what_is_new(
     import mlx_lm.utils
 
     calls: Counter[str] = Counter()
-    for module, name in ((mlx_lm.utils, "load_model"), (tokens, "tokenize_rows")):
+    for module, name in ((mlx_lm.utils, "load_model"), (result, "tokenize_rows")):
         real = getattr(module, name)
 
         def counted(*args: Any, real: Any = real, name: str = name, **named: Any) -> Any:
