@@ -29,7 +29,7 @@ Seconds = dict[str, float]
 
 def measure() -> Seconds:
     """Runs stage train in this process, and returns where its time went."""
-    from athanor.runs import client
+    from athanor.runs import tracking_store
     from athanor.runs.run import Run
     from athanor.train import __main__ as train_main
     from athanor.train.trainer import Trainer
@@ -49,13 +49,13 @@ def measure() -> Seconds:
         setattr(place, what, counted)
 
     count(Trainer, "run", "training", time.perf_counter)
-    for what in ("metrics", "tags", "artifact", "text", "table"):
+    for what in ("log_metrics", "set_tags", "log_artifact", "log_text", "log_table"):
         count(Run, what, "saying", time.perf_counter)
-    for what in ("opened", "__exit__"):
+    for what in ("wait_for_id", "__exit__"):
         count(Run, what, "waiting", time.perf_counter)
     # All of the tracking thread, and what of it is the import of MLflow and the store's making.
     count(Run, "_work", "sending", time.thread_time)
-    count(client, "client", "opening", time.thread_time)
+    count(tracking_store, "connect", "opening", time.thread_time)
     sys.argv = ["train"]
     train_main.main()
     return spent | {"sending": spent["sending"] - spent["opening"]}

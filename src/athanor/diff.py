@@ -16,15 +16,15 @@ from typing import Any
 from athanor import console
 from athanor.errors import UserError
 from athanor.runs import compare, lineage, restore
-from athanor.runs.compare import Made
+from athanor.runs.compare import RunRecord
 
 LINES_OF_CODE = 12
 WIDTH = 60
 
 
-def differences(a: Made, b: Made) -> Iterator[str]:
+def differences(a: RunRecord, b: RunRecord) -> Iterator[str]:
     """Yields what two runs were made from otherwise, a thing a line."""
-    for key, (first, second) in compare.values(a.params, b.params).items():
+    for key, (first, second) in compare.list_changes(a.params, b.params).items():
         # One follows from train.num_layers and the model, the other is part of the device.
         if key not in ("trained_layers", "train.blas_threads"):
             yield from _changed(key, first, second)
@@ -45,7 +45,7 @@ def _changed(key: str, first: Any, second: Any) -> Iterator[str]:
     """Yields a value that differs; of tables, such as those of optimizers, the keys that do."""
     one, other = _table(first), _table(second)
     if one is not None and other is not None:
-        for inside, pair in compare.values(one, other).items():
+        for inside, pair in compare.list_changes(one, other).items():
             yield from _changed(f"{key}.{inside}", *pair)
         return
     if first is not None and second is not None:
@@ -67,18 +67,18 @@ def _table(value: Any) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _data(a: Made, b: Made) -> Iterator[str]:
+def _data(a: RunRecord, b: RunRecord) -> Iterator[str]:
     if a.tags.get("dvc.data") != b.tags.get("dvc.data"):
         yield f"data/: {_short(a.tags.get('dvc.data'))} -> {_short(b.tags.get('dvc.data'))}"
     if a.rows is None or b.rows is None:
-        for name, (first, second) in compare.values(a.datasets, b.datasets).items():
+        for name, (first, second) in compare.list_changes(a.datasets, b.datasets).items():
             yield f"{name}: {_short(first)} -> {_short(second)}; which rows, an older run can't say"
         return
     for split in dict.fromkeys([*a.rows, *b.rows]):
         if split not in a.rows or split not in b.rows:
             yield f"{split} rows: recorded by one of them only"
             continue
-        found = compare.rows(a.rows[split], b.rows[split])
+        found = compare.compare_rows(a.rows[split], b.rows[split])
         if found.differ():
             said = [
                 *([f"{_places(found.only_a)} only in the first"] if found.only_a else []),
@@ -94,7 +94,7 @@ def _places(lines: list[int], shown: int = 5) -> str:
     return f"{len(lines):,} (line{'s' if len(lines) > 1 else ''} {named}{more})"
 
 
-def _code(a: Made, b: Made) -> Iterator[str]:
+def _code(a: RunRecord, b: RunRecord) -> Iterator[str]:
     digests, commits, patches = (
         [made.tags.get(tag) for made in (a, b)]
         for tag in ("code.digest", "mlflow.source.git.commit", "code.patch")
@@ -105,8 +105,8 @@ def _code(a: Made, b: Made) -> Iterator[str]:
     if None not in digests or commits[0] != commits[1] or unknown:
         yield f"code: {_commit(a)} -> {_commit(b)}"
     if None not in commits and commits[0] != commits[1]:
-        repository, _ = restore.repository_of(a.tags)
-        stat = lineage.git(repository, "diff", "--stat=80", *map(str, commits), "--", "src")
+        repository, _ = restore.find_commit(a.tags)
+        stat = lineage.run_git(repository, "diff", "--stat=80", *map(str, commits), "--", "src")
         lines = stat.splitlines()
         for line in lines if len(lines) <= LINES_OF_CODE else [f" … {lines[-1].strip()}"]:
             yield f"  {line.strip()}"
@@ -116,7 +116,7 @@ def _code(a: Made, b: Made) -> Iterator[str]:
                 yield f"  not committed in the {name}: {', '.join(changed)}"
 
 
-def _commit(made: Made) -> str:
+def _commit(made: RunRecord) -> str:
     changes = made.tags.get("code.patch")
     if changes is None and made.tags.get("git.dirty") == "true":
         said = " with changes, perhaps of its code, that this older run does not keep"
@@ -125,11 +125,11 @@ def _commit(made: Made) -> str:
     return f"{_short(made.tags.get('mlflow.source.git.commit'))}{said}"
 
 
-def _patched(made: Made) -> list[str]:
+def _patched(made: RunRecord) -> list[str]:
     """The files that a run's patch changes."""
     if made.tags.get("code.patch", "none") == "none":
         return []
-    path = made.artifact(lineage.PATCH)
+    path = made.fetch_artifact(lineage.PATCH)
     if path is None:
         return [f"{lineage.PATCH}, which is gone"]
     return _files(path)
@@ -137,7 +137,7 @@ def _patched(made: Made) -> list[str]:
 
 def _files(patch: Path) -> list[str]:
     """The names in a patch; its folder is in no repository, below whose top git would skip some."""
-    counted = lineage.git(patch.parent, "apply", "--numstat", "-z", patch.name)
+    counted = lineage.run_git(patch.parent, "apply", "--numstat", "-z", patch.name)
     return [entry.split("\t", 2)[2] for entry in counted.split("\0") if entry]
 
 
@@ -152,12 +152,12 @@ def _short(digest: str | None) -> str:
     return _shown(digest and digest[:12])
 
 
-def _results(a: Made, b: Made) -> tuple[list[list[str]], str]:
+def _results(a: RunRecord, b: RunRecord) -> tuple[list[list[str]], str]:
     """The results that differ, a row each, and in words what only one of the runs has."""
-    first, second = compare.results(a.metrics), compare.results(b.metrics)
+    first, second = compare.select_results(a.metrics), compare.select_results(b.metrics)
     rows = [
         [key, f"{x:.6g}", f"{y:.6g}", f"{y - x:+.4g}"]
-        for key, (x, y) in compare.values(first, second).items()
+        for key, (x, y) in compare.list_changes(first, second).items()
         if x is not None and y is not None
     ]
     digests = [_short(made.tags.get("adapters.digest")) for made in (a, b)]
@@ -175,11 +175,11 @@ def _results(a: Made, b: Made) -> tuple[list[list[str]], str]:
     return rows, "; ".join(alone)
 
 
-def _refuse_a_sweep(a: Made, b: Made) -> None:
+def _refuse_a_sweep(a: RunRecord, b: RunRecord) -> None:
     """A sweep's own run trained nothing: there is nothing in it to compare."""
     for made in (a, b):
         if "athanor.sweep" in made.tags:
-            children = "\n  ".join(compare.children(made)) or "none"
+            children = "\n  ".join(compare.list_children(made)) or "none"
             raise UserError(
                 f"{made.id[:8]} ({made.name}) is a sweep's own run; compare one of its points, of "
                 f"which the first are:\n  {children}"
@@ -192,7 +192,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         a, b = (
-            compare.find(beginning, Path(folder, name))
+            compare.load_record(beginning, Path(folder, name))
             for name, beginning in zip("ab", given.runs, strict=True)
         )
         _refuse_a_sweep(a, b)
@@ -212,7 +212,7 @@ def main() -> None:
     if results:
         head = ["", a.id[:8], b.id[:8], "difference"]
         console.print_table("results", head, results)
-    elif compare.results(a.metrics).keys() & compare.results(b.metrics).keys():
+    elif compare.select_results(a.metrics).keys() & compare.select_results(b.metrics).keys():
         console.out.print("the results are the same")
     if alone:
         console.out.print(alone, soft_wrap=True)

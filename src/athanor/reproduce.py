@@ -25,7 +25,7 @@ from athanor.device import blas
 from athanor.errors import UserError
 from athanor.paths import SPLITS, Workspace
 from athanor.runs import compare, lineage, restore
-from athanor.runs.compare import Made, Rows
+from athanor.runs.compare import RowChanges, RunRecord
 
 # Losses that are this near, or relatively so, are called close; on a GPU none is the same twice.
 NEAR, RELATIVELY = 1e-3, 1e-2
@@ -33,7 +33,7 @@ ROWS_SHOWN = 10
 ADAPTERS = "adapters/adapters.safetensors"
 
 
-def reproduce(made: Made, keep: bool) -> bool:
+def reproduce(made: RunRecord, keep: bool) -> bool:
     """Makes a run again and prints how it compares; returns whether it is a match.
 
     Raises:
@@ -41,7 +41,7 @@ def reproduce(made: Made, keep: bool) -> bool:
     """
     config = configuration(made)
     console.out.print(f"run {made.id}, {made.name}", soft_wrap=True)
-    repository, commit = restore.repository_of(made.tags)
+    repository, commit = restore.find_commit(made.tags)
     notes: list[str] = []
 
     def note(texts: Iterable[str]) -> None:
@@ -49,18 +49,18 @@ def reproduce(made: Made, keep: bool) -> bool:
             console.warn(text)
             notes.append(text)
 
-    with restore.worktree(repository, commit or "HEAD", keep) as tree:
-        note(restore.code(made, repository, commit, tree))
+    with restore.open_worktree(repository, commit or "HEAD", keep) as tree:
+        note(restore.restore_code(made, repository, commit, tree))
         of_dvc = config["data"].get("dataset") is None
-        lost_data = list(restore.data(made, tree)) if of_dvc else []
+        lost_data = list(restore.restore_data(made, tree)) if of_dvc else []
         note(lost_data)
         for path in (config["model"]["path"], config["data"].get("dataset")):
             if path is not None:
-                restore.link(path, tree)
+                restore.link_input(path, tree)
         blas.use_threads(config["train"].get("blas_threads"))
         others = list(_elsewhere(made, commit))
         note(others)
-        variables = restore.environment(made, tree)
+        variables = restore.build_environment(made, tree)
         files.write_text(Workspace(tree, tree).params, yaml.safe_dump(config, allow_unicode=True))
 
         _run("prepare", tree, variables)
@@ -72,8 +72,8 @@ def reproduce(made: Made, keep: bool) -> bool:
             said = f"; others are in {', '.join(other_files)}" if other_files else ""
             note([f"this older run keeps no digest of each row: none can be named{said}"])
         rows = {
-            split: compare.rows(made.rows[split], now)
-            for split, now in lineage.all_row_digests(Workspace(tree, tree).prepared).items()
+            split: compare.compare_rows(made.rows[split], now)
+            for split, now in lineage.hash_splits(Workspace(tree, tree).prepared).items()
             if made.rows is not None and split in made.rows
         }
         for split, found in rows.items():
@@ -88,8 +88,8 @@ def reproduce(made: Made, keep: bool) -> bool:
             )
         _run("train", tree, variables)
         metrics = files.read_json(Workspace(tree, tree).trained / "metrics.json")
-        if any(key.startswith("test_") for key in compare.results(made.metrics)):
-            tested = made.artifact(
+        if any(key.startswith("test_") for key in compare.select_results(made.metrics)):
+            tested = made.fetch_artifact(
                 f"test/{'params.yaml'}"
             )  # after other values were chosen, perhaps
             if tested is not None:
@@ -99,7 +99,7 @@ def reproduce(made: Made, keep: bool) -> bool:
                 )
             _run("test", tree, variables)
             metrics |= files.read_json(Workspace(tree, tree).tested / "metrics.json")
-        lacking = compare.results(made.metrics).keys() - metrics.keys()
+        lacking = compare.select_results(made.metrics).keys() - metrics.keys()
         if lacking := sorted(key for key in lacking if not key.startswith("fuse_")):
             note([f"metrics that the record has and the new run has not: {', '.join(lacking)}"])
         console.out.rule("compared", align="left")
@@ -110,7 +110,7 @@ def reproduce(made: Made, keep: bool) -> bool:
         return _compare(made, tree, rows, metrics, same_rows, elsewhere=gpu or bool(others))
 
 
-def configuration(made: Made) -> dict[str, Any]:
+def configuration(made: RunRecord) -> dict[str, Any]:
     """A run's configuration, its model at the commit that it had.
 
     Raises:
@@ -122,7 +122,7 @@ def configuration(made: Made) -> dict[str, Any]:
             f"run {made.id} ({made.name}) is {made.status}{f': {why}' if why else ''}; only one "
             "that is FINISHED has a result to compare with"
         )
-    path = made.artifact("params.yaml")
+    path = made.fetch_artifact("params.yaml")
     if path is None:
         raise UserError(
             f"run {made.id} ({made.name}) keeps no params.yaml, and so can't be made again: it is "
@@ -135,7 +135,7 @@ def configuration(made: Made) -> dict[str, Any]:
     return config
 
 
-def _read(params: Path, made: Made) -> dict[str, Any]:
+def _read(params: Path, made: RunRecord) -> dict[str, Any]:
     """Read a run's configuration, with the number of threads that null stood for."""
     config = dict(yaml.safe_load(params.read_text(encoding="utf-8")))
     recorded = made.params.get("train.blas_threads", "None")
@@ -144,13 +144,13 @@ def _read(params: Path, made: Made) -> dict[str, Any]:
     return config
 
 
-def _elsewhere(made: Made, commit: str | None) -> Iterator[str]:
+def _elsewhere(made: RunRecord, commit: str | None) -> Iterator[str]:
     """Yields which versions are others than the run's, and which machine."""
     from athanor.device.backend import describe_device
 
-    here = lineage.versions()
+    here = lineage.collect_versions()
     then = made.versions
-    others = compare.values(then, {name: here.get(name) for name in then})
+    others = compare.list_changes(then, {name: here.get(name) for name in then})
     if others:
         said = ", ".join(f"{name} {a} (here {b or 'none'})" for name, (a, b) in others.items())
         command = (
@@ -176,7 +176,7 @@ def _run(stage: str, tree: Path, variables: dict[str, str]) -> None:
         )
 
 
-def _other_files(made: Made, tree: Path) -> list[str]:
+def _other_files(made: RunRecord, tree: Path) -> list[str]:
     """Which files of rows have another digest than the run's datasets."""
     paths = {
         f"artifacts/prepare/{split}.jsonl": Workspace(tree, tree).prepared / f"{split}.jsonl"
@@ -189,7 +189,7 @@ def _other_files(made: Made, tree: Path) -> list[str]:
     ]
 
 
-def _name_rows(split: str, found: Rows, tree: Path) -> None:
+def _name_rows(split: str, found: RowChanges, tree: Path) -> None:
     """Names the rows of a split that are not those of the record."""
     if not found.differ():
         return
@@ -223,9 +223,9 @@ def _text(row: dict[str, Any], width: int = 80) -> str:
 
 
 def _compare(
-    made: Made,
+    made: RunRecord,
     tree: Path,
-    rows: dict[str, Rows],
+    rows: dict[str, RowChanges],
     metrics: dict[str, float],
     same_rows: bool,
     elsewhere: bool,
@@ -242,13 +242,11 @@ def _compare(
         ]
         for split, found in rows.items()
     ]
-    kept = made.artifact(ADAPTERS)
-    then = made.tags.get("adapters.digest") or (
-        lineage.adapters_digest(kept.parent) if kept else ""
-    )
-    now = lineage.adapters_digest(Workspace(tree, tree).trained / "adapters")
+    kept = made.fetch_artifact(ADAPTERS)
+    then = made.tags.get("adapters.digest") or (lineage.hash_adapters(kept.parent) if kept else "")
+    now = lineage.hash_adapters(Workspace(tree, tree).trained / "adapters")
     table.append(["adapters", then[:12] or "–", now[:12], _of_weights(then, now, kept, tree)])
-    known = compare.results(made.metrics)
+    known = compare.select_results(made.metrics)
     both = {key: (known[key], metrics[key]) for key in metrics if key in known}
     for key, (a, b) in both.items():
         if a != b or key in ("train_loss", "val_loss", "test_loss"):
@@ -298,7 +296,7 @@ def _of_weights(then: str, now: str, kept: Path | None, tree: Path) -> str:
         return "the same bytes"
     if kept is None:
         return "other bytes" if then else "the run keeps none"
-    apart = compare.greatest_difference(kept, Workspace(tree, tree).trained / ADAPTERS)
+    apart = compare.measure_weight_difference(kept, Workspace(tree, tree).trained / ADAPTERS)
     if apart is None:
         return "weights of other names or shapes"
     return f"at most {apart:.2g} of the greatest weight apart"
@@ -314,7 +312,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the worktree there")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        match = reproduce(compare.find(given.run_id, Path(folder)), given.keep)
+        match = reproduce(compare.load_record(given.run_id, Path(folder)), given.keep)
     sys.exit(0 if match else 1)
 
 

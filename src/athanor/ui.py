@@ -26,9 +26,8 @@ from pathlib import Path
 from athanor import console, files, switches
 from athanor.errors import UserError
 from athanor.paths import Workspace
-from athanor.runs import client as client_module
-from athanor.runs import mlflow_views
-from athanor.runs.run import send_what_was_left
+from athanor.runs import mlflow_views, tracking_store
+from athanor.runs.run import send_left_journals
 
 # Not MLflow's own 5000, which macOS has its AirPlay receiver on.
 PORT = 5199
@@ -41,13 +40,13 @@ def page(base: str, beginnings: Sequence[str]) -> str:
     Raises:
         UserError: where the store has no runs, or not one that begins so, or several.
     """
-    client = client_module.client()
-    experiment = client.get_experiment_by_name(client_module.EXPERIMENT)
+    client = tracking_store.connect()
+    experiment = client.get_experiment_by_name(tracking_store.EXPERIMENT)
     if experiment is None:
         raise UserError(
-            f"{client_module.name()} has no runs yet: `uv run dvc repro --pull` makes one"
+            f"{tracking_store.shown_uri()} has no runs yet: `uv run dvc repro --pull` makes one"
         )
-    found = [client_module.find(beginning) for beginning in beginnings]
+    found = [tracking_store.find_run(beginning) for beginning in beginnings]
     if not found:
         query = mlflow_views.runs_view(client, experiment.experiment_id)
         return mlflow_views.link(base, experiment.experiment_id, query=query)
@@ -101,7 +100,7 @@ def serve(port: int, log: Path) -> "subprocess.Popen[bytes]":
     """
     # By variables, because anyone on this machine can read a command.
     env = os.environ | {
-        "MLFLOW_BACKEND_STORE_URI": client_module.uri(),
+        "MLFLOW_BACKEND_STORE_URI": tracking_store.uri(),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     if not os.environ.get("MLFLOW_TRACKING_URI"):
@@ -126,9 +125,9 @@ def serve(port: int, log: Path) -> "subprocess.Popen[bytes]":
         stop(server)
         raise
     stop(server)
-    said = client_module.without_password(log.read_text("utf-8", errors="replace"))
+    said = tracking_store.hide_passwords(log.read_text("utf-8", errors="replace"))
     end = "\n".join(said.splitlines()[-15:])
-    raise UserError(f"MLflow's server did not start on {client_module.name()}:\n{end}")
+    raise UserError(f"MLflow's server did not start on {tracking_store.shown_uri()}:\n{end}")
 
 
 def stop(server: "subprocess.Popen[bytes]") -> None:
@@ -171,20 +170,20 @@ def main() -> None:
     if not 1 <= args.port <= 65535:
         parser.error("argument --port: from 1 to 65535")
     switches.interrupt_on(signal.SIGHUP)  # the terminal is closed
-    client_module.refuse_absent()
-    with client_module.said_shortly():
-        send_what_was_left()
-        if client_module.uri().startswith(("http://", "https://")):
-            show(page(client_module.name(), args.runs), not args.no_browser)
+    tracking_store.require_store()
+    with tracking_store.report_errors():
+        send_left_journals()
+        if tracking_store.is_server():
+            show(page(tracking_store.shown_uri(), args.runs), not args.no_browser)
             return
     with free_port(args.port) as port, tempfile.TemporaryDirectory() as folder:
-        with client_module.said_shortly():
+        with tracking_store.report_errors():
             link = page(f"http://127.0.0.1:{port}", args.runs)
         try:
             server = serve(port, Path(folder) / "log")
             try:
                 console.out.print(
-                    f"{client_module.name()}, until Ctrl-C:", soft_wrap=True, markup=False
+                    f"{tracking_store.shown_uri()}, until Ctrl-C:", soft_wrap=True, markup=False
                 )
                 show(link, not args.no_browser)
                 server.wait()

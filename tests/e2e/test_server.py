@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from athanor.paths import Workspace
-from athanor.runs.run import send_what_was_left, start_run
+from athanor.runs.run import send_left_journals, start_run
 from support import warm
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
@@ -243,11 +243,11 @@ def test_what_ended_while_the_server_was_away_is_sent_when_it_is_back(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     server.kill()
     with start_run("ended without it", {"seed": 0}, {"device": "cpu"}, []) as ended:
-        ended.metrics(1, {"train_loss": 2.5})
-        ended.text("seed: 0", "params.yaml")
-    assert "sent by the next stage" in capsys.readouterr().err
+        ended.log_metrics(1, {"train_loss": 2.5})
+        ended.log_text("seed: 0", "params.yaml")
+    assert "the next stage sends it" in capsys.readouterr().err
     server.start()
-    send_what_was_left()
+    send_left_journals()
     [run] = [run for run in runs(client) if run.data.tags["athanor.run"] == ended.name]
     assert run.info.status == "FINISHED"
     assert points(client, run, "train_loss") == [(1, 2.5)]

@@ -15,10 +15,9 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from athanor import ui
-from athanor.errors import UserError
-from athanor.runs import client as client_module
-from athanor.runs import mlflow_views
+from athanor.runs import mlflow_views, tracking_store
 from athanor.runs.run import start_run
+from support.refused import refused
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +30,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         for rate in ("1e-4", "3e-4", "1e-3"):
             params = {"train.learning_rate": rate, "train.num_layers": 2}
             with start_run(f"lr={rate}", params, {}, []) as run:
-                run.metrics(1, {"val_loss": 2.0, "kept_val_loss": 2.0})
-                run.text("seed: 0", "params.yaml")
+                run.log_metrics(1, {"val_loss": 2.0, "kept_val_loss": 2.0})
+                run.log_text("seed: 0", "params.yaml")
             assert run.id is not None
             found[f"lr={rate}"] = run.id
-        client = client_module.client()
+        client = tracking_store.connect()
         for child in ("lr=3e-4", "lr=1e-3"):
             client.set_tag(found[child], "mlflow.parentRunId", found["lr=1e-4"])
         yield found
@@ -124,26 +123,26 @@ def test_a_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:
 
     assert "run this in the repository's folder" in said()
     (tmp_path / "conf").mkdir()
-    assert "`uv run dvc repro --pull` makes one" in said()
+    assert "`uv run dvc repro --pull` creates it" in said()
     assert [path.name for path in tmp_path.iterdir()] == ["conf"]
 
 
 def test_the_link_is_to_what_was_asked_for(runs: dict[str, str]) -> None:
     base = "http://127.0.0.1:5199"
-    experiment = client_module.client().get_experiment_by_name("athanor").experiment_id
+    experiment = tracking_store.connect().get_experiment_by_name("athanor").experiment_id
     [one, *_] = runs.values()
     page = f"{base}/#/experiments/{experiment}/runs"
     assert ui.page(base, [one[:10]]).startswith(f"{page}/{one}?")
     assert "viewStateShareKey=runs" in ui.page(base, [])
     assert ui.page(base, list(runs.values())).startswith(f"{base}/#/compare-runs?runs=")
-    with pytest.raises(UserError, match=r"no run in .* begins with 0000"):
+    with refused("runs.no_such_run", prefix="0" * 32):
         ui.page(base, ["0" * 32])
-    with pytest.raises(UserError, match="begins with lr=1e-4"):
+    with refused("runs.no_such_run", prefix="lr=1e-4"):
         ui.page(base, ["lr=1e-4"])
 
 
 def test_a_sweeps_view_is_set_up_once_and_says_what_is_shown(runs: dict[str, str]) -> None:
-    client = client_module.client()
+    client = tracking_store.connect()
     experiment = client.get_experiment_by_name("athanor").experiment_id
     parent, *children = runs.values()
     keys = ["train.learning_rate", "train.num_layers"]
@@ -181,7 +180,7 @@ def test_a_sweeps_view_is_set_up_once_and_says_what_is_shown(runs: dict[str, str
 
 
 def test_a_sweep_over_one_setting_has_no_contour(runs: dict[str, str]) -> None:
-    client = client_module.client()
+    client = tracking_store.connect()
     experiment = client.get_experiment_by_name("athanor").experiment_id
     parent = runs["lr=1e-4"]
     mlflow_views.sweep_view(client, experiment, parent, ["train.learning_rate"], "kept_val_loss")

@@ -13,9 +13,9 @@ import yaml
 from athanor import diff, files, reproduce
 from athanor.errors import UserError
 from athanor.paths import Workspace
-from athanor.runs import client as client_module
-from athanor.runs import compare, lineage, restore
+from athanor.runs import compare, lineage, restore, tracking_store
 from athanor.runs.run import start_run
+from support.refused import refused
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -64,14 +64,14 @@ def test_patch_on_the_commit_gives_the_code_as_it_was(tree: Path, tmp_path: Path
     # What a person's configuration of git makes of a diff is no patch.
     for key, value in (("diff.noprefix", "true"), ("color.ui", "always"), ("diff.external", "cat")):
         git(tree, "config", key, value)
-    assert lineage.patch(tree) == b""
+    assert lineage.make_patch(tree) == b""
     change(tree)
-    changes = lineage.patch(tree)
+    changes = lineage.make_patch(tree)
     again = tmp_path / "again"
     git(tree, "worktree", "add", "-q", "--detach", str(again))
-    assert lineage.code_digest(again / "src/athanor") != lineage.code_digest(tree / "src/athanor")
+    assert lineage.hash_code(again / "src/athanor") != lineage.hash_code(tree / "src/athanor")
     subprocess.run(["git", "apply"], cwd=again, input=changes, check=True)
-    assert lineage.code_digest(again / "src/athanor") == lineage.code_digest(tree / "src/athanor")
+    assert lineage.hash_code(again / "src/athanor") == lineage.hash_code(tree / "src/athanor")
     assert (again / "src/athanor/inside/new.py").read_text(encoding="utf-8") == "new = 1"
     assert not (again / "src/athanor/b.py").exists()
     assert b"README" not in changes
@@ -81,15 +81,15 @@ def test_patch_on_the_commit_gives_the_code_as_it_was(tree: Path, tmp_path: Path
 def test_what_is_hidden_is_no_code(tree: Path) -> None:
     """An editor's file makes no other code, and a secret stays where it is."""
     package = tree / "src/athanor"
-    before = lineage.code_digest(package)
+    before = lineage.hash_code(package)
     (package / ".env").write_text("TOKEN=secret", encoding="utf-8")
     (package / ".ruff_cache/inside").mkdir(parents=True)
     (package / ".ruff_cache/inside/secret").touch()
     (tree / "src/.DS_Store").touch()
-    assert lineage.code_digest(package) == before
-    assert lineage.patch(tree) == b""
+    assert lineage.hash_code(package) == before
+    assert lineage.make_patch(tree) == b""
     (package / "new.py").touch()
-    changes = lineage.patch(tree)
+    changes = lineage.make_patch(tree)
     assert b"new.py" in changes
     assert b"secret" not in changes
     assert b"DS_Store" not in changes
@@ -103,11 +103,11 @@ def test_settings_of_git_do_not_break_the_patch(tree: Path, tmp_path: Path) -> N
     path.write_text(path.read_text("utf-8").replace("line_4 = 4", "line_4 = 44"), encoding="utf-8")
     again = tmp_path / "again"
     git(tree, "worktree", "add", "-q", "--detach", str(again))
-    subprocess.run(["git", "apply"], cwd=again, input=lineage.patch(tree), check=True)
-    digest = lineage.code_digest(tree / "src/athanor")
-    assert lineage.code_digest(again / "src/athanor") == digest
+    subprocess.run(["git", "apply"], cwd=again, input=lineage.make_patch(tree), check=True)
+    digest = lineage.hash_code(tree / "src/athanor")
+    assert lineage.hash_code(again / "src/athanor") == digest
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))  # core.autocrlf
-    assert lineage.code_digest(tree / "src/athanor") == digest
+    assert lineage.hash_code(tree / "src/athanor") == digest
 
 
 def test_large_files_that_git_does_not_know_are_not_kept(
@@ -115,7 +115,7 @@ def test_large_files_that_git_does_not_know_are_not_kept(
 ) -> None:
     (tree / "src/large.bin").write_bytes(bytes(lineage.MOST_BYTES + 1))
     (tree / "src/a name: 哪吒*.bin").write_bytes(bytes(lineage.MOST_BYTES))
-    changes = lineage.patch(tree)
+    changes = lineage.make_patch(tree)
     assert b"large.bin" not in changes
     assert "src/large.bin (1 MB) is in no commit" in capsys.readouterr().err
     kept = tree.parent / lineage.PATCH
@@ -126,19 +126,21 @@ def test_large_files_that_git_does_not_know_are_not_kept(
 def test_patch_leaves_what_is_staged_as_it_was(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change(tree)
     before = (tree / ".git/index").read_bytes()
-    changes = lineage.patch(tree)
+    changes = lineage.make_patch(tree)
     assert (tree / ".git/index").read_bytes() == before
     # In a hook git names an index, and that is not ours to use either.
     monkeypatch.setenv("GIT_INDEX_FILE", str(tree / ".git/elsewhere"))
-    assert lineage.patch(tree) == changes
+    assert lineage.make_patch(tree) == changes
 
 
 def test_tags_name_the_commit_of_the_code_that_runs(
     tree: Path, repo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tree)  # as in DVC's queue: a folder of its own, the installed code
-    assert lineage.tags()["mlflow.source.git.commit"] == git(repo, "rev-parse", "HEAD").strip()
-    assert lineage.repository() == repo
+    assert (
+        lineage.collect_tags()["mlflow.source.git.commit"] == git(repo, "rev-parse", "HEAD").strip()
+    )
+    assert lineage.find_repository() == repo
 
 
 def test_code_that_was_installed_as_a_copy_has_no_commit(
@@ -149,19 +151,19 @@ def test_code_that_was_installed_as_a_copy_has_no_commit(
     (package / "runs").mkdir(parents=True)
     (package / "__init__.py").touch()
     monkeypatch.setattr(lineage, "__file__", str(package / "runs/lineage.py"))
-    assert lineage.repository() is None
-    assert "mlflow.source.git.commit" not in lineage.tags()
+    assert lineage.find_repository() is None
+    assert "mlflow.source.git.commit" not in lineage.collect_tags()
 
 
 def test_a_digest_a_row(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_bytes(b'{"a": 1}\n{"b": 2}\n{"a": 1}')
-    first, second, third = lineage.row_digests(path).tolist()
+    first, second, third = lineage.hash_rows(path).tolist()
     assert first == third != second
     path.write_bytes(b'{"a": 1}\n{"b": 3}\n{"a": 1}')
-    assert lineage.row_digests(path).tolist()[1] not in (first, second)
+    assert lineage.hash_rows(path).tolist()[1] not in (first, second)
     path.write_bytes(b"")
-    assert lineage.row_digests(path).shape == (0,)
+    assert lineage.hash_rows(path).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -178,8 +180,8 @@ def test_a_digest_a_row(tmp_path: Path) -> None:
 def test_rows_that_differ_are_named_by_line(
     a: list[int], b: list[int], only_a: list[int], only_b: list[int], same: int, reordered: bool
 ) -> None:
-    found = compare.rows(np.array(a, dtype="<u8"), np.array(b, dtype="<u8"))
-    assert found == compare.Rows(only_a, only_b, same, reordered)
+    found = compare.compare_rows(np.array(a, dtype="<u8"), np.array(b, dtype="<u8"))
+    assert found == compare.RowChanges(only_a, only_b, same, reordered)
     assert found.differ() == (a != b)
 
 
@@ -188,9 +190,9 @@ def test_weights_are_compared_relative_to_the_greatest(tmp_path: Path) -> None:
     mx.save_safetensors(a, {"x": mx.array([1.0, -4.0]), "y": mx.array([0.5])})
     mx.save_safetensors(b, {"x": mx.array([1.0, -4.0]), "y": mx.array([0.25])})
     mx.save_safetensors(other, {"x": mx.array([1.0, -4.0])})
-    assert compare.greatest_difference(Path(a), Path(b)) == 0.0625
-    assert compare.greatest_difference(Path(a), Path(a)) == 0
-    assert compare.greatest_difference(Path(a), Path(other)) is None
+    assert compare.measure_weight_difference(Path(a), Path(b)) == 0.0625
+    assert compare.measure_weight_difference(Path(a), Path(a)) == 0
+    assert compare.measure_weight_difference(Path(a), Path(other)) is None
 
 
 def test_a_run_is_found_by_the_beginning_of_its_id(
@@ -198,23 +200,24 @@ def test_a_run_is_found_by_the_beginning_of_its_id(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="there are no runs yet"):
-        compare.find("a", tmp_path)
+    with refused("runs.no_store"):
+        compare.load_record("a", tmp_path)
     assert not (tmp_path / "store.db").exists()
-    client = client_module.client()
-    with pytest.raises(UserError, match="there are no runs"):
-        compare.find("a", tmp_path)
-    experiment = client.get_experiment_by_name(client_module.EXPERIMENT).experiment_id
+    client = tracking_store.connect()
+    with refused("runs.no_runs"):
+        compare.load_record("a", tmp_path)
+    experiment = client.get_experiment_by_name(tracking_store.EXPERIMENT).experiment_id
     ids = [client.create_run(experiment, run_name=f"run {i}").info.run_id for i in range(17)]
-    assert compare.find(ids[0][:12], tmp_path).name == "run 0"
-    with pytest.raises(UserError, match=r"begins with zz.*\n.*run 16 \(RUNNING\)"):
-        compare.find("zz", tmp_path)
+    assert compare.load_record(ids[0][:12], tmp_path).name == "run 0"
+    with refused("runs.no_such_run", prefix="zz") as refusal:
+        compare.load_record("zz", tmp_path)
+    assert "run 16 (RUNNING)" in refusal.value.facts["runs"]
     # Of 17 ids in hexadecimal two have the same first digit.
     shared = next(x[0] for x in ids if [y[0] for y in ids].count(x[0]) > 1)
-    with pytest.raises(UserError, match=f"several runs begin with {shared}"):
-        compare.find(shared, tmp_path)
-    with pytest.raises(UserError, match="begins with %"):
-        compare.find("%", tmp_path)
+    with refused("runs.ambiguous_run", prefix=shared):
+        compare.load_record(shared, tmp_path)
+    with refused("runs.no_such_run", prefix="%"):
+        compare.load_record("%", tmp_path)
 
 
 def test_a_training_keeps_what_it_was_made_from(
@@ -230,27 +233,27 @@ def test_a_training_keeps_what_it_was_made_from(
     package = tree / "src/athanor"
     (package / "__init__.py").write_text("", encoding="utf-8")
     monkeypatch.setattr(lineage, "__file__", str(package / "runs/lineage.py"))
-    with start_run("a", {}, lineage.tags(), []) as run:
-        lineage.record(run, Workspace.here().prepared)
+    with start_run("a", {}, lineage.collect_tags(), []) as run:
+        lineage.record_lineage(run, Workspace.here().prepared)
         name = run.name
-    run_id = run.opened()
+    run_id = run.wait_for_id()
     assert run_id is not None
-    made = compare.find(run_id, tmp_path)
+    made = compare.load_record(run_id, tmp_path)
     assert made.tags["git.dirty"] == "true"
-    kept = made.artifact(lineage.PATCH)
+    kept = made.fetch_artifact(lineage.PATCH)
     assert kept is not None
     assert "src/athanor/__init__.py" in kept.read_text(encoding="utf-8")
     assert made.rows is not None
     assert {split: len(rows) for split, rows in made.rows.items()} == {"train": 1, "valid": 1}
-    assert made.versions == lineage.versions()
+    assert made.versions == lineage.collect_versions()
     assert {"python", "cpu", "mlx", "mlx-lm", "numpy", "transformers"} <= made.versions.keys()
 
     git(tree, "add", "-A")
     git(tree, "-c", "user.name=T", "-c", "user.email=t@localhost", "commit", "-qm", "Two")
-    lineage._running.cache_clear()  # it goes on in another process
-    with start_run("a", {}, lineage.tags(), [], run=name) as run:
-        lineage.record(run, Workspace.here().prepared)
-    again = compare.find(run_id, tmp_path)
+    lineage.describe_running_code.cache_clear()  # it goes on in another process
+    with start_run("a", {}, lineage.collect_tags(), [], run=name) as run:
+        lineage.record_lineage(run, Workspace.here().prepared)
+    again = compare.load_record(run_id, tmp_path)
     assert again.tags["code.patch"] == "none"
     assert again.tags["code.digest"] == made.tags["code.digest"]
     assert again.tags["mlflow.source.git.commit"] == git(tree, "rev-parse", "HEAD").strip()
@@ -268,7 +271,7 @@ def test_a_training_keeps_what_it_was_made_from(
     ],
 )
 def test_no_password_is_shown(text: str) -> None:
-    shown = client_module.without_password(text)
+    shown = tracking_store.hide_passwords(text)
     assert "secret" not in shown
     assert "host" in shown
 
@@ -281,8 +284,11 @@ def test_a_store_that_is_away_is_said_in_a_line(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     run = made(tmp_path)
-    for ask in (lambda: compare.find("ab", tmp_path), lambda: run.artifact("params.yaml")):
-        with pytest.raises(UserError, match="is MLFLOW_TRACKING_URI right") as caught:
+    for ask in (
+        lambda: compare.load_record("ab", tmp_path),
+        lambda: run.fetch_artifact("params.yaml"),
+    ):
+        with refused("runs.store_failed") as caught:
             ask()
         assert "secret" not in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -292,8 +298,8 @@ def test_a_sweep_is_not_compared_with_a_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
-    client = client_module.client()
-    experiment = client.get_experiment_by_name(client_module.EXPERIMENT).experiment_id
+    client = tracking_store.connect()
+    experiment = client.get_experiment_by_name(tracking_store.EXPERIMENT).experiment_id
     sweep = client.create_run(experiment, tags={"athanor.sweep": "s"}).info.run_id
     child, better = (
         client.create_run(experiment, tags={"mlflow.parentRunId": sweep}).info.run_id
@@ -301,7 +307,7 @@ def test_a_sweep_is_not_compared_with_a_training(
     )
     client.log_metric(child, "kept_val_loss", 2.0)
     client.log_metric(better, "kept_val_loss", 1.0)
-    parent, training = (compare.find(run_id, tmp_path) for run_id in (sweep, child))
+    parent, training = (compare.load_record(run_id, tmp_path) for run_id in (sweep, child))
     for pair in ((parent, training), (training, parent), (parent, parent)):
         with pytest.raises(UserError, match="is a sweep's own run") as caught:
             diff._refuse_a_sweep(*pair)
@@ -361,13 +367,13 @@ def test_a_run_without_a_result_is_not_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
-    client = client_module.client()
-    experiment = client.get_experiment_by_name(client_module.EXPERIMENT).experiment_id
+    client = tracking_store.connect()
+    experiment = client.get_experiment_by_name(tracking_store.EXPERIMENT).experiment_id
     run_id = client.create_run(experiment, run_name="a run").info.run_id
 
     def refusal() -> str:
         with pytest.raises(UserError) as caught:
-            reproduce.reproduce(compare.find(run_id, tmp_path), keep=False)
+            reproduce.reproduce(compare.load_record(run_id, tmp_path), keep=False)
         return str(caught.value)
 
     assert "(a run) is RUNNING; only one that is FINISHED" in refusal()
@@ -380,12 +386,12 @@ def test_a_run_without_a_result_is_not_made_again(
     # A model of a hub is the one of then, whatever its branch is at now.
     client.log_text(run_id, "model: {path: owner/name, revision: main}\n", "params.yaml")
     client.set_tag(run_id, "model.commit", "c0ffee")
-    config = reproduce.configuration(compare.find(run_id, tmp_path))
+    config = reproduce.configuration(compare.load_record(run_id, tmp_path))
     assert config == {"model": {"path": "owner/name", "revision": "c0ffee"}}
 
 
-def made(tmp_path: Path, **tags: str) -> compare.Made:
-    return compare.Made("1", "a run", "FINISHED", tags, {}, {}, {}, tmp_path)
+def made(tmp_path: Path, **tags: str) -> compare.RunRecord:
+    return compare.RunRecord("1", "a run", "FINISHED", tags, {}, {}, {}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -402,18 +408,18 @@ def test_the_recorded_number_of_threads_is_restored(
     """What null stood for on the machine of the run; 3 is what could not be set there."""
     config = {"model": {}, "train": {"blas_threads": configured}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    monkeypatch.setattr(compare.Made, "artifact", lambda self, path: tmp_path / path)
+    monkeypatch.setattr(compare.RunRecord, "artifact", lambda self, path: tmp_path / path)
     params = {"train.blas_threads": recorded}
-    run = compare.Made("1", "a run", "FINISHED", {}, params, {}, {}, tmp_path)
+    run = compare.RunRecord("1", "a run", "FINISHED", {}, params, {}, {}, tmp_path)
     assert reproduce.configuration(run)["train"]["blas_threads"] == restored
 
 
 def test_other_threads_are_one_line_of_a_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare.Made, "artifact", lambda self, path: None)
+    monkeypatch.setattr(compare.RunRecord, "artifact", lambda self, path: None)
     a, b = (
-        compare.Made(
+        compare.RunRecord(
             *("1", "a run", "FINISHED"),
             {"device": f"cpu x86_64 (OpenBLAS 0.3.21 Zen, {threads})"},
             {"train.blas_threads": threads[0]},
@@ -440,7 +446,7 @@ def test_data_comes_from_a_remote_where_the_cache_lacks_it(
     monkeypatch.chdir(here)
     tracked = yaml.safe_load((repo / "data.dvc").read_text(encoding="utf-8"))
     md5 = tracked["outs"][0]["md5"]
-    assert list(restore.data(made(tmp_path, **{"dvc.data": md5}), tree)) == []
+    assert list(restore.restore_data(made(tmp_path, **{"dvc.data": md5}), tree)) == []
     assert files.digest((tree / "data").iterdir()) == files.digest(data.iterdir())
     assert yaml.safe_load((tree / "data.dvc").read_text("utf-8"))["outs"][0]["md5"] == md5
     # One that was edited in the cache, by way of a link to it.
@@ -449,11 +455,11 @@ def test_data_comes_from_a_remote_where_the_cache_lacks_it(
     kept = cache / first["md5"][:2] / first["md5"][2:]
     kept.chmod(0o644)
     kept.write_bytes(kept.read_bytes() + b"\n")
-    [said] = restore.data(made(tmp_path, **{"dvc.data": md5}), tree)
+    [said] = restore.restore_data(made(tmp_path, **{"dvc.data": md5}), tree)
     assert f"{first['relpath']} was edited in DVC's cache" in said
     (tree / "data").unlink()
     # One that nobody has: that is said, and the rows are those of now.
-    [said] = restore.data(made(tmp_path, **{"dvc.data": f"{'0' * 32}.dir"}), tree)
+    [said] = restore.restore_data(made(tmp_path, **{"dvc.data": f"{'0' * 32}.dir"}), tree)
     assert "in neither DVC's cache nor the remote demo" in said
     assert [path.name for path in (tree / "data").iterdir()] == ["train.jsonl"]
 
@@ -471,16 +477,16 @@ def test_worktree_goes_and_what_it_links_to_stays(
     model.write_text("{}", encoding="utf-8")
     with (
         pytest.raises(ZeroDivisionError),
-        restore.worktree(tree, "HEAD", keep=False) as there,
+        restore.open_worktree(tree, "HEAD", keep=False) as there,
     ):
-        restore.link("models/own", there)
+        restore.link_input("models/own", there)
         assert (there / "models/own/config.json").read_text(encoding="utf-8") == "{}"
         assert not (there / "hooked").exists()
         raise ZeroDivisionError
     assert not there.exists()
     assert model.exists()
     assert git(tree, "worktree", "list", "--porcelain").count("worktree ") == 1
-    with restore.worktree(tree, "HEAD", keep=True) as there:
+    with restore.open_worktree(tree, "HEAD", keep=True) as there:
         pass
     assert (there / "src/athanor/a.py").exists()
     git(tree, "worktree", "remove", "--force", str(there))
@@ -492,18 +498,18 @@ def test_what_of_the_code_can_not_be_restored_is_said(
     monkeypatch.chdir(tree)
     head = git(tree, "rev-parse", "HEAD").strip()
     gone = {"mlflow.source.git.commit": "0" * 40}
-    assert restore.repository_of({"mlflow.source.git.commit": head}) == (tree, head)
-    assert restore.repository_of(gone) == (tree, None)
+    assert restore.find_commit({"mlflow.source.git.commit": head}) == (tree, head)
+    assert restore.find_commit(gone) == (tree, None)
     # Code that was not committed is part of the code as it is now.
     (tree / "src/athanor/a.py").write_text("one = 11\n", encoding="utf-8")
-    with restore.worktree(tree, "HEAD", keep=False) as there:
-        [said] = restore.code(made(tmp_path, **gone), tree, None, there)
+    with restore.open_worktree(tree, "HEAD", keep=False) as there:
+        [said] = restore.restore_code(made(tmp_path, **gone), tree, None, there)
         assert (there / "src/athanor/a.py").read_text(encoding="utf-8") == "one = 11\n"
     assert f"commit {'0' * 40} is not in {tree}" in said
-    with restore.worktree(tree, "HEAD", keep=False) as there:
+    with restore.open_worktree(tree, "HEAD", keep=False) as there:
         old = made(tmp_path, **{"git.dirty": "true"})
-        [said] = restore.code(old, tree, head, there)
+        [said] = restore.restore_code(old, tree, head, there)
         assert "keeps no patch" in said
         other = made(tmp_path, **{"code.patch": "none", "code.digest": "0"})
-        [said] = restore.code(other, tree, head, there)
+        [said] = restore.restore_code(other, tree, head, there)
         assert "not the same as the run's" in said

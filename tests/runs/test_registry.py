@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow import MlflowClient
 
 from athanor import files
 from athanor.compute.arrays import TokenizedText
 from athanor.paths import Workspace
 from athanor.runs import registry, run
-from athanor.runs.run import Dataset, Run, resume_run, start_run
+from athanor.runs.entries import Dataset
+from athanor.runs.run import Run, resume_run, start_run
+from support import mlflow_store
 from support.stages import Stages
 
 NAME = "facts"
@@ -41,17 +42,17 @@ def apart(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
-def client(apart: str, tmp_path: Path) -> MlflowClient:
+def client(apart: str, tmp_path: Path) -> Any:
     (tmp_path / "store").mkdir()
-    return MlflowClient(apart)
+    return mlflow_store.connect(apart)
 
 
 def train(name: str) -> str:
     """A training's run, with a loss at iteration 5; returns MLflow's id."""
     rows = [Dataset("valid.jsonl", "validation", "0" * 64, 3)]
     with start_run(name, {"seed": 0}, {}, rows, name) as run:
-        run.metrics(5, {"val_loss": 1.5})
-        run.metrics(6, {"val_loss": 1.75})
+        run.log_metrics(5, {"val_loss": 1.5})
+        run.log_metrics(6, {"val_loss": 1.75})
     return str(run.id)
 
 
@@ -60,7 +61,7 @@ def fuse(
 ) -> Run:
     """What the stage fuse says of its model."""
     with resume_run(run, None) as again:
-        again.model(
+        again.log_model(
             model,
             digest,
             question="月亮哪天最圆",
@@ -73,7 +74,7 @@ def fuse(
     return again
 
 
-def best_version(client: MlflowClient) -> int:
+def best_version(client: Any) -> int:
     return int(client.get_model_version_by_alias(NAME, "best").version)
 
 
@@ -100,7 +101,7 @@ def test_the_registered_model_answers_a_training_question(stages: Stages) -> Non
     assert completion["model"] == NAME
 
 
-def test_a_model_is_logged_and_registered_once(client: MlflowClient, tiny: Path) -> None:
+def test_a_model_is_logged_and_registered_once(client: Any, store: str, tiny: Path) -> None:
     """Whatever was cut off in between, and however often it is said."""
     run = train("a")
     fuse("a", tiny, "one", registered_name=None)
@@ -109,7 +110,7 @@ def test_a_model_is_logged_and_registered_once(client: MlflowClient, tiny: Path)
         said = fuse("a", tiny, "one")
         client.delete_registered_model_alias(NAME, "best")  # a kill came before it was given
     said = fuse("a", tiny, "one")
-    assert said.registered() == "facts version 1; best is this one"
+    assert said.describe_version() == "facts version 1; best is this one"
     [version] = client.search_model_versions(f"name = '{NAME}'")
     assert version.run_id == run
     assert version.tags == {
@@ -128,12 +129,11 @@ def test_a_model_is_logged_and_registered_once(client: MlflowClient, tiny: Path)
     [metric] = model.metrics
     assert (metric.key, metric.value, metric.dataset_name) == ("val_loss", 1.5, "valid.jsonl")
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": NAME, "version": "1"}]
-    points = client.get_metric_history(run, "val_loss")
-    assert [point.value for point in points] == [1.5, 1.75]
+    assert mlflow_store.read_metric(store, run, "val_loss") == [(5, 1.5), (6, 1.75)]
 
 
 def test_the_best_of_what_was_validated_on_the_same_rows_has_the_alias(
-    client: MlflowClient, tiny: Path, capsys: pytest.CaptureFixture[str]
+    client: Any, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for digest, loss, rows, best, words in (
         ("one", 1.5, "rows", 1, "facts version 1; best is this one"),
@@ -143,7 +143,7 @@ def test_the_best_of_what_was_validated_on_the_same_rows_has_the_alias(
     ):
         train(digest)
         said = fuse(digest, tiny, digest, loss=loss, rows=rows)
-        assert words in said.registered()
+        assert words in said.describe_version()
         assert best_version(client) == best
     said_how = capsys.readouterr().err.partition("To move it: uv run python ")[2]
     subprocess.run([sys.executable, *shlex.split(said_how)], check=True)
@@ -151,9 +151,11 @@ def test_the_best_of_what_was_validated_on_the_same_rows_has_the_alias(
 
 
 def test_of_two_that_end_at_once_the_better_one_has_the_alias(
-    client: MlflowClient, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    client: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each looks who is the best only when the other is done, or both wait for the other here."""
+    from mlflow import MlflowClient
+
     both = threading.Barrier(2)
     look = MlflowClient.get_registered_model
 
@@ -169,7 +171,7 @@ def test_of_two_that_end_at_once_the_better_one_has_the_alias(
         train(digest)
     with ThreadPoolExecutor() as pool:
         runs = pool.map(lambda one: fuse(one[0], tiny, one[0], loss=one[1]), losses.items())
-        said = [run.registered() for run in runs]
+        said = [run.describe_version() for run in runs]
     assert sum("(validation loss" in one for one in said) == 1
     best = client.get_model_version_by_alias(NAME, "best")
     assert best.tags["fused.digest"] == "two"
@@ -184,7 +186,7 @@ def test_a_store_that_is_away_or_full_gets_the_model_later(
     away.write_text("", encoding="utf-8")
     train("a")
     fuse("a", fused, "one")
-    assert "sent by the next stage" in capsys.readouterr().err
+    assert "the next stage sends it" in capsys.readouterr().err
     [waits] = Workspace.here().outbox.rglob("model.safetensors")
     assert waits.samefile(fused / waits.name)
 
@@ -192,7 +194,7 @@ def test_a_store_that_is_away_or_full_gets_the_model_later(
     closed = tmp_path / "closed"
     closed.write_text("", encoding="utf-8")
     away.mkdir()
-    client = MlflowClient(apart)
+    client = mlflow_store.connect(apart)
     experiment = client.create_experiment("athanor", artifact_location=closed.as_uri())
     train("b")
     assert "did not take fused (" in capsys.readouterr().err
@@ -215,6 +217,6 @@ def test_losses_compare_where_the_same_tokens_were_counted() -> None:
         TokenizedText([1, 2, 4], row.supervised),
         TokenizedText(row.ids, [True] * 3),
     ]
-    digests = {registry.measured_on([one]) for one in [row, *others]}
+    digests = {registry.digest_validation([one]) for one in [row, *others]}
     assert len(digests) == 4
-    assert registry.measured_on([TokenizedText([1, 2, 3], [False, True, True])]) in digests
+    assert registry.digest_validation([TokenizedText([1, 2, 3], [False, True, True])]) in digests

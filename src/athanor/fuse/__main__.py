@@ -70,14 +70,14 @@ def main() -> None:
                     "parity": asdict(report),
                 },
             )
-        run.tags({"fused.digest": digest, "fused.dequantized": str(dequantized).lower()})
+        run.set_tags({"fused.digest": digest, "fused.dequantized": str(dequantized).lower()})
         figures = {"fuse_max_logit_difference": report.difference}
         if report.share_lost is not None:
             figures["fuse_share_lost"] = report.share_lost
-        run.metrics(trained["iteration"], figures)
+        run.log_metrics(trained["iteration"], figures)
         for name in ("fused.json", "Modelfile"):
             if (workspace.fused / name).exists():
-                run.artifact(workspace.fused / name, "fuse")
+                run.log_artifact(workspace.fused / name, "fuse")
         if cfg.fuse.log_model:
             log_model(workspace, run, cfg, source, base, digest, rows, trained["iteration"])
     size = sum(path.stat().st_size for path in (workspace.fused / "model").iterdir()) / 1e6
@@ -89,7 +89,7 @@ def main() -> None:
         "digest": digest[:12],
     }
     if cfg.fuse.log_model and cfg.fuse.registered_model_name is not None:
-        facts["registered"] = run.registered()
+        facts["registered"] = run.describe_version()
     facts["ask it"] = f'uv run mlx_lm.generate --model {workspace.fused / "model"} --prompt "…"'
     console.print_facts("fuse", facts)
 

@@ -48,13 +48,13 @@ def log_model(
     is_best = measured["kept_iteration"] == measured["best_iteration"]
     turns = (turn for row in rows for turn in row.get("messages", ()))
     asked = next((turn["content"] for turn in turns if turn["role"] == "user"), "?")
-    run.model(
+    run.log_model(
         workspace.fused / "model",
         digest,
         question=asked,
         step=iteration,
         val_loss=measured["best_val_loss" if is_best else "val_loss"],
-        valid_digest=registry.measured_on(valid),
+        valid_digest=registry.digest_validation(valid),
         tags={"model.path": source.path, "model.digest": source.digest},
         registered_name=cfg.fuse.registered_model_name,
     )

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from athanor import switches
-from athanor.runs import client as client_module
-from athanor.runs import lineage
+from athanor.runs import lineage, tracking_store
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +27,7 @@ COUNTS = {"train_rows", "valid_rows", "test_rows", "rejected_rows"}
 
 
 @dataclass(frozen=True)
-class Made:
+class RunRecord:
     """A run as its record has it; its artifacts are fetched to `folder` when they are asked for."""
 
     id: str
@@ -40,7 +39,7 @@ class Made:
     datasets: dict[str, str]
     folder: Path
 
-    def artifact(self, path: str) -> Path | None:
+    def fetch_artifact(self, path: str) -> Path | None:
         """A file that the run keeps, fetched; None where it keeps none of that name.
 
         Raises:
@@ -48,8 +47,8 @@ class Made:
         """
         parent = path.rpartition("/")[0]
         switches.configure_mlflow()
-        with client_module.said_shortly():
-            client = client_module.client()
+        with tracking_store.report_errors():
+            client = tracking_store.connect()
             if path not in {kept.path for kept in client.list_artifacts(self.id, parent or None)}:
                 return None
             return Path(client.download_artifacts(self.id, path, str(self.folder)))
@@ -59,7 +58,7 @@ class Made:
         """The digests of its rows by split; None for a run of before they were kept."""
         import numpy as np
 
-        path = self.artifact(f"data/{lineage.ROWS}")
+        path = self.fetch_artifact(f"data/{lineage.ROWS}")
         if path is None:
             return None
         with np.load(path) as kept:
@@ -68,7 +67,7 @@ class Made:
     @cached_property
     def versions(self) -> dict[str, str]:
         """The versions by name; of a run of before they were kept, those that its tags have."""
-        path = self.artifact(lineage.VERSIONS)
+        path = self.fetch_artifact(lineage.VERSIONS)
         if path is not None:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         tagged = {"mlx": "mlx.version", "mlx-lm": "mlx_lm.version"}
@@ -76,7 +75,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowChanges:
     """How two lists of rows differ; places are counted from 1, as lines of a file are."""
 
     only_a: list[int]
@@ -88,14 +87,14 @@ class Rows:
         return bool(self.only_a or self.only_b or self.reordered)
 
 
-def find(beginning: str, folder: Path) -> Made:
+def load_record(beginning: str, folder: Path) -> RunRecord:
     """The run whose id begins so; `folder` is for its artifacts.
 
     Raises:
         UserError: as store.find does.
     """
-    run = client_module.find(beginning)
-    return Made(
+    run = tracking_store.find_run(beginning)
+    return RunRecord(
         id=run.info.run_id,
         name=run.info.run_name,
         status=run.info.status,
@@ -107,10 +106,10 @@ def find(beginning: str, folder: Path) -> Made:
     )
 
 
-def children(made: Made, most: int = 5) -> list[str]:
+def list_children(made: RunRecord, most: int = 5) -> list[str]:
     """A line for each part of a run, those with the lowest validation loss first."""
-    with client_module.said_shortly():
-        client = client_module.client()
+    with tracking_store.report_errors():
+        client = tracking_store.connect()
         found = client.search_runs(
             [client.get_run(made.id).info.experiment_id],
             filter_string=f"tags.`mlflow.parentRunId` = '{made.id}'",
@@ -120,7 +119,7 @@ def children(made: Made, most: int = 5) -> list[str]:
     return [f"{run.info.run_id}  {run.info.run_name} ({run.info.status})" for run in found]
 
 
-def rows(a: "np.ndarray", b: "np.ndarray") -> Rows:
+def compare_rows(a: "np.ndarray", b: "np.ndarray") -> RowChanges:
     """How the rows of two splits differ, by their digests: uint64, in their order.
 
     A row that is in both several times counts as often as it is.
@@ -130,7 +129,7 @@ def rows(a: "np.ndarray", b: "np.ndarray") -> Rows:
     gone, new = set(only_a), set(only_b)
     kept = [digest for line, digest in enumerate(first, 1) if line not in gone]
     order = [digest for line, digest in enumerate(second, 1) if line not in new]
-    return Rows(only_a, only_b, len(kept), kept != order)
+    return RowChanges(only_a, only_b, len(kept), kept != order)
 
 
 def _not_in(these: list[int], those: list[int]) -> list[int]:
@@ -144,18 +143,18 @@ def _not_in(these: list[int], those: list[int]) -> list[int]:
     return places
 
 
-def values(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def list_changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, with both; None stands for a key that is not there."""
     keys = dict.fromkeys([*a, *b])
     return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
 
 
-def results(metrics: Mapping[str, float]) -> dict[str, float]:
+def select_results(metrics: Mapping[str, float]) -> dict[str, float]:
     """The metrics that the same training has again: no speeds, memory or counts of rows."""
     return {k: v for k, v in metrics.items() if k not in MEASURED and k not in COUNTS}
 
 
-def greatest_difference(a: Path, b: Path) -> float | None:
+def measure_weight_difference(a: Path, b: Path) -> float | None:
     """The greatest difference of two files of weights, relative to the greatest weight in `a`.
 
     None where they are not weights of the same names and shapes.

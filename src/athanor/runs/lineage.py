@@ -59,7 +59,7 @@ LIBRARIES = (
 )
 
 
-def tags() -> dict[str, str]:
+def collect_tags() -> dict[str, str]:
     """Tags that say which code, data and libraries a run was made with."""
     found = {
         "mlflow.user": _user(),
@@ -68,7 +68,7 @@ def tags() -> dict[str, str]:
         "athanor.version": __version__,
         "mlx.version": version("mlx"),
         "mlx_lm.version": version("mlx-lm"),
-        **_running(Path(__file__).parents[1])[0],
+        **describe_running_code(Path(__file__).parents[1])[0],
     }
     tracked = Path("data.dvc")
     if tracked.exists():
@@ -78,7 +78,7 @@ def tags() -> dict[str, str]:
     return found
 
 
-def record(run: "Run", prepared: Path) -> None:
+def record_lineage(run: "Run", prepared: Path) -> None:
     """Keeps in a training's run the code as it is, a digest of every prepared row, and versions.
 
     To be said at every start of it: the commit's tags are said again with the patch, since a
@@ -86,41 +86,41 @@ def record(run: "Run", prepared: Path) -> None:
     """
     import numpy as np
 
-    commit, digest, changes = _running(Path(__file__).parents[1])
+    commit, digest, changes = describe_running_code(Path(__file__).parents[1])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if changes:
             (folder / PATCH).write_bytes(changes)
-            run.artifact(folder / PATCH)
-        np.savez(folder / ROWS, allow_pickle=False, **all_row_digests(prepared))
-        run.artifact(folder / ROWS, "data")
-    run.tags(
+            run.log_artifact(folder / PATCH)
+        np.savez(folder / ROWS, allow_pickle=False, **hash_splits(prepared))
+        run.log_artifact(folder / ROWS, "data")
+    run.set_tags(
         {
             **commit,
             "code.digest": digest,
             "code.patch": hashlib.sha256(changes).hexdigest() if changes else "none",
         }
     )
-    run.text(json.dumps(versions(), indent=2) + "\n", VERSIONS)
+    run.log_text(json.dumps(collect_versions(), indent=2) + "\n", VERSIONS)
 
 
-def adapters_digest(folder: Path) -> str:
+def hash_adapters(folder: Path) -> str:
     """The sha256 of the adapters in a folder: of the file alone, as sha256sum has it."""
     with (folder / "adapters.safetensors").open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def row_digests(path: Path) -> "np.ndarray":
+def hash_rows(path: Path) -> "np.ndarray":
     """A digest a line of a JSONL file, in order: uint64 of shape (lines,); a second a million.
 
     A sweep asks for those of the same files at each of its points, so the last ones are kept.
     """
     found = path.stat()
-    return _row_digests(path.resolve(), found.st_ino, found.st_mtime_ns, found.st_size)
+    return _hash_rows(path.resolve(), found.st_ino, found.st_mtime_ns, found.st_size)
 
 
 @lru_cache(maxsize=len(SPLITS))
-def _row_digests(path: Path, *state: int) -> "np.ndarray":
+def _hash_rows(path: Path, *state: int) -> "np.ndarray":
     import numpy as np
 
     with path.open("rb") as file:
@@ -128,13 +128,13 @@ def _row_digests(path: Path, *state: int) -> "np.ndarray":
         return np.frombuffer(b"".join(found), dtype="<u8")
 
 
-def all_row_digests(prepared: Path) -> "dict[str, np.ndarray]":
+def hash_splits(prepared: Path) -> "dict[str, np.ndarray]":
     """The digests of the rows of each split that is there."""
     paths = {split: prepared / f"{split}.jsonl" for split in SPLITS}
-    return {split: row_digests(path) for split, path in paths.items() if path.exists()}
+    return {split: hash_rows(path) for split, path in paths.items() if path.exists()}
 
 
-def code_digest(package: Path) -> str:
+def hash_code(package: Path) -> str:
     """The sha256 over names and contents of a package's files, those of folders in it included.
 
     Hidden ones are no code. CRLF counts as LF: git makes one of the other on some machines.
@@ -150,14 +150,14 @@ def code_digest(package: Path) -> str:
 
 
 @cache
-def _running(package: Path) -> tuple[dict[str, str], str, bytes]:
+def describe_running_code(package: Path) -> tuple[dict[str, str], str, bytes]:
     """The commit's tags, the digest and the patch of the code that runs.
 
     They are as when this is first asked: what is edited or committed while a sweep goes on does not
     run in it, and its points need not look for it.
     """
-    top = repository()
-    return _commit(top), code_digest(package), patch(top) if top else b""
+    top = find_repository()
+    return _commit(top), hash_code(package), make_patch(top) if top else b""
 
 
 def _command() -> str:
@@ -166,7 +166,7 @@ def _command() -> str:
     return script.parent.name if script.stem == "__main__" else script.stem
 
 
-def repository() -> Path | None:
+def find_repository() -> Path | None:
     """The git repository of the code that runs here; None where it was installed as a copy.
 
     That need not be the one of the folder it runs in: an experiment of DVC's queue runs in a folder
@@ -174,12 +174,14 @@ def repository() -> Path | None:
     """
     package = Path(__file__).parents[1]
     # A virtual environment lies in a repository too, but in one that ignores it.
-    shown = git(package, "ls-files", "--cached", "--others", "--exclude-standard", "__init__.py")
-    top = git(package, "rev-parse", "--show-toplevel")
+    shown = run_git(
+        package, "ls-files", "--cached", "--others", "--exclude-standard", "__init__.py"
+    )
+    top = run_git(package, "rev-parse", "--show-toplevel")
     return Path(top) if shown and top else None
 
 
-def patch(top: Path) -> bytes:
+def make_patch(top: Path) -> bytes:
     """What the code in a git repository differs in from its commit, as `git apply` takes it.
 
     Files that git neither knows nor ignores are in it, but large ones, and that is said. Hidden
@@ -188,7 +190,7 @@ def patch(top: Path) -> bytes:
     """
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": f"{folder}/index"}
-        git(top, "read-tree", "HEAD", **index)
+        run_git(top, "read-tree", "HEAD", **index)
         others = ("ls-files", "--others", "--exclude-standard", "-z", "--", *CODE, *NO_CODE)
         new = []
         for name in _git(top, *others, environment=index).split(b"\0")[:-1]:
@@ -208,7 +210,7 @@ def patch(top: Path) -> bytes:
         return _git(top, "diff", *form, *prefixes, "HEAD", "--", *CODE, *NO_CODE, environment=index)
 
 
-def versions() -> dict[str, str]:
+def collect_versions() -> dict[str, str]:
     """The versions of what decides a result, and the machine, by name."""
     found = {
         "python": platform.python_version(),
@@ -225,7 +227,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git(folder: Path, *arguments: str, **environment: str) -> str:
+def run_git(folder: Path, *arguments: str, **environment: str) -> str:
     """What git says in a folder; nothing where it fails, or is not there."""
     return _git(folder, *arguments, environment=environment).decode("utf-8", "replace").strip()
 
@@ -251,11 +253,11 @@ def _git(
 
 
 def _commit(top: Path | None) -> dict[str, str]:
-    commit = git(top, "rev-parse", "HEAD") if top else ""
+    commit = run_git(top, "rev-parse", "HEAD") if top else ""
     if not top or not commit:
         return {}
     outputs = (":(exclude)params.yaml", ":(exclude)dvc.lock")
-    dirty = bool(git(top, "status", "--porcelain", "--", ".", *outputs))
+    dirty = bool(run_git(top, "status", "--porcelain", "--", ".", *outputs))
     return {"mlflow.source.git.commit": commit, "git.dirty": str(dirty).lower()}
 
 

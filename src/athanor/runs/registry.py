@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from athanor import console, switches
-from athanor.runs.outbox import link
+from athanor.runs.outbox import link_or_copy
 
 if TYPE_CHECKING:
     from athanor.compute.arrays import TokenizedText
@@ -29,7 +29,7 @@ SECONDS_FOR_AN_UPLOAD = 600
 OF_RUN = ("mlflow.user", "mlflow.source.name", "mlflow.source.type", "mlflow.source.git.commit")
 
 
-def measured_on(rows: "list[TokenizedText]") -> str:
+def digest_validation(rows: "list[TokenizedText]") -> str:
     """Says what a validation loss was measured on: sha256 over its tokens, and which of them count.
 
     Two losses can be compared where this is the same: not only the rows, but tokenizer, template,
@@ -41,7 +41,7 @@ def measured_on(rows: "list[TokenizedText]") -> str:
     return total.hexdigest()
 
 
-def requirements() -> list[str]:
+def pin_requirements() -> list[str]:
     """The packages that served.py needs, pinned to the versions at work here.
 
     On Linux mlx needs a backend: this machine's, or the CPU's where it is no Linux.
@@ -53,7 +53,7 @@ def requirements() -> list[str]:
     return [*pinned, f"mlx[{backend}]=={version('mlx')} ; sys_platform == 'linux'"]
 
 
-def save(
+def write_model_folder(
     fused: Path,
     out: Path,
     *,
@@ -88,7 +88,7 @@ def save(
         mlflow_model=Model(**(ids or {})),
     )
     # Given to save_model, the files would be copied once or twice more.
-    shutil.copytree(fused, out / "artifacts" / "model", copy_function=link)
+    shutil.copytree(fused, out / "artifacts" / "model", copy_function=link_or_copy)
     model = Model.load(out)
     model.flavors["python_function"] |= {
         "artifacts": {"model": {"path": "artifacts/model", "uri": "artifacts/model"}},
@@ -98,7 +98,7 @@ def save(
     model.save(out / "MLmodel")
 
 
-def log(
+def log_model(
     client: Any,
     run: str,
     fused: Path,
@@ -143,7 +143,7 @@ def log(
     client.log_batch(run, _metrics(client, found, model.model_id, step))
     ids = {"model_id": model.model_id, "model_uuid": model.model_id, "run_id": run}
     ids["artifact_path"] = model.artifact_location
-    save(fused, out, name=name, question=question, pip=pip, ids=ids)
+    write_model_folder(fused, out, name=name, question=question, pip=pip, ids=ids)
     with switches.mlflow_timeout(SECONDS_FOR_AN_UPLOAD):
         client.log_model_artifacts(model.model_id, str(out))
     return client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
@@ -169,7 +169,7 @@ def _metrics(client: Any, run: Any, model_id: str, step: int) -> list[Any]:
     ]
 
 
-def register(client: Any, name: str, model: Any, tags: dict[str, str]) -> str:
+def register_version(client: Any, name: str, model: Any, tags: dict[str, str]) -> str:
     """Makes a logged model a version of the registered model `name`; returns that in words.
 
     `tags` have at least `val_loss`, in nats, and `valid.digest`, which says what that was measured

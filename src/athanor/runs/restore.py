@@ -18,11 +18,11 @@ from athanor import console, switches
 from athanor.errors import UserError
 from athanor.paths import Workspace
 from athanor.runs import lineage
-from athanor.runs.compare import Made
+from athanor.runs.compare import RunRecord
 
 
 @contextmanager
-def worktree(repository: Path, commit: str, keep: bool) -> Iterator[Path]:
+def open_worktree(repository: Path, commit: str, keep: bool) -> Iterator[Path]:
     """Yields a folder with a commit's files, which is removed however the block ends.
 
     Raises:
@@ -44,31 +44,33 @@ def worktree(repository: Path, commit: str, keep: bool) -> Iterator[Path]:
                 f"kept in {tree}; `git worktree remove --force {tree}` removes it", soft_wrap=True
             )
         else:
-            lineage.git(repository, "worktree", "remove", "--force", "--force", str(tree))
+            lineage.run_git(repository, "worktree", "remove", "--force", "--force", str(tree))
             shutil.rmtree(tree, ignore_errors=True)
 
 
-def repository_of(tags: dict[str, str]) -> tuple[Path, str | None]:
+def find_commit(tags: dict[str, str]) -> tuple[Path, str | None]:
     """The git repository to restore from, and the run's commit, None where none here has it.
 
     Raises:
         UserError: where there is no repository with a commit at all.
     """
-    top = lineage.git(Path.cwd(), "rev-parse", "--show-toplevel")
-    places = [place for place in (Path(top) if top else None, lineage.repository()) if place]
+    top = lineage.run_git(Path.cwd(), "rev-parse", "--show-toplevel")
+    places = [place for place in (Path(top) if top else None, lineage.find_repository()) if place]
     commit = tags.get("mlflow.source.git.commit")
     for place in places:
-        if commit and lineage.git(place, "rev-parse", "--verify", "-q", f"{commit}^{{commit}}"):
+        if commit and lineage.run_git(place, "rev-parse", "--verify", "-q", f"{commit}^{{commit}}"):
             return place, commit
     for place in places:
-        if lineage.git(place, "rev-parse", "HEAD"):
+        if lineage.run_git(place, "rev-parse", "HEAD"):
             return place, None
     raise UserError(
         f"{Path.cwd()} is in no git repository with a commit: run this in the repository's folder"
     )
 
 
-def code(made: Made, repository: Path, commit: str | None, tree: Path) -> Iterator[str]:
+def restore_code(
+    made: RunRecord, repository: Path, commit: str | None, tree: Path
+) -> Iterator[str]:
     """Makes the worktree's code what the run's was: its commit is there, its patch is put on.
 
     Without the commit it becomes the code as it is now. Yields what can't be restored.
@@ -81,7 +83,7 @@ def code(made: Made, repository: Path, commit: str | None, tree: Path) -> Iterat
             if named
             else "the run names no commit, and the code is taken as it is now"
         )
-        changes = lineage.patch(repository)
+        changes = lineage.make_patch(repository)
     else:
         changes, why = _changes(made)
         if why:
@@ -89,11 +91,11 @@ def code(made: Made, repository: Path, commit: str | None, tree: Path) -> Iterat
     if changes and (why := _put_on(changes, tree)):
         yield f"the run's {lineage.PATCH} can't be put on {commit}: {why}"
     expected = made.tags.get("code.digest")
-    if expected and lineage.code_digest(tree / "src/athanor") != expected:
+    if expected and lineage.hash_code(tree / "src/athanor") != expected:
         yield "the code is not the same as the run's (its tag code.digest)"
 
 
-def _changes(made: Made) -> tuple[bytes, str]:
+def _changes(made: RunRecord) -> tuple[bytes, str]:
     """What is put on the commit, and why not, where it should be."""
     expected = made.tags.get("code.patch")
     if expected == "none":
@@ -102,7 +104,7 @@ def _changes(made: Made) -> tuple[bytes, str]:
         dirty = made.tags.get("git.dirty") == "true"
         why = "the tree had changes, of which this older run keeps no patch: its commit is taken"
         return b"", why if dirty else ""
-    path = made.artifact(lineage.PATCH)
+    path = made.fetch_artifact(lineage.PATCH)
     changes = path.read_bytes() if path else b""
     if hashlib.sha256(changes).hexdigest() != expected:
         return b"", f"the run's {lineage.PATCH} is {'another now' if path else 'gone'}"
@@ -119,7 +121,7 @@ def _put_on(changes: bytes, tree: Path) -> str:
     return done.stderr.decode("utf-8", "replace").strip() if done.returncode else ""
 
 
-def data(made: Made, tree: Path) -> Iterator[str]:
+def restore_data(made: RunRecord, tree: Path) -> Iterator[str]:
     """Puts the data that the run's DVC hash names into the worktree, or else data/ as it is now.
 
     It comes from DVC's cache here, or from any of its remotes. Yields what can't be restored.
@@ -192,7 +194,7 @@ def _fetch(repo: Any, wanted: list[Any], remotes: list[str]) -> list[str]:
     return failures
 
 
-def link(path: str, tree: Path) -> None:
+def link_input(path: str, tree: Path) -> None:
     """Links a folder that a configuration names, which is here and which git does not have."""
     here, there = Workspace.here().home / path, tree / path
     if not Path(path).is_absolute() and here.is_dir() and not there.exists():
@@ -200,7 +202,7 @@ def link(path: str, tree: Path) -> None:
         there.symlink_to(here)
 
 
-def environment(made: Made, tree: Path) -> dict[str, str]:
+def build_environment(made: RunRecord, tree: Path) -> dict[str, str]:
     """The variables for a stage in the worktree: its own code, a store of its own, the run's BLAS.
 
     DVC's and MLflow's own are left out: they name this repository and this store.

@@ -1,11 +1,10 @@
-"""MLflow: one run a training, which the later stages add to.
+"""One MLflow run for each training, which later stages add to.
 
-Importing MLflow takes seconds, and a store can be slow or away: whatever is said is written to a
-journal in mlruns/outbox/ first, and a thread sends it from there, in its order, while the work goes
-on. A journal is removed when all of it was sent. The next stage that starts sends what others left
-behind, because the store was away or their process was killed, and ends the runs of those that
-died. Sending twice leaves one record, so none of it depends on how far the sender had come. What a
-store refuses is set aside, and does not hold up the rest.
+MLflow takes seconds to import, and its store can be slow or unreachable. So every call is written
+to a journal in mlruns/outbox/ first, and a thread sends it from there, in order, while the work
+goes on. A journal is removed when all of it was sent. The next stage that starts sends journals
+left behind by an unreachable store or a killed process, and ends the runs of the killed ones.
+Sending an entry twice leaves one record. Artifacts that the store refuses hold up nothing else.
 """
 
 import queue
@@ -13,16 +12,29 @@ import threading
 import time
 import uuid
 from collections import deque
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from athanor import console, switches
 from athanor.paths import Workspace
-from athanor.runs import client, registry
-from athanor.runs.client import Sender
-from athanor.runs.outbox import Journal, Said, beside, said_in
+from athanor.runs import registry, tracking_store
+from athanor.runs.entries import (
+    AnyEntry,
+    Dataset,
+    EndRun,
+    EndStatus,
+    LogArtifact,
+    LogMetrics,
+    LogModel,
+    LogTable,
+    LogText,
+    ResumeRun,
+    SetTags,
+    StartRun,
+)
+from athanor.runs.outbox import Journal, read_entries, unique_name
+from athanor.runs.sender import NotYet, Sender
 
 SECONDS_BETWEEN_TRIES = 30  # at most; the first is 1, and each is twice the one before
 TRIES_AT_THE_END = 3
@@ -31,36 +43,26 @@ SECONDS_FOR_A_LOCK = 120
 SECONDS_BETWEEN_SENDS = 5
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """What a run read: shown in MLflow as a dataset."""
-
-    name: str
-    context: str
-    digest: str
-    rows: int
-
-
 class Run:
     """A run that a thread writes to; use it as a context manager.
 
-    A training's ends FINISHED when the block is left well, FAILED on an error and KILLED on Ctrl-C
-    or SIGTERM. A later stage only adds to it.
+    A training's run ends FINISHED when the block ends, FAILED on an error, and KILLED on Ctrl-C or
+    SIGTERM. A later stage only adds to it.
     """
 
-    def __init__(self, journal: Journal, opening: Said) -> None:
+    def __init__(self, journal: Journal, opening: StartRun | ResumeRun) -> None:
         self.id: str | None = None
-        self.name = str(opening["run"])
+        self.name = opening.run
         self.failure: Exception | None = None
         self._registered: str | None = None
         self._journal = journal
         self._refused: list[str] = []
-        self._ends = opening["do"] == "start"
+        self._ends = isinstance(opening, StartRun)
         self._opened = threading.Event()
-        self._said: queue.Queue[Said | None] = queue.Queue()
-        for left in journal.lines():
-            self._said.put(left)
-        self._say(opening)
+        self._entries: queue.Queue[AnyEntry | None] = queue.Queue()  # None ends it
+        for left in journal.entries():
+            self._entries.put(left)
+        self._append(opening)
         switches.switch_threads_often(True)
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
@@ -72,12 +74,10 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if self._ends:
-            status = "FINISHED"
             if kind is not None:
-                status = "FAILED" if issubclass(kind, Exception) else "KILLED"
-                self.tags({"failure": client.without_password(str(error))[:500]})
-            self._say({"do": "end", "status": status, "time": _now()})
-        self._said.put(None)
+                self.set_tags({"failure": tracking_store.hide_passwords(str(error))[:500]})
+            self._append(EndRun(_end_status(kind), _now()))
+        self._entries.put(None)
         self._thread.join()
         switches.switch_threads_often(False)
         if self.failure is None and not self._refused:
@@ -85,36 +85,37 @@ class Run:
             return
         self._journal.close()
         if self.failure is None:
-            console.warn(_refusal(self._refused, self._journal.folder))
+            _report_refused(self._refused, self._journal.folder)
             return
         console.warn(
-            f"MLflow at {client.name()} took no record ({client.short(self.failure)}); "
-            f"it is kept in {self._journal.folder} and sent by the next stage that starts"
+            f"MLflow at {tracking_store.shown_uri()} took no record "
+            f"({tracking_store.summarize_error(self.failure)}); {self._journal.folder} keeps it, "
+            "and the next stage sends it"
         )
 
-    def opened(self) -> str | None:
-        """The run's id, as soon as it has one; None if the store can't be reached."""
+    def wait_for_id(self) -> str | None:
+        """Return MLflow's id of the run as soon as it has one, None if the store is unreachable."""
         self._opened.wait()
         return self.id
 
-    def shown(self) -> str:
-        """The run in words."""
-        return f"{self.id} in {client.name()}" if self.id else "not recorded yet"
+    def describe(self) -> str:
+        """Return the run's id and store in words."""
+        return f"{self.id} in {tracking_store.shown_uri()}" if self.id else "not recorded yet"
 
-    def metrics(self, step: int, values: dict[str, float], once: bool = False) -> None:
-        """Records metrics at a step; with `once` only those that have no value there yet."""
-        found = {key: float(value) for key, value in values.items()}
-        self._say({"do": "metrics", "step": step, "values": found, "once": once, "time": _now()})
+    def log_metrics(self, step: int, values: dict[str, float], once: bool = False) -> None:
+        """Log metrics at a step; with `once` only those without a value at that step."""
+        values = {key: float(value) for key, value in values.items()}
+        self._append(LogMetrics(step, values, once, _now()))
 
-    def tags(self, values: dict[str, Any]) -> None:
-        """Sets tags."""
-        self._say({"do": "tags", "values": {key: str(value) for key, value in values.items()}})
+    def set_tags(self, values: dict[str, Any]) -> None:
+        """Set tags."""
+        self._append(SetTags({key: str(value) for key, value in values.items()}))
 
-    def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Keeps a file, or all files of a folder."""
-        self._say({"do": "artifact", "path": self._kept(path), "folder": folder})
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Keep a file, or all files of a folder."""
+        self._append(LogArtifact(self._keep(path), folder))
 
-    def model(
+    def log_model(
         self,
         fused: Path,
         digest: str,
@@ -126,77 +127,84 @@ class Run:
         tags: dict[str, Any],
         registered_name: str | None = None,
     ) -> None:
-        """Keeps a fused model as the run's model, and as a version of the model `registered_name`.
+        """Keep a fused model as the run's model, and as a version of a registered one.
 
-        `digest` is the model's own: a run has it once. `question` makes its input example. `step`
-        is the iteration that its weights are from, `val_loss` their validation loss in nats, and
-        `valid_digest` says what that was measured on. The file is named once, not copied.
+        Its files are linked, not copied.
+
+        Args:
+            fused: the folder of the model.
+            digest: the model's own; a run has each model once.
+            question: the input example.
+            step: the iteration that its weights are from.
+            val_loss: their validation loss in nats.
+            valid_digest: the digest of what the validation loss was measured on.
+            tags: further tags of the model.
+            registered_name: the registered model, None to register none.
         """
-        measured = {"val_loss": val_loss, "valid.digest": valid_digest}
-        self._say(
-            {
-                "do": "model",
-                "path": self._kept(fused),
-                "digest": digest,
-                "question": question,
-                "step": step,
-                "tags": {key: str(value) for key, value in {**tags, **measured}.items()},
-                "pip": registry.requirements(),
-                "registered_name": registered_name,
-            }
+        tags = tags | {"val_loss": val_loss, "valid.digest": valid_digest}
+        self._append(
+            LogModel(
+                path=self._keep(fused),
+                digest=digest,
+                question=question,
+                step=step,
+                tags={key: str(value) for key, value in tags.items()},
+                pip=registry.pin_requirements(),
+                registered_name=registered_name,
+            )
         )
 
-    def registered(self) -> str:
-        """The version that the model became, in words; to be asked when the block was left."""
+    def describe_version(self) -> str:
+        """Return the model's registered version in words; to be called after the block."""
         return self._registered or "not yet"
 
-    def text(self, text: str, name: str) -> None:
-        """Keeps a text as an artifact."""
-        self._say({"do": "text", "text": text, "name": name})
+    def log_text(self, text: str, name: str) -> None:
+        """Keep a text as an artifact."""
+        self._append(LogText(text, name))
 
-    def table(self, columns: dict[str, list[Any]], name: str) -> None:
-        """Keeps columns of equal lengths as a table, which MLflow's UI and load_table read.
+    def log_table(self, columns: dict[str, list[Any]], name: str) -> None:
+        """Keep columns of equal lengths as a table, which MLflow's UI and load_table read.
 
         `name` ends in .json. A table of that name is replaced.
         """
-        self._say({"do": "table", "columns": columns, "name": name})
+        self._append(LogTable(columns, name))
 
-    def _kept(self, path: Path) -> str:
+    def _keep(self, path: Path) -> str:
         try:
             return self._journal.keep(path)
         except OSError as error:
-            console.warn(f"{path} can't be kept for MLflow ({error})")
+            console.warn(f"cannot keep {path} for MLflow ({error})")
             return str(path.resolve())
 
-    def _say(self, said: Said) -> None:
-        self._journal.append(said)
-        self._said.put(said)
+    def _append(self, entry: AnyEntry) -> None:
+        self._journal.append(entry)
+        self._entries.put(entry)
 
-    def _heard(self, seconds: float | None) -> "list[Said | None]":
-        """What is said next, if anything is within so many seconds."""
+    def _next_entries(self, seconds: float | None) -> "list[AnyEntry | None]":
+        """Return the next entry, if one comes within so many seconds."""
         try:
-            return [self._said.get(timeout=seconds)]
+            return [self._entries.get(timeout=seconds)]
         except queue.Empty:
             return []
 
     def _work(self) -> None:
-        waiting: deque[Said] = deque()
-        sender, more = Sender(self._journal.folder, goes_on=True), True
+        waiting: deque[AnyEntry] = deque()
+        sender, more = Sender(self._journal.folder, active=True), True
         self._refused = sender.refused
-        swept, failures, not_before = False, 0, 0.0
+        sent_left, failures, not_before = False, 0, 0.0
         while more:
             pause = max(0.0, not_before - time.monotonic()) if waiting else None
-            for said in self._heard(pause):
-                more = said is not None
-                if said is not None:
-                    waiting.append(said)
-            if more and (not self._said.empty() or time.monotonic() < not_before):
+            for entry in self._next_entries(pause):
+                more = entry is not None
+                if entry is not None:
+                    waiting.append(entry)
+            if more and (not self._entries.empty() or time.monotonic() < not_before):
                 continue
             try:
-                if not swept:
-                    # First, because a training's record may be among it, to which this one adds.
-                    send_what_was_left()
-                    swept = True
+                if not sent_left:
+                    # First, because it can contain the training's record that this one adds to.
+                    send_left_journals()
+                    sent_left = True
                 sender.send(waiting)
                 self.failure, failures = None, 0
                 not_before = time.monotonic() + SECONDS_BETWEEN_SENDS
@@ -206,56 +214,69 @@ class Run:
                 not_before = time.monotonic() + pause
                 failures += 1
                 if not more and sender.run is not None and failures <= TRIES_AT_THE_END:
-                    time.sleep(pause)  # it was there a moment ago
+                    time.sleep(pause)  # the store answered a moment ago
                     more = True
-                    self._said.put(None)
+                    self._entries.put(None)
             finally:
                 self.id, self._registered = sender.run, sender.registered
                 self._opened.set()
 
 
-def send_what_was_left() -> None:
-    """Sends the journals whose processes are gone, and ends the runs that they left running.
+def send_left_journals() -> None:
+    """Send the journals of processes that ended, and end the runs that these left running.
 
-    One that the store refuses stays, and that is said; a store that is away raises its own error.
+    A journal that the store refuses stays, with a warning.
+
+    Raises:
+        Exception: the store's own, if it is unreachable.
     """
-    client.client().search_experiments(max_results=1)
-    left = [path for path in (Workspace.here().outbox).glob("*") if path.is_dir()]
-    # What is part of another run comes after that; else in the order of their names.
-    for folder in sorted(left, key=lambda path: (_is_part(path), path)):
+    tracking_store.connect().search_experiments(max_results=1)
+    left = [path for path in Workspace.here().outbox.glob("*") if path.is_dir()]
+    # Parents before children, else in the order of their names.
+    for folder in sorted(left, key=lambda path: (_is_child(path), path)):
         try:
             _send_left(folder)
         except OSError as error:  # another person's, say
-            console.warn(f"{folder} can't be sent: {client.short(error)}")
+            console.warn(f"cannot send {folder}: {tracking_store.summarize_error(error)}")
 
 
-def _is_part(folder: Path) -> bool:
-    return any(one.get("parent") for one in said_in(folder) if one["do"] == "start")
+def _is_child(folder: Path) -> bool:
+    return any(
+        entry.parent is not None for entry in read_entries(folder) if isinstance(entry, StartRun)
+    )
+
+
+def _store_of(entries: list[AnyEntry]) -> str | None:
+    """Return the journal's name of its store, None for one that was cut off before it began."""
+    openings = (entry for entry in entries if isinstance(entry, StartRun | ResumeRun))
+    return next((opening.store for opening in openings), None)
 
 
 def _send_left(folder: Path) -> None:
     journal = Journal(folder.name)
-    if not journal.ours():
+    if not journal.is_ours():
         return
-    sender = Sender(folder, goes_on=False)
+    sender = Sender(folder, active=False)
     try:
-        said = list(journal.lines())
-        spoken_to = next((one["store"] for one in said if "store" in one), None)
-        if spoken_to is not None and spoken_to != client.of_journals():
+        entries = list(journal.entries())
+        store = _store_of(entries)
+        if store is not None and store != tracking_store.journal_store():
             return
-        starts = [i for i, one in enumerate(said) if one["do"] == "start"]
-        if starts and not any(one["do"] == "end" for one in said[starts[-1] :]):
+        ended = True
+        for entry in entries:
+            ended = isinstance(entry, EndRun) or (ended and not isinstance(entry, StartRun))
+        if not ended:
             died = int((folder / "journal.jsonl").stat().st_mtime * 1000)
-            said.append({"do": "end", "status": "KILLED", "time": died})
+            entries.append(EndRun("KILLED", died))
         try:
-            if spoken_to is not None:  # else it was cut off before anything was said
-                sender.send(deque(said))
-        except client.NotYet:
+            if store is not None:
+                sender.send(deque(entries))
+        except NotYet:
             return
         except Exception as error:
-            sender.refused.append(client.short(error))
+            sender.refused.append(tracking_store.summarize_error(error))
         if sender.refused:
-            console.warn(_refusal(sender.refused, folder))
+            _report_refused(sender.refused, folder)
         else:
             journal.remove()
     finally:
@@ -270,60 +291,63 @@ def start_run(
     run: str | None = None,
     parent: str | None = None,
 ) -> Run:
-    """Opens the run of a training: a new one, or the one that it had before as `run`.
+    """Open the run of a training: a new one, or `run`, which it had before.
 
-    `parent` is our name for the run that this is a part of.
+    `run` and `parent` are our names for the run and for the one that it is part of.
     """
     run = run or uuid.uuid4().hex
+    store = tracking_store.journal_store()
     journal = Journal(run)
     deadline = time.monotonic() + SECONDS_FOR_A_LOCK
-    while not journal.ours() and time.monotonic() < deadline:
+    while not journal.is_ours() and time.monotonic() < deadline:
         time.sleep(0.2)  # a stage that has just started is sending what was left there
         journal = Journal(run)
-    if not journal.ours():
-        journal = Journal(beside(run))
-    elif any(
-        said.get("store", client.of_journals()) != client.of_journals() for said in journal.lines()
-    ):
+    if not journal.is_ours():
+        journal = Journal(unique_name(run))
+    elif _store_of(list(journal.entries())) not in (None, store):
         journal.set_aside()
-    opening = {
-        "do": "start",
-        "run": run,
-        "store": client.of_journals(),
-        "experiment": client.EXPERIMENT,
-        "name": name,
-        "time": _now(),
-        "params": {key: str(value) for key, value in params.items()},
-        "tags": {key: str(value) for key, value in tags.items()} | {"athanor.run": run},
-        "datasets": [asdict(dataset) for dataset in datasets],
-        "parent": parent,
-    }
+    opening = StartRun(
+        run=run,
+        store=store,
+        experiment=tracking_store.EXPERIMENT,
+        name=name,
+        time=_now(),
+        params={key: str(value) for key, value in params.items()},
+        tags={key: str(value) for key, value in tags.items()} | {"athanor.run": run},
+        datasets=datasets,
+        parent=parent,
+    )
     return Run(journal, opening)
 
 
 def resume_run(run: str, run_id: str | None) -> Run:
-    """Opens the run of a training again, by our name and MLflow's id for it, to add to it.
+    """Open the run of a training to add to it, by our name and MLflow's id for it.
 
-    A run that this store does not have (the training came out of DVC's cache, from another
-    machine) is not made anew: that is said, and nothing is logged.
+    If the store does not have the run (the training came out of DVC's cache, from another
+    machine), nothing is logged, with a warning.
     """
-    opening = {
-        "do": "resume",
-        "run": run,
-        "run_id": run_id,
-        "store": client.of_journals(),
-        "experiment": client.EXPERIMENT,
-    }
-    return Run(Journal(beside(run)), opening)
+    opening = ResumeRun(
+        run=run,
+        run_id=run_id,
+        store=tracking_store.journal_store(),
+        experiment=tracking_store.EXPERIMENT,
+    )
+    return Run(Journal(unique_name(run)), opening)
 
 
-def _refusal(refused: list[str], folder: Path) -> str:
-    return (
-        f"MLflow at {client.name()} did not take {', '.join(refused)}; it is kept in {folder}, and "
-        "the next stage tries again"
+def _end_status(error: type[BaseException] | None) -> EndStatus:
+    if error is None:
+        return "FINISHED"
+    return "FAILED" if issubclass(error, Exception) else "KILLED"
+
+
+def _report_refused(refused: list[str], folder: Path) -> None:
+    console.warn(
+        f"MLflow at {tracking_store.shown_uri()} did not take {', '.join(refused)}; {folder} keeps "
+        "it, and the next stage tries again"
     )
 
 
 def _now() -> int:
-    """Milliseconds, as MLflow counts them; taken when a thing happens, not when it is written."""
+    """Return the time in milliseconds; entries take it when they happen, not when they are sent."""
     return int(time.time() * 1000)

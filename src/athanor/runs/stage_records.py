@@ -13,7 +13,8 @@ from athanor.device.backend import blas_threads, describe_device
 from athanor.model.source import Source, read_config
 from athanor.paths import SPLITS, Workspace
 from athanor.runs import lineage
-from athanor.runs.run import Dataset, Run, start_run
+from athanor.runs.entries import Dataset
+from athanor.runs.run import Run, start_run
 
 # The param that says how many layers are trained, where train.num_layers can be -1 for all.
 LAYERS = "trained_layers"
@@ -42,7 +43,7 @@ def start_training(
             "train.blas_threads": blas_threads(),  # what null stood for
         },
         {
-            **lineage.tags(),
+            **lineage.collect_tags(),
             **_model_tags(source),
             "device": describe_device(),
             "athanor.point": point,
@@ -53,11 +54,11 @@ def start_training(
     )
     with ExitStack() as stack:
         stack.push(opened)  # an interrupt ends the run here, too
-        opened.text(
+        opened.log_text(
             OmegaConf.to_yaml(cfg), workspace.params.name
         )  # with the overrides of this command
         _record_data(opened, workspace)
-        lineage.record(opened, workspace.prepared)
+        lineage.record_lineage(opened, workspace.prepared)
         stack.pop_all()
     return opened
 
@@ -74,15 +75,17 @@ def datasets(workspace: Workspace) -> list[Dataset]:
 def record_training(run: Run, workspace: Workspace, out: Path, metrics: dict[str, float]) -> None:
     """Adds what a training left in `out` to its run."""
     best, kept = (int(metrics[f"{which}_iteration"]) for which in ("best", "kept"))
-    run.metrics(best, {"best_val_loss": metrics["best_val_loss"]}, once=True)
-    run.metrics(kept, {"kept_val_loss": metrics["kept_val_loss"]}, once=True)
-    run.metrics(int(metrics["iterations"]), {"train_seconds": metrics["train_seconds"]}, once=True)
+    run.log_metrics(best, {"best_val_loss": metrics["best_val_loss"]}, once=True)
+    run.log_metrics(kept, {"kept_val_loss": metrics["kept_val_loss"]}, once=True)
+    run.log_metrics(
+        int(metrics["iterations"]), {"train_seconds": metrics["train_seconds"]}, once=True
+    )
     # Not first: the first metric is the one that MLflow's page for several runs compares them by.
     _record_counts(run, workspace)
-    run.tags({"adapters.digest": lineage.adapters_digest(out / "adapters")})
-    run.artifact(out / "adapters", "adapters")
-    run.artifact(out / "other_adapters", "other_adapters")
-    run.artifact(out / "history.csv")
+    run.set_tags({"adapters.digest": lineage.hash_adapters(out / "adapters")})
+    run.log_artifact(out / "adapters", "adapters")
+    run.log_artifact(out / "other_adapters", "other_adapters")
+    run.log_artifact(out / "history.csv")
 
 
 def record_test(
@@ -102,13 +105,13 @@ def record_test(
         iteration: the iteration of the tested adapters.
         once: record only the metrics that have no value there yet.
     """
-    run.metrics(iteration, metrics, once=once)
-    run.artifact(out / "predictions.jsonl", "test")
+    run.log_metrics(iteration, metrics, once=once)
+    run.log_artifact(out / "predictions.jsonl", "test")
     if answers:
-        run.table(answers, "test/answers.json")
+        run.log_table(answers, "test/answers.json")
     if confusion is not None:
-        run.artifact(out / "labels.csv", "test")
-        run.text(confusion, "test/confusion.csv")
+        run.log_artifact(out / "labels.csv", "test")
+        run.log_text(confusion, "test/confusion.csv")
 
 
 def _trained_layers(cfg: Config, folder: Path) -> dict[str, int]:
@@ -123,14 +126,14 @@ def _record_data(run: Run, workspace: Workspace) -> None:
     """Keeps what prepare said of the rows; not a dep of this stage, because it decides nothing."""
     for name in ("report.html", "report.json", "chat.json"):
         if (workspace.prepared / name).exists():
-            run.artifact(workspace.prepared / name, "data")
+            run.log_artifact(workspace.prepared / name, "data")
 
 
 def _record_counts(run: Run, workspace: Workspace) -> None:
     if (workspace.prepared / "metrics.json").exists():
         counts = files.read_json(workspace.prepared / "metrics.json")
         rows = {f"{split}_rows": counts[split]["rows"] for split in SPLITS}
-        run.metrics(0, rows | {"rejected_rows": counts["rows"]["rejected"]}, once=True)
+        run.log_metrics(0, rows | {"rejected_rows": counts["rows"]["rejected"]}, once=True)
 
 
 def run_name(cfg: Config) -> str:

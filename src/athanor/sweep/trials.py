@@ -286,7 +286,7 @@ def _point(sweep: Sweep, number: int, values: dict[str, Any], cfg: Config, share
                 iteration = int(metrics["kept_iteration"])
                 finished = note | {"status": "FINISHED"}
                 _record(opened, tested, examined, iteration)
-                opened.tags({"mlflow.note.content": summary.note(measured(finished, tested))})
+                opened.set_tags({"mlflow.note.content": summary.note(measured(finished, tested))})
         except KeyboardInterrupt:
             files.write_json(path, note | {"status": "KILLED"})
             raise
@@ -316,7 +316,7 @@ def _train(
     path = folder / "trained.json"
 
     def publish(metrics: Metrics) -> None:
-        opened.metrics(metrics.iteration, metrics.values, once=True)
+        opened.log_metrics(metrics.iteration, metrics.values, once=True)
 
     if path.exists():
         found = files.read_json(path)
@@ -376,7 +376,7 @@ def test_chosen(sweep: Sweep, note: dict[str, Any]) -> choice.Point:
     both.write(together)
     with resume_run(note["run"], None) as opened:  # by our name: it has an id in each store
         _record(opened, together, both, iteration)
-        found = note | {"run_id": opened.opened()}
+        found = note | {"run_id": opened.wait_for_id()}
     files.write_json(sweep.note(note["digest"]), found)
     return measured(note, folder / note["tested"], out)
 
@@ -422,10 +422,10 @@ def fail(sweep: Sweep, note: dict[str, Any], reason: str) -> None:
     with (
         suppress(UserError),
         start_run(
-            note["label"], parameters, lineage.tags(), [], run=note["run"], parent=sweep.run
+            note["label"], parameters, lineage.collect_tags(), [], run=note["run"], parent=sweep.run
         ) as opened,
     ):
-        opened.tags({"mlflow.note.content": f"failed: {reason}"})
+        opened.set_tags({"mlflow.note.content": f"failed: {reason}"})
         raise UserError(reason)
     _note_failure(sweep, note, reason)
 

@@ -20,9 +20,8 @@ from athanor.device.backend import describe_device
 from athanor.errors import UserError
 from athanor.paths import Workspace
 from athanor.prepare.result import Prepared
-from athanor.runs import client as client_module
-from athanor.runs import lineage, mlflow_views
-from athanor.runs.run import Run, send_what_was_left, start_run
+from athanor.runs import lineage, mlflow_views, tracking_store
+from athanor.runs.run import Run, send_left_journals, start_run
 from athanor.runs.stage_records import LAYERS, datasets
 from athanor.sweep import choice, summary, trials
 from athanor.sweep.space import Space, refuse_unprepared, space
@@ -79,10 +78,10 @@ def main(arguments: list[str]) -> None:
         for note in dead:
             trials.fail(sweep, note, f"its process was ended by {cause}: {TOO_MUCH}")
         trials.loaded(folder)
-        if (run_id := run.opened()) is not None:
+        if (run_id := run.wait_for_id()) is not None:
             # Where it is away again, what it has already is said to it once more.
             with suppress(Exception):
-                sweep = replace(sweep, recorded=client_module.finished_parts(run_id))
+                sweep = replace(sweep, recorded=tracking_store.list_finished_children(run_id))
         sweep.write()
         try:
             _run_points(found, folder)
@@ -95,9 +94,9 @@ def main(arguments: list[str]) -> None:
         _conclude(sweep, found, measured, run)
     wrote = f"{folder.relative_to(workspace.home)}/: {', '.join(WRITTEN)}"
     best = next((note["run_id"] for note in sweep.notes() if note.get("run_id")), "none")
-    console.print_facts("", {"wrote": wrote, "MLflow run": run.shown(), "of the best": best})
+    console.print_facts("", {"wrote": wrote, "MLflow run": run.describe(), "of the best": best})
     with suppress(Exception):  # a store that came back in between has none of the points before
-        send_what_was_left()
+        send_left_journals()
     if run.id is not None:
         _show_link(run.id, found)
 
@@ -107,10 +106,10 @@ def _conclude(sweep: Sweep, found: Space, measured: list[choice.Point], run: Run
     summary.write(sweep.folder, measured, found.fixed, Path(found.base.model.path).name)
     for name in WRITTEN:
         if (sweep.folder / name).exists():
-            run.artifact(sweep.folder / name)
+            run.log_artifact(sweep.folder / name)
     finished = sum(point.measured for point in measured)
-    run.metrics(0, {"points_finished": finished, "points_failed": len(measured) - finished})
-    run.tags({"mlflow.note.content": summary.markdown(measured, found.fixed)})
+    run.log_metrics(0, {"points_finished": finished, "points_failed": len(measured) - finished})
+    run.set_tags({"mlflow.note.content": summary.markdown(measured, found.fixed)})
     summary.show(measured, found.fixed)
     if not finished:
         raise UserError("no point finished; what each failed of stands above")
@@ -122,14 +121,14 @@ def _show_link(run_id: str, found: Space) -> None:
     numbers = {"train.num_layers": LAYERS}
     keys = [numbers.get(key, key if key in flat else f"{key}.method") for key in found.swept]
     try:
-        client = client_module.client()
+        client = tracking_store.connect()
         place = client.get_run(run_id).info.experiment_id
         query = mlflow_views.sweep_view(client, place, run_id, keys, "kept_val_loss")
     except Exception as error:  # the store may be away by now
-        console.warn(f"MLflow's pages can't be set up: {client_module.short(error)}")
+        console.warn(f"MLflow's pages can't be set up: {tracking_store.summarize_error(error)}")
         return
-    served = client_module.uri().startswith(("http://", "https://"))
-    base = client_module.name() if served else f"http://127.0.0.1:{ui.PORT}"
+    served = tracking_store.uri().startswith(("http://", "https://"))
+    base = tracking_store.shown_uri() if served else f"http://127.0.0.1:{ui.PORT}"
     if not served:
         console.out.print(f"`uv run python -m athanor.ui {run_id[:8]}` opens MLflow's charts of it")
     console.out.print(mlflow_views.link(base, place, query=query), soft_wrap=True, highlight=False)
@@ -216,7 +215,7 @@ def _start(sweep: Sweep, found: Space, base: Prepared) -> Run:
     return start_run(
         f"sweep {keys}: {Path(base.source.path).name} {found.base.train.method}",
         {f"sweep.{key}": ",".join(values) for key, values in found.swept.items()},
-        {**lineage.tags(), "device": describe_device(), "athanor.sweep": sweep.run},
+        {**lineage.collect_tags(), "device": describe_device(), "athanor.sweep": sweep.run},
         datasets(base.workspace),
         run=sweep.run,
     )

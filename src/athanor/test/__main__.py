@@ -46,7 +46,7 @@ def main() -> None:
         labels = set[str]().union(*(split.labels for split in splits.values()))
         examined = Examined.of(splits, before, after, tokenizer, labels)
         examined.write(workspace.tested)
-        run.text(
+        run.log_text(
             OmegaConf.to_yaml(cfg), f"test/{workspace.params.name}"
         )  # it may run again with others
         record_test(

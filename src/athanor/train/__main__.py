@@ -53,14 +53,14 @@ def main() -> None:
             model,
             tokens,
             checkpoints,
-            lambda metrics: run.metrics(metrics.iteration, metrics.values, once=True),
+            lambda metrics: run.log_metrics(metrics.iteration, metrics.values, once=True),
             log=console.out.print,
         )
         metrics = write_result(cfg, trainer, base.source, workspace.trained)
         record_training(run, workspace, workspace.trained, metrics)
         files.write_json(
             workspace.trained / "run.json",
-            {"run": run.name, "run_id": run.opened(), "iteration": metrics["kept_iteration"]},
+            {"run": run.name, "run_id": run.wait_for_id(), "iteration": metrics["kept_iteration"]},
         )
     checkpoints.clear()
     facts = {
@@ -70,7 +70,7 @@ def main() -> None:
         "peak memory": f"{metrics['peak_memory']:.2f} GB",
         "adapters": f"{workspace.trained / 'adapters'}, after iteration "
         f"{metrics['kept_iteration']} ({cfg.train.keep})",
-        "MLflow run": run.shown(),
+        "MLflow run": run.describe(),
     }
     console.print_facts("train", facts)
 

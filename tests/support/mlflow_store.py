@@ -1,0 +1,46 @@
+"""MLflow's tracking store as tests look into it: by its URI, or by the folder of a project."""
+
+import shutil
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+
+def connect(store: str | Path) -> Any:
+    """Return an MlflowClient of a store; of a folder's embedded one, if it is a path."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(store if isinstance(store, str) else f"sqlite:///{store}/mlruns/mlflow.db")
+
+
+def list_runs(store: str | Path, experiment: str = "athanor") -> list[Any]:
+    """Return the runs of an experiment, the newest first; none where there is no experiment."""
+    client = connect(store)
+    found = client.get_experiment_by_name(experiment)
+    return list(client.search_runs([found.experiment_id])) if found else []
+
+
+def read_metric(store: str | Path, run_id: str | None, key: str) -> list[tuple[int, float]]:
+    """Return the steps of a run's metric with their values, ordered."""
+    history = connect(store).get_metric_history(run_id, key)
+    return sorted((metric.step, metric.value) for metric in history)
+
+
+def fetch_artifact(store: str | Path, run_id: str | None, path: str) -> Path:
+    """Return the path of a run's artifact, a file or a folder."""
+    return Path(connect(store).download_artifacts(run_id, path))
+
+
+def create(path: Path) -> str:
+    """Create an empty SQLite store at once, as a copy, and return its URI."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(_empty_store(), path)
+    return f"sqlite:///{path}"
+
+
+@lru_cache(1)
+def _empty_store() -> Path:
+    path = Path(tempfile.mkdtemp(prefix="athanor-store-")) / "empty.db"
+    connect(f"sqlite:///{path}").search_experiments(max_results=1)
+    return path
