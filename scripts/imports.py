@@ -7,36 +7,14 @@ imports between rooms. Imports inside functions count. Exits with 1 if there is 
 are more than 8 floors.
 """
 
-import ast
 import sys
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 
-SRC = Path(__file__).parents[1] / "src"
+from athanor.code import read_imports, room
+
 MOST_FLOORS = 8
 
 Graph = dict[str, set[str]]
-
-
-def read_imports(src: Path = SRC) -> Graph:
-    """Return the modules of src/athanor that each of them imports, by their dotted names."""
-    paths = {
-        ".".join(path.relative_to(src).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in sorted((src / "athanor").rglob("*.py"))
-    }
-    return {module: _imported(path, paths) - {module} for module, path in paths.items()}
-
-
-def _imported(path: Path, known: dict[str, Path]) -> set[str]:
-    imported = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names if alias.name in known}
-        elif isinstance(node, ast.ImportFrom) and node.module in known:
-            below = {f"{node.module}.{alias.name}" for alias in node.names}
-            # `from athanor.chat import templates` needs the package's own file for no name of it.
-            imported |= (below & known.keys()) or {node.module}
-    return imported
 
 
 def between_rooms(modules: Graph) -> Graph:
@@ -45,11 +23,6 @@ def between_rooms(modules: Graph) -> Graph:
     for module, imported in modules.items():
         rooms.setdefault(room(module), set()).update(map(room, imported))
     return {name: others - {name} for name, others in rooms.items()}
-
-
-def room(module: str) -> str:
-    """Return the room of a module; the package's own file is the room `athanor`."""
-    return ([*module.split("."), "athanor"])[1]
 
 
 def circles(graph: Graph) -> list[list[str]]:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import imports
 
+from athanor.code import read_imports
+
 REPO = Path(__file__).parent.parent
 PACKAGE = REPO / "src" / "athanor"
 PAGE = REPO / "docs" / "architecture.md"
@@ -50,7 +52,7 @@ def tree() -> str:
 
 def floors() -> str:
     """Return the rooms on each floor as a table of Markdown, from the top."""
-    floor = imports.floors(imports.between_rooms(imports.read_imports()))
+    floor = imports.floors(imports.between_rooms(read_imports()))
     rooms: dict[int, list[str]] = {}
     for room in sorted(floor.keys() - {"athanor"}):
         rooms.setdefault(floor[room], []).append(f"`{room}`")

@@ -2,25 +2,23 @@
 
 import imports
 
+from athanor.code import read_imports, room
+
 STAGES = {"config", "prepare", "train", "test", "fuse"}
 
 
 def test_modules_import_without_circles() -> None:
-    assert imports.circles(imports.read_imports()) == []
+    assert imports.circles(read_imports()) == []
 
 
 def test_rooms_stand_on_few_floors() -> None:
-    rooms = imports.between_rooms(imports.read_imports())
+    rooms = imports.between_rooms(read_imports())
     assert imports.circles(rooms) == []
     assert max(imports.floors(rooms).values()) <= imports.MOST_FLOORS
 
 
 def test_stages_import_only_each_others_results() -> None:
-    for module, imported in imports.read_imports().items():
-        if imports.room(module) in STAGES:
-            others = {
-                name
-                for name in imported
-                if imports.room(name) in STAGES - {imports.room(module), "config"}
-            }
+    for module, imported in read_imports().items():
+        if room(module) in STAGES:
+            others = {name for name in imported if room(name) in STAGES - {room(module), "config"}}
             assert others <= {"athanor.prepare.result", "athanor.train.result"}, module

@@ -11,18 +11,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import imports
 import pytest
 import yaml
 
+from athanor.code import find_imports, module_path
 from athanor.paths import SPLITS
 from athanor.prepare import result
-from athanor.train.identity import DECIDING
 from support import workspace
 from support.prompts import PROMPTS
 from support.workspace import Workspace
 
-SRC = Path(__file__).parents[2] / "src/athanor"
 LORA = Path("conf/train/lora.yaml")
 
 
@@ -368,42 +366,19 @@ def test_values_typed_into_params_are_kept(clone: Workspace) -> None:
     assert clone.params()["train"]["iters"] == 4
 
 
-# Modules that decide no output: a change of what is typed, shown or recorded re-runs no training.
-# What stages import and what decides no byte of what they write.
-NO_OUTPUT = ("athanor", "config", "console", "errors", "paths", "runs", "switches")
-
-
 def test_stages_name_the_code_they_run(repo: Path) -> None:
     stages = yaml.safe_load((repo / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     assert (
         tuple(f"{key}." if key in ("model", "data") else key for key in stages["prepare"]["params"])
         == result.DECIDED_BY
     )
-    graph = imports.read_imports()
     for stage in ("prepare", "train", "test", "fuse"):
         code = [dep for dep in stages[stage]["deps"] if dep.startswith("src/athanor/")]
         assert len(code) <= 8
         named = {repo / dep for dep in code}
-        reached = {
-            repo / "src" / f"{module.replace('.', '/')}.py"
-            for module in reachable(graph, f"athanor.{stage}.__main__")
-        }
+        reached = {module_path(name) for name in find_imports([f"athanor.{stage}.__main__"])}
         assert {path for path in reached if not named & {path, *path.parents}} == set()
         assert {dep for dep in named if not any({dep} & {p, *p.parents} for p in reached)} == set()
-        if stage == "train":
-            assert named == {repo / "src/athanor" / name for name in DECIDING}
-
-
-def reachable(graph: imports.Graph, module: str) -> set[str]:
-    """Return the modules that decide output and that a module imports, itself included."""
-    todo, reached = [module], set()
-    while todo:
-        name = todo.pop()
-        if name not in reached and imports.room(name) not in NO_OUTPUT:
-            reached.add(name)
-            todo += graph[name]
-    # A package's own file holds its docstring.
-    return {name for name in reached if name.count(".") > 1 or not (SRC / name[8:]).is_dir()}
 
 
 def wait_while(condition: Callable[[], bool], seconds: float, every: float = 5) -> None:

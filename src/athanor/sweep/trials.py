@@ -28,6 +28,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from athanor import console, files, switches
+from athanor.code import digest_code
 from athanor.compute.arrays import TokenizedText
 from athanor.compute.evaluation import Answer
 from athanor.compute.forward import Forward
@@ -48,7 +49,6 @@ from athanor.runs import lineage
 from athanor.runs.run import Run, resume_run, start_run
 from athanor.runs.stage_records import record_test, record_training, start_training
 from athanor.sweep import choice, summary
-from athanor.test import examine as examine_module
 from athanor.test.examine import Examined, Split, build_splits, examine, examine_options
 from athanor.test.figures import Outcome, as_columns
 from athanor.train import checkpoints
@@ -471,7 +471,7 @@ def test_key(cfg: Config) -> str:
     """The name of the folder for what came of testing as `cfg` says."""
     how = {key: value for key, value in flatten(cfg).items() if key.startswith("test.")}
     rows = files.digest(Workspace.here().rows(split) for split in SPLITS)
-    code = files.digest(sorted(Path(str(examine_module.__file__)).parent.glob("*.py")))
+    code = digest_code(["athanor.test.examine"])
     return "test-" + hashlib.sha256(json.dumps([how, rows, code]).encode()).hexdigest()[:8]
 
 
