@@ -1,50 +1,68 @@
-"""Stage `fuse`: adds the adapters to the base model's own weights and writes a model by itself.
+"""The exports of a fused model: a GGUF, Modelfiles for Ollama, the adapters for PEFT."""
 
-    uv run python -m athanor.fuse
-
-Reads params.yaml, artifacts/prepare/ and artifacts/train/; writes to artifacts/fuse/ model/, a
-folder in Hugging Face's format that mlx_lm.generate --model and transformers read, what is exported
-from it (a GGUF, Modelfiles, the adapters in PEFT's format), and fused.json, which says how it was
-fused and what parity.py found; adds the model to the training's MLflow run. A model that is not the
-trained one is not written.
-"""
-
+from collections.abc import Iterable
 from pathlib import Path
 
 from athanor import console, files
-from athanor.config.schema import FuseConfig
+from athanor.chat.templates import Message
+from athanor.config.schema import Config
 from athanor.errors import UserError
 from athanor.fuse import export_ollama, export_peft
 from athanor.fuse.export_gguf import write_gguf
+from athanor.paths import Workspace
 
 
 def export_all(
-    folder: Path, adapters: Path, base: Path, name: str, fuse: FuseConfig, shown: Path
+    folder: Path, workspace: Workspace, base: Path, name: str, cfg: Config
 ) -> dict[str, str]:
-    """Writes what is asked for beside `folder`/model, the fused model; says what it wrote.
+    """Write the exports that cfg.fuse asks for to `folder`, beside model/, the fused model.
 
-    `name` is the base's, after which the GGUF is called; `base` is its folder.
+    Args:
+        folder: the temporary folder that becomes workspace.fused.
+        base: the base model's folder.
+        name: the base model's name, after which the GGUF is called.
+
+    Returns:
+        By the form of the export, the file or folder that it is in, from `folder`.
     """
     model = folder / "model"
-    wrote = {}
-    if fuse.gguf is not None:
-        gguf = folder / f"{Path(name).name}-{fuse.gguf}.gguf"
-        write_gguf(model, gguf, fuse.gguf)
-        wrote["gguf"] = f"{gguf.name}, {gguf.stat().st_size / 1e6:.1f} MB"
-    if fuse.modelfile:
+    exports = {}
+    if cfg.fuse.gguf is not None:
+        gguf = folder / f"{Path(name).name}-{cfg.fuse.gguf}.gguf"
+        write_gguf(model, gguf, cfg.fuse.gguf)
+        exports["gguf"] = f"{gguf.name}, {gguf.stat().st_size / 1e6:.1f} MB"
+    if cfg.fuse.modelfile:
+        system = cfg.fuse.system
+        if system is None:
+            system = common_system_message(files.lines_of_jsonl(workspace.rows("train")))
         try:
-            if fuse.gguf is not None:
-                text = export_ollama.modelfile(model, f"./{gguf.name}", system=fuse.system)
+            if cfg.fuse.gguf is not None:
+                text = export_ollama.modelfile(model, f"./{gguf.name}", system=system)
                 files.write_text(folder / "Modelfile", text)
-            text = export_ollama.modelfile(model, ".", system=fuse.system)
+            text = export_ollama.modelfile(model, ".", system=system)
             files.write_text(model / "Modelfile", text)
-            wrote["ollama"] = "Modelfile" if fuse.gguf is not None else "model/Modelfile"
+            exports["ollama"] = "Modelfile" if cfg.fuse.gguf is not None else "model/Modelfile"
         except UserError as error:
-            console.warn(f"no Modelfile was written: {error}".replace(str(folder), str(shown)))
-    if fuse.peft:
+            error.rename(folder, workspace.fused)
+            console.warn(f"no Modelfile was written: {error}")
+    if cfg.fuse.peft:
         try:
-            export_peft.write(adapters, folder / "peft", base=name, model=base)
-            wrote["peft"] = "peft/"
+            export_peft.write(
+                workspace.trained / "adapters", folder / "peft", base=name, model=base
+            )
+            exports["peft"] = "peft/"
         except UserError as error:
-            console.warn(f"no adapters in PEFT's format: {error}")
-    return wrote
+            console.warn(f"no adapters were written in PEFT's format: {error}")
+    return exports
+
+
+def common_system_message(rows: Iterable[Message]) -> str | None:
+    """Return the system message that all conversations have, None where two differ."""
+    systems: set[str | None] = set()
+    for row in rows:
+        if "messages" in row:
+            system = (m["content"] for m in row["messages"] if m["role"] == "system")
+            systems.add(next(system, None))
+            if len(systems) > 1:
+                return None
+    return systems.pop() if systems else None

@@ -1,4 +1,4 @@
-"""The records of the stages train and test: what each sends to the MLflow run of a training."""
+"""The records that the stages train, test and fuse send to the MLflow run of a training."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -112,6 +112,20 @@ def record_test(
     if confusion is not None:
         run.log_artifact(out / "labels.csv", "test")
         run.log_text(confusion, "test/confusion.csv")
+
+
+def record_fused(run: Run, out: Path, fused: dict[str, Any], iteration: int) -> None:
+    """Add a fused model's figures, the content of fused.json in `out`, to the run of a training."""
+    run.set_tags(
+        {"fused.digest": fused["digest"], "fused.dequantized": str(fused["dequantized"]).lower()}
+    )
+    metrics = {"fuse_max_logit_difference": fused["parity"]["difference"]}
+    if fused["parity"]["share_lost"] is not None:
+        metrics["fuse_share_lost"] = fused["parity"]["share_lost"]
+    run.log_metrics(iteration, metrics)
+    for name in ("fused.json", "Modelfile"):
+        if (out / name).exists():
+            run.log_artifact(out / name, "fuse")
 
 
 def _trained_layers(cfg: Config, folder: Path) -> dict[str, int]:
