@@ -1,12 +1,13 @@
 """Process-wide switches: all that a stage changes in Python and in libraries for a whole process.
 
-None of these changes a result. What does is elsewhere: `import athanor` loads the BLAS (and turns
-telemetry off), and device.backend.compile_kernels turns mlx's compiler on or off.
+None of these changes a result. Those that do are in the room device: device.blas has the threads of
+OpenBLAS, device.backend turns mlx's compiler on or off.
 
 Collector, threads: `freeze_objects`, `rare_collections`, `switch_threads_often`
 Signals:            `interrupt_on`
 mlx:                `limit_cache`, `wire_memory`, `release_memory`
-Other libraries:    `parallel_tokenizers`, `configure_mlflow`, `mlflow_timeout`, `configure_hydra`
+Other libraries:    `disable_telemetry`, `parallel_tokenizers`, `configure_mlflow`,
+                    `mlflow_timeout`, `configure_hydra`, `quiet_dvc`
 """
 
 import gc
@@ -17,6 +18,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+TELEMETRY = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "DVC_NO_ANALYTICS": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 # Seconds that a Python thread runs before another may; Python's default is the second.
 OFTEN, USUALLY = 0.0005, 0.005
 MLFLOW = {
@@ -85,6 +92,14 @@ def release_memory() -> None:
     gc.collect()
     gc.freeze()
     mx.clear_cache()
+
+
+def disable_telemetry() -> None:
+    """Keep libraries from sending usage statistics, before they are imported."""
+    for name, value in TELEMETRY.items():
+        os.environ.setdefault(name, value)
+    # Else tokenizers warn in every child process; see `parallel_tokenizers`.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def parallel_tokenizers() -> None:

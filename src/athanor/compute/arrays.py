@@ -1,13 +1,10 @@
-"""Rows as tokens and as arrays: what a model reads, and what is to be said at which positions."""
+"""Texts as tokens and as arrays: the inputs of a model, and the targets of its loss."""
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -34,51 +31,46 @@ class TokenizedText:
         return len(self.ids)
 
     def truncate(self, length: int) -> "TokenizedText":
-        """At most the first `length` tokens; an answer that loses its end is not learned."""
+        """Return the first `length` tokens; an answer that loses its end is not learned."""
         if len(self) <= length:
             return self
         supervised = self.supervised[:length]
         if not all(self.supervised):
-            for first, behind in self.answer_spans:
-                if behind > length:
-                    supervised[first:] = [False] * len(supervised[first:])
+            for start, stop in self.answer_spans:
+                if stop > length:
+                    supervised[start:] = [False] * len(supervised[start:])
         replaced = {place: id for place, id in self.replaced_targets.items() if place < length}
         return replace(
             self, ids=self.ids[:length], supervised=supervised, replaced_targets=replaced
         )
 
     def targets(self) -> list[int]:
-        """What the loss asks for at each place, were it supervised."""
+        """Return the target at each position, as if all were supervised."""
         return [self.replaced_targets.get(place, id) for place, id in enumerate(self.ids)]
 
 
 class SupervisedBatch(NamedTuple):
-    """Rows as arrays: the tokens that are read, and what is to be said at which positions.
+    """Texts as arrays: the tokens that are read, and the n positions of the loss."""
 
-    `inputs` is rows × positions; the others have a number for each of n supervised positions, in
-    the order of the rows: its place in the flattened inputs, the token to be said after it, and 1,
-    or 0 for one that is there to make up a round number.
-    """
-
-    inputs: mx.array
-    positions: mx.array
-    targets: mx.array
-    counts: mx.array
+    inputs: mx.array  # [rows, width] of tokens
+    positions: mx.array  # [n], in the flattened inputs, in the order of the rows
+    targets: mx.array  # [n], the token that is to follow each position
+    counts: mx.array  # [n], 1.0, or 0.0 for a position that is padding
 
 
 def pad_rows(rows: list[TokenizedText], multiple: int = 1) -> SupervisedBatch:
-    """Rows side by side, as long as the longest, both lengths rounded up to a multiple."""
-    width = _up(max(map(len, rows)) - 1, multiple)
+    """Return texts as one batch; its width and number of positions are rounded up to a multiple."""
+    width = _round_up(max(map(len, rows)) - 1, multiple)
     ids = np.zeros((len(rows), width), np.int32)
     positions: list[int] = []
     targets: list[int] = []
     for i, row in enumerate(rows):
         ids[i, : len(row) - 1] = row.ids[:-1]
-        said = row.targets() if row.replaced_targets else row.ids
-        places = [place for place in range(1, len(row)) if row.supervised[place]]
-        positions += [i * width + place - 1 for place in places]
-        targets += [said[place] for place in places]
-    spare = _up(len(positions), multiple) - len(positions)
+        row_targets = row.targets() if row.replaced_targets else row.ids
+        learned = [place for place in range(1, len(row)) if row.supervised[place]]
+        positions += [i * width + place - 1 for place in learned]
+        targets += [row_targets[place] for place in learned]
+    spare = _round_up(len(positions), multiple) - len(positions)
     return SupervisedBatch(
         mx.array(ids),
         mx.array(positions + [0] * spare, mx.int32),
@@ -87,5 +79,5 @@ def pad_rows(rows: list[TokenizedText], multiple: int = 1) -> SupervisedBatch:
     )
 
 
-def _up(number: int, multiple: int) -> int:
+def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple

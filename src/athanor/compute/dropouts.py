@@ -1,4 +1,4 @@
-"""Dropout by keys: what is dropped comes from a key that is given, not from a generator's state."""
+"""Dropout whose masks come from explicit keys instead of the state of a generator."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -6,9 +6,9 @@ from mlx.utils import tree_unflatten
 
 
 class KeyedDropout(nn.Module):
-    """Dropout that draws from a key it is given, as mlx.nn.Dropout does from the global state.
+    """mlx.nn.Dropout with the same mask each time until it gets another key.
 
-    Whoever computes a layer again, as gradient checkpointing does, meets the same mask.
+    Gradient checkpointing computes a layer twice, and must meet the same mask.
     """
 
     def __init__(self, keep: float) -> None:
@@ -17,7 +17,7 @@ class KeyedDropout(nn.Module):
         self._key = mx.random.key(0)
 
     def set_key(self, key: mx.array) -> None:
-        """Sets the key of the next masks."""
+        """Set the key of the next masks."""
         self._key = key
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -26,19 +26,19 @@ class KeyedDropout(nn.Module):
         return mx.random.bernoulli(self._keep, x.shape, key=self._key) * x * (1 / self._keep)
 
 
-def drops(module: nn.Module) -> bool:
-    """Whether a module drops anything out, by itself."""
+def is_dropout(module: nn.Module) -> bool:
+    """Return whether a module is a dropout with a probability above 0."""
     plain = isinstance(module, nn.Dropout) and module._p_1 < 1
     return plain or isinstance(module, KeyedDropout)
 
 
 def replace_dropouts(model: nn.Module) -> list[KeyedDropout]:
-    """Puts a KeyedDropout in the place of each nn.Dropout that drops anything; returns them."""
-    found = {
+    """Replace each active nn.Dropout of a model by a KeyedDropout; return these."""
+    keyed = {
         name: KeyedDropout(module._p_1)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Dropout) and drops(module)
+        if isinstance(module, nn.Dropout) and is_dropout(module)
     }
-    if found:
-        model.update_modules(tree_unflatten(list(found.items())))
-    return list(found.values())
+    if keyed:
+        model.update_modules(tree_unflatten(list(keyed.items())))
+    return list(keyed.values())

@@ -1,4 +1,4 @@
-"""What a model makes of rows: the loss on every supervised token, and the answers it gives."""
+"""The mean loss of a model over texts, and the answers that it generates."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from athanor.compute.forward import Forward
 
 @dataclass(frozen=True)
 class Answer:
-    """Generated tokens without the one that ended them; `stopped` if one did, in time."""
+    """Generated tokens, and whether an end token, which is not among them, stopped the answer."""
 
     ids: list[int]
     stopped: bool
@@ -29,10 +29,10 @@ def measure_loss(
     batch_size: int,
     on_batch: Callable[[], None] = lambda: None,
 ) -> tuple[float, int]:
-    """The mean loss over all supervised tokens of all rows, in nats, and their number.
+    """Return the mean loss in nats over all supervised tokens of all rows, and their number.
 
-    The sum is taken in float64, in the order of the rows' lengths, whatever the batches. (nan, 0)
-    where no token is supervised.
+    The sum is in float64 and in the order of the rows' lengths, whatever the batches. (nan, 0) if
+    no token is supervised.
     """
     total, count = 0.0, 0
     in_order = sorted((row for row in rows if any(row.supervised[1:])), key=len)
@@ -53,13 +53,15 @@ def generate_answers(
     batch_size: int,
     temp: float = 0.0,
     seed: int = 0,
-    on_step: Callable[[float], None] = lambda answered: None,
+    on_step: Callable[[float], None] = lambda done: None,
 ) -> list[Answer]:
-    """Answers to tokenized prompts, in their order: the likeliest tokens, or sampled at `temp`.
+    """Answer tokenized prompts, in their order, with the likeliest tokens or by sampling at `temp`.
 
-    Sampled ones are the same whenever all arguments are: tokens are drawn for a batch at a time.
-    `on_step` is told after each token how many prompts are answered, with those under way as the
-    share of `max_tokens` that they have.
+    Tokens are sampled for a batch at a time, so sampled answers depend on all arguments.
+
+    Args:
+        on_step: called after each token with the number of prompts answered so far; one that is
+            being answered counts as its share of `max_tokens`.
     """
     if temp > 0:
         mx.random.seed(seed)

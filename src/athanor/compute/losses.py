@@ -1,12 +1,11 @@
-"""The cross-entropy of what a head says at some positions, and its gradient, a chunk at a time.
+"""The cross-entropy at some positions, and its gradient, computed without all logits at once.
 
-Logits are the largest thing in a training: a vocabulary for each position. They are made of the
-positions that a loss looks at, of so many at once that they take CHUNK bytes, and are gone before
-the next are made, since what is left of them is the gradient of what the head was given: their
-gradient takes their place (on a CPU, where NumPy computes exponentials 20 times as fast as mlx, and
-in mlx's memory), or is computed along with them (elsewhere, in one graph, as mx.compile wants it).
-Exact either way. After "Cut Your Losses" (Wijmans et al. 2024) and Liger Kernel (Hsu et al. 2024),
-which fuse the same in kernels of their own.
+Logits are the largest arrays of a training: a vocabulary for each position. They are computed at
+supervised positions only, in chunks of CHUNK bytes, and each chunk is reduced to the gradient of
+its hidden states before the next is computed. On a CPU NumPy, whose exponentials are 20 times as
+fast as mlx's, overwrites them by their gradient; elsewhere both are one graph, as mx.compile needs
+it. Both are exact. After "Cut Your Losses" (Wijmans et al. 2024) and Liger Kernel (Hsu et al.
+2024), which fuse the same steps in kernels.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,14 +17,15 @@ import numpy as np
 
 from athanor.compute.arrays import SupervisedBatch
 
-# Bytes of float32 logits at a time.
+# Bytes of float32 logits in a chunk.
 CHUNK = 1 << 27
 
-Head = Callable[..., mx.array]  # of hidden, n × width, and of the trained weights that it takes
+# Logits [n, vocabulary] of hidden states [n, width] and of the head's trained weights.
+Head = Callable[..., mx.array]
 
 
 def chunks(positions: int, vocabulary: int) -> Iterator[slice]:
-    """The positions in pieces whose logits take CHUNK bytes."""
+    """Return slices of the positions whose logits take CHUNK bytes."""
     size = max(CHUNK // (4 * vocabulary), 1)
     return (slice(start, start + size) for start in range(0, positions, size))
 
@@ -33,20 +33,19 @@ def chunks(positions: int, vocabulary: int) -> Iterator[slice]:
 def token_losses(
     head: Head, hidden: mx.array, batch: SupervisedBatch, vocabulary: int
 ) -> np.ndarray:
-    """The cross-entropy in nats of each target that counts, for hidden, n × width."""
-    found, targets = [], batch.targets
-    for piece in chunks(len(targets), vocabulary):
-        logits = head(hidden[piece]).astype(mx.float32)
-        if in_numpy():
-            losses, _ = _in_place(logits, targets[piece])
+    """Return the cross-entropy in nats of each target that counts, for hidden states [n, width]."""
+    losses, targets = [], batch.targets
+    for chunk in chunks(len(targets), vocabulary):
+        logits = head(hidden[chunk]).astype(mx.float32)
+        if uses_numpy():
+            losses.append(_overwrite_by_gradient(logits, targets[chunk])[0])
         else:
-            losses = np.array(nn.losses.cross_entropy(logits, targets[piece]))
-        found.append(losses)
-    return np.concatenate(found)[np.array(batch.counts) > 0]
+            losses.append(np.array(nn.losses.cross_entropy(logits, targets[chunk])))
+    return np.concatenate(losses)[np.array(batch.counts) > 0]
 
 
-def in_numpy() -> bool:
-    """Whether NumPy can and should compute on mlx's memory: on a CPU."""
+def uses_numpy() -> bool:
+    """Return whether NumPy computes on mlx's memory, as it does on a CPU."""
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
@@ -57,46 +56,50 @@ def loss_and_gradients(
     batch: SupervisedBatch,
     vocabulary: int,
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
-    """On a CPU: the summed loss in nats, and its gradients by hidden and by the head's weights.
+    """Return the summed loss in nats, and its gradients by `hidden` and by the head's weights.
+
+    For the CPU: see `uses_numpy`.
 
     Args:
-        head: the logits of hidden and weights.
-        hidden: n × width, evaluated.
+        hidden: evaluated hidden states [n, width].
+        weights: the trained weights that the head takes.
     """
     targets, counts = batch.targets, batch.counts
     total, by_hidden = 0.0, []
     by_weights: list[mx.array] = [mx.zeros_like(weight) for weight in weights]
-    for piece in chunks(len(targets), vocabulary):
-        logits = head(hidden[piece], *weights)
-        losses, gradient = _in_place(logits.astype(mx.float32), targets[piece])
-        count = np.array(counts[piece])
+    for chunk in chunks(len(targets), vocabulary):
+        logits = head(hidden[chunk], *weights)
+        losses, gradient = _overwrite_by_gradient(logits.astype(mx.float32), targets[chunk])
+        count = np.array(counts[chunk])
         if not count.all():
-            gradient = mx.where(counts[piece, None] > 0, gradient, 0.0)
+            gradient = mx.where(counts[chunk, None] > 0, gradient, 0.0)
         total += float(losses[count > 0].sum(dtype=np.float64))
-        # Of a head that is linear nothing is computed again: mlx computes what is asked for.
-        _, (one, *others) = mx.vjp(head, [hidden[piece], *weights], [gradient.astype(logits.dtype)])
-        by_hidden.append(one)
-        by_weights = [a + b for a, b in zip(by_weights, others, strict=True)]
-        mx.eval(one, by_weights)
+        # A linear head is not computed again: mlx evaluates only what the gradients depend on.
+        _, (chunk_by_hidden, *chunk_by_weights) = mx.vjp(
+            head, [hidden[chunk], *weights], [gradient.astype(logits.dtype)]
+        )
+        by_hidden.append(chunk_by_hidden)
+        by_weights = [a + b for a, b in zip(by_weights, chunk_by_weights, strict=True)]
+        mx.eval(chunk_by_hidden, by_weights)
     return mx.array(total), mx.concatenate(by_hidden), by_weights
 
 
-def _in_place(logits: mx.array, targets: mx.array) -> tuple[np.ndarray, mx.array]:
-    """The loss of each target, and in the place of the logits, n × vocabulary, its gradient."""
+def _overwrite_by_gradient(logits: mx.array, targets: mx.array) -> tuple[np.ndarray, mx.array]:
+    """Return the loss of each target, and its gradient in place of the logits [n, vocabulary]."""
     mx.eval(logits)
     values = np.array(logits, copy=False)
-    said, rows = np.array(targets), np.arange(len(targets))
-    with np.errstate(all="ignore"):  # what is no number is refused where it is met as a loss
+    columns, rows = np.array(targets), np.arange(len(targets))
+    with np.errstate(all="ignore"):  # the trainer refuses a loss that is not finite
         top = values.max(axis=-1, keepdims=True)
-        score = (values[rows, said] - top[:, 0]).astype(np.float64)
+        score = (values[rows, columns] - top[:, 0]).astype(np.float64)
         np.subtract(values, top, out=values)
         np.exp(values, out=values)
-        # In float32 a model that is sure of itself loses what it is not sure of: mlx's own sum is
-        # 11% off at a loss of 0.0002, and so is its gradient.
+        # In float64: where one token has nearly all probability, a sum in float32 loses the rest.
+        # mlx's own is 11% off at a loss of 0.0002, and so is its gradient.
         total = values.sum(axis=-1, dtype=np.float64)
-        others = total - values[rows, said]
+        others = total - values[rows, columns]
         np.divide(values, total[:, None].astype(np.float32), out=values)
-        values[rows, said] = -others / total
+        values[rows, columns] = -others / total
         losses = np.log(total) - score
     return losses, logits
 
@@ -108,36 +111,36 @@ def differentiable_loss(
     batch: SupervisedBatch,
     vocabulary: int,
 ) -> mx.array:
-    """The summed loss in nats, to be differentiated by mlx; arguments as for `loss_and_gradients`.
+    """Return the summed loss in nats as a graph; arguments as for `loss_and_gradients`.
 
-    The gradients are computed with the loss, chunk after chunk, and only scaled when they are asked
-    for. No second derivative.
+    Its gradients are computed with the loss, chunk by chunk, and only scaled by its vjp. It has no
+    second derivative.
     """
     targets, counts = batch.targets, batch.counts
 
-    def of_piece(
+    def chunk_loss(
         hidden: mx.array, weights: list[mx.array], targets: mx.array, counts: mx.array
     ) -> mx.array:
         logits = head(hidden, *weights).astype(mx.float32)
         return mx.where(counts > 0, nn.losses.cross_entropy(logits, targets), 0.0).sum()
 
-    with_gradients = mx.value_and_grad(of_piece, argnums=(0, 1))
+    with_gradients = mx.value_and_grad(chunk_loss, argnums=(0, 1))
 
     @mx.custom_function
     def fused(hidden: mx.array, *weights: mx.array) -> tuple[mx.array, ...]:
         total, by_hidden = mx.array(0.0), []
         by_weights = [mx.zeros_like(weight) for weight in weights]
-        before: list[mx.array] = []
-        for piece in chunks(len(targets), vocabulary):
-            # One after the other: else all logits might be there at once.
-            given = mx.depends([hidden[piece]], before)[0] if before else hidden[piece]
-            loss, (one, others) = with_gradients(
-                given, list(weights), targets[piece], counts[piece]
+        previous: list[mx.array] = []
+        for chunk in chunks(len(targets), vocabulary):
+            # In turn: else the logits of all chunks could be in memory at once.
+            part = mx.depends([hidden[chunk]], previous)[0] if previous else hidden[chunk]
+            loss, (chunk_by_hidden, chunk_by_weights) = with_gradients(
+                part, list(weights), targets[chunk], counts[chunk]
             )
             total = total + loss
-            by_hidden.append(one)
-            by_weights = [a + b for a, b in zip(by_weights, others, strict=True)]
-            before = [total, one, *by_weights]
+            by_hidden.append(chunk_by_hidden)
+            by_weights = [a + b for a, b in zip(by_weights, chunk_by_weights, strict=True)]
+            previous = [total, chunk_by_hidden, *by_weights]
         return total, mx.concatenate(by_hidden), *by_weights
 
     @fused.vjp

@@ -1,4 +1,4 @@
-"""Optimizers and learning rates: mlx's own, under the names that mlx-lm gives them."""
+"""Optimizers and learning-rate schedules: mlx's own, under mlx-lm's names."""
 
 from collections.abc import Callable, Iterator
 from inspect import signature
@@ -23,17 +23,17 @@ Schedule = Callable[[mx.array], mx.array]
 def build_optimizer(
     name: str, options: dict[str, Any], learning_rate: "float | Schedule"
 ) -> optim.Optimizer:
-    """An optimizer by its name in `OPTIMIZERS`, with mlx.optimizers' own options."""
+    """Return a new optimizer by its name in OPTIMIZERS, with mlx.optimizers' options."""
     return OPTIMIZERS[name](learning_rate=learning_rate, **options)
 
 
 def build_schedule(
     name: str, learning_rate: float, end: float, warmup: int, updates: int
 ) -> Schedule:
-    """The learning rate of each update, counted from 0.
+    """Return the learning rate as a function of the update, counted from 0.
 
-    Rises linearly over `warmup` updates, none of them at 0, to `learning_rate`; then stays there
-    (constant), or falls towards `end` at `updates` in a straight line or half a cosine wave
+    It rises linearly over `warmup` updates, none of them at 0, to `learning_rate`; then it stays
+    there (constant), or falls towards `end` at `updates` in a straight line or half a cosine wave
     (Loshchilov & Hutter 2017).
     """
     falling = max(1, updates - warmup)
@@ -50,38 +50,38 @@ def build_schedule(
 
 
 def optimizer_misfits(options: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Yields (key below optimizer_config, what is wrong) for options that mlx would not take."""
-    for name, given in options.items():
+    """Yield the key below optimizer_config and the fault of each option that mlx would refuse."""
+    for name, values in options.items():
         if name not in OPTIMIZERS:
             yield name, "no such optimizer; there are " + ", ".join(OPTIMIZERS)
             continue
         known = dict(signature(OPTIMIZERS[name].__init__).parameters)
         known = {key: known[key] for key in known if key not in ("self", "learning_rate")}
-        wrong = False
-        for key, value in given.items():
+        refused = False
+        for key, value in values.items():
             if key not in known:
-                wrong = True
+                refused = True
                 yield f"{name}.{key}", f"no such option; {name} has " + ", ".join(known)
-            elif not _alike(value, known[key].default):
-                wrong = True
+            elif not _same_type(value, known[key].default):
+                refused = True
                 default = known[key].default
                 yield f"{name}.{key}", f"expected something like {default!r}, found {value!r}"
-        if not wrong:
+        if not refused:
             try:
-                build_optimizer(name, given, 1.0)
+                build_optimizer(name, values, 1.0)
             except ValueError as error:
                 yield name, str(error)
 
 
-def _alike(value: Any, default: Any) -> bool:
-    """Whether an option's value is of its default's kind."""
+def _same_type(value: Any, default: Any) -> bool:
+    """Return whether an option's value has the type of its default."""
     if isinstance(default, bool):
         return isinstance(value, bool)
     if isinstance(default, list | tuple):
         return (
             isinstance(value, list | tuple)
             and len(value) == len(default)
-            and all(map(_alike, value, default))
+            and all(map(_same_type, value, default))
         )
     if isinstance(default, int):
         return isinstance(value, int) and not isinstance(value, bool)

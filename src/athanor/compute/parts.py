@@ -1,10 +1,10 @@
-"""An mlx-lm model taken apart: layers below a cut, layers above it, and the head behind them.
+"""An mlx-lm model split into the layers below a cut, those above it, and the head.
 
-No architecture is known by name. A part is the model's own code with stand-ins for what is left
-out: the head is the whole model whose body hands on what it is given; the layers above a cut are
-the body whose layers below it do so. So scales, soft caps, masks and tied weights are where the
-model's author put them. Whether that gives what the whole model gives is tried on a few tokens
-(`Parts.of`); where it does not, the model is not taken apart, and why is said.
+No architecture is known by name. A part is the model's own code with stand-ins for the other parts:
+the head is the whole model with a body that returns its input; the layers above a cut are the body
+with layers below it that do so. So scales, soft caps, masks and tied weights stay where the model's
+author put them. Each split is compared with the whole model on a few tokens; a model for which the
+results differ is not split, and the reason is kept.
 """
 
 import copy
@@ -16,16 +16,17 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from athanor.compute.dropouts import drops
+from athanor.compute.dropouts import is_dropout
 
-# How far two computations of the same may be apart, of the largest value at a position: in one and
-# the same shape, and in others, summed in another order (float32 products on a GPU may be TF32).
+# By how much two computations of the same values may differ, as a share of the largest value at a
+# position: of arrays of the same shape, and of different shapes, whose sums have another order
+# (float32 products on a GPU may be TF32).
 SAME_SHAPE = {mx.float32: 1e-6, mx.float16: 1e-3, mx.bfloat16: 1e-3}
 OTHER_SHAPE = {mx.float32: 2e-3, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 
 
 class _StandIn:
-    """Stands for a module: answers a call with `call`, and everything else as the module does."""
+    """A module's substitute with another forward function, and its other attributes."""
 
     def __init__(self, module: Any, call: Callable[..., mx.array]) -> None:
         self._module, self._call = module, call
@@ -37,44 +38,47 @@ class _StandIn:
         return self._call(x, *others, **named)
 
 
-def _handed_on(x: mx.array, *others: Any, **named: Any) -> mx.array:
+def _identity(x: mx.array, *others: Any, **named: Any) -> mx.array:
     return x
 
 
-def _standing_in(layers: list[Any], given: mx.array) -> list[_StandIn]:
-    """Stand-ins for the first layers of a model, of which the last gives what is given."""
-    handing = [_StandIn(layer, _handed_on) for layer in layers[:-1]]
-    return [*handing, _StandIn(layers[-1], lambda *others, **named: given)]
+def _stand_in_for(layers: list[Any], output: mx.array) -> list[_StandIn]:
+    """Return stand-ins for the first layers of a model, of which the last returns `output`."""
+    identities = [_StandIn(layer, _identity) for layer in layers[:-1]]
+    return [*identities, _StandIn(layers[-1], lambda *others, **named: output)]
 
 
 class Misfit(Exception):
-    """Why a model can't be taken apart, in words."""
+    """The reason for which a model can't be split."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A model and where its parts are; `width` is that of what its body leaves.
+    """A model and the places of its parts.
 
-    `tried_on` are tokens, rows × positions, on which it is tried whether it can be taken apart, and
-    `left` is what the body leaves of them.
-    `path` are the names that lead from the model to its body, whose attribute `key` is the list of
-    its layers. `unsplit_reason` says why the head is not apart: the body is then the model itself.
-    `uncut_reasons` says why its layers can't be parted at a cut, for each that was tried.
+    Args:
+        probe: tokens [rows, positions] on which splits are compared with the whole model.
+        probe_hidden: the output [rows, positions, width] of the body for these.
+        width: the size of the body's output; of logits where the head can't be split off.
+        path: the names that lead from the model to its body.
+        layers_name: the attribute of the body that is the list of layers.
+        unsplit_reason: why the head can't be split off, if so: the body is then the model itself.
+        uncut_reasons: for each cut that was tried, why the layers can't be split there, or None.
     """
 
     model: nn.Module
-    tried_on: mx.array
-    left: mx.array
+    probe: mx.array
+    probe_hidden: mx.array
     vocabulary: int
     width: int
     path: tuple[str, ...]
-    key: str
+    layers_name: str
     unsplit_reason: str | None = None
     uncut_reasons: dict[int, str | None] = field(default_factory=dict)
 
     @classmethod
     def find(cls, model: nn.Module, ids: mx.array) -> "Parts":
-        """Finds the parts of a model, and tries its head on tokens, rows × positions."""
+        """Find the parts of a model, and try its head on tokens [rows, positions]."""
         with eval_mode(model):
             return cls._find(model, ids)
 
@@ -82,27 +86,28 @@ class Parts:
     def _find(cls, model: nn.Module, ids: mx.array) -> "Parts":
         expected = model(ids)
         size = expected.shape[-1]
-        found = cls(model, ids, expected, size, size, (), "")
+        parts = cls(model, ids, expected, size, size, (), "")
         try:
-            path, key = _place_of_layers(model)
-            found = replace(found, path=path, key=key)
-            hidden = found._try_head(expected)
-            return replace(found, left=hidden, width=hidden.shape[-1])
-        except Exception as error:  # a model's own code, called in a way it was not written for
-            return replace(found, unsplit_reason=_in_words(error))
+            path, layers_name = _find_layers(model)
+            parts = replace(parts, path=path, layers_name=layers_name)
+            hidden = parts._try_head(expected)
+            return replace(parts, probe_hidden=hidden, width=hidden.shape[-1])
+        except Exception as error:  # the model's own code, called in a way it was not written for
+            return replace(parts, unsplit_reason=_describe(error))
 
-    def on(self, model: nn.Module) -> "Parts":
-        """The same parts of another model of this architecture."""
+    def of_model(self, model: nn.Module) -> "Parts":
+        """Return the same parts of another model of this architecture."""
         return replace(self, model=model)
 
     def in_layers(self, name: str) -> bool:
-        """Whether a parameter of this name is one of the layers'."""
-        return bool(self.key) and name.startswith(".".join([*self.path, self.key, ""]))
+        """Return whether a parameter of this name belongs to a layer."""
+        prefix = ".".join([*self.path, self.layers_name, ""])
+        return bool(self.layers_name) and name.startswith(prefix)
 
     def first_layer(self, names: Iterable[str]) -> int:
-        """The number of the first layer that has one of these parameters: so many are below it.
+        """Return the number of the first layer that has one of these parameters.
 
-        0 where one of them is beside the layers: it may be the embedding's.
+        0 where one of them belongs to no layer: it may be the embedding's.
         """
         names = list(names)
         if not all(map(self.in_layers, names)):
@@ -111,52 +116,52 @@ class Parts:
         return min((int(name.split(".")[place]) for name in names), default=0)
 
     def head(self, hidden: mx.array) -> mx.array:
-        """The logits, n × vocabulary, of what the body left at n positions, n × width."""
+        """Return the logits [n, vocabulary] of the body's output [n, width]."""
         if self.unsplit_reason is not None:
             return hidden
-        body = _StandIn(self._found_body(), _handed_on)
+        body = _StandIn(self._body(), _identity)
         logits: mx.array = self._with_body(body)(hidden[None])
         return logits[0]
 
-    def body(self, ids: mx.array, cut: int = 0, given: mx.array | None = None) -> mx.array:
-        """What the head is given, rows × positions × width, for tokens, rows × positions.
+    def body(self, ids: mx.array, cut: int = 0, activations: mx.array | None = None) -> mx.array:
+        """Return the input [rows, positions, width] of the head for tokens [rows, positions].
 
-        With a cut the layers from there on are computed only, on `given`, their input.
+        With `activations`, the inputs of the layer `cut`, the layers below it are not computed.
         """
-        if given is None:
-            return cast(mx.array, self._found_body()(ids, None))
+        if activations is None:
+            return cast(mx.array, self._body()(ids, None))
         layers = self._layers()
-        layers[:cut] = _standing_in(layers[:cut], given)
+        layers[:cut] = _stand_in_for(layers[:cut], activations)
         return cast(mx.array, self._with_layers(layers)(ids, None))
 
-    def lower(
-        self, ids: mx.array, cuts: Sequence[int], start: int = 0, given: mx.array | None = None
+    def layer_inputs(
+        self, ids: mx.array, cuts: Sequence[int], start: int = 0, below: mx.array | None = None
     ) -> dict[int, mx.array]:
-        """The inputs of the layers `cuts`, each rows × positions × width, for tokens.
+        """Return the inputs [rows, positions, width] of the layers `cuts` for tokens.
 
-        Layers from `start` on are computed, on `given`, their input; none from the last cut on.
+        Layers from `start` on are computed, on its inputs `below`; none from the last cut on.
         """
-        noted: dict[int, mx.array] = {}
+        inputs: dict[int, mx.array] = {}
         last = max(cuts)
 
-        def noting(place: int, layer: Any) -> _StandIn:
+        def recording(place: int, layer: Any) -> _StandIn:
             def call(x: mx.array, *others: Any, **named: Any) -> mx.array:
-                noted[place] = x
-                answer: mx.array = x if place == last else layer(x, *others, **named)
-                return answer
+                inputs[place] = x
+                output: mx.array = x if place == last else layer(x, *others, **named)
+                return output
 
             return _StandIn(layer, call)
 
         layers = self._layers()
-        if given is not None:
-            layers[:start] = _standing_in(layers[:start], given)
+        if below is not None:
+            layers[:start] = _stand_in_for(layers[:start], below)
         for place in cuts:
-            layers[place] = noting(place, layers[place])
-        layers[last + 1 :] = [_StandIn(layer, _handed_on) for layer in layers[last + 1 :]]
-        self._with_layers(layers)(ids, None)  # a graph only, of which what was noted is computed
-        if set(noted) != set(cuts):
-            raise Misfit("its layers are not the ones that it computes")
-        return noted
+            layers[place] = recording(place, layers[place])
+        layers[last + 1 :] = [_StandIn(layer, _identity) for layer in layers[last + 1 :]]
+        self._with_layers(layers)(ids, None)  # only a graph, of which the inputs are evaluated
+        if set(inputs) != set(cuts):
+            raise Misfit("it does not compute the layers that it lists")
+        return inputs
 
     def can_cut_at(self, cut: int) -> bool:
         """Return whether the layers can be split before `cut`; `uncut_reasons` has the reason."""
@@ -166,110 +171,119 @@ class Parts:
                 with eval_mode(self.model):
                     self._try_cut(cut)
             except Exception as error:  # as above
-                self.uncut_reasons[cut] = _in_words(error)
+                self.uncut_reasons[cut] = _describe(error)
         return self.uncut_reasons[cut] is None
 
     def _try_head(self, expected: mx.array) -> mx.array:
-        """What the body leaves, if the head makes of that what the model does."""
-        hidden = self.body(self.tried_on)
+        """Return the body's output for the probe, if the head turns it into `expected`."""
+        hidden = self.body(self.probe)
         if hidden.ndim != 3 or hidden.shape[-1] == expected.shape[-1]:
-            raise Misfit("its head is not apart from its body")
+            raise Misfit("it has no separate head")
         rows, positions, width = hidden.shape
-        # All rows as one: a head that looks at other positions than its own is found out, too.
+        # As one row: that reveals a head that looks at other positions than its own.
         logits = self.head(hidden.reshape(-1, width)).reshape(rows, positions, -1)
-        _refuse_other(logits, expected, OTHER_SHAPE, "head(body(x)) is not model(x)")
+        refuse_difference(logits, expected, OTHER_SHAPE, "head(body(x)) differs from model(x)")
         return hidden
 
     def _try_cut(self, cut: int) -> None:
-        ids = self.tried_on
+        ids = self.probe
         above = {id(module) for layer in self._layers()[cut:] for module in layer.modules()}
-        if any(drops(module) for module in self.model.modules() if id(module) not in above):
-            raise Misfit("it drops out below the cut")
-        given = self.lower(ids, [cut])[cut]
-        # What a layer remembers of these tokens must not be what it is compared with.
-        mx.eval(given, self.model(ids[::-1, ::-1]))
-        out = self.body(ids, cut, given)
-        _refuse_other(out, self.left, SAME_SHAPE, "the layers above the cut need more than it")
+        if any(is_dropout(module) for module in self.model.modules() if id(module) not in above):
+            raise Misfit("there is dropout below the cut")
+        inputs = self.layer_inputs(ids, [cut])[cut]
+        # Other tokens in between: a layer with a memory must not be compared with its own past.
+        mx.eval(inputs, self.model(ids[::-1, ::-1]))
+        hidden = self.body(ids, cut, inputs)
+        refuse_difference(
+            hidden,
+            self.probe_hidden,
+            SAME_SHAPE,
+            "the layers above need more than the cut's inputs",
+        )
         short = max(ids.shape[1] // 2, 1)
-        alone = self.lower(ids[:1, :short], [cut])[cut]
-        _refuse_other(alone, given[:1, :short], OTHER_SHAPE, "a row depends on its company")
+        alone = self.layer_inputs(ids[:1, :short], [cut])[cut]
+        refuse_difference(
+            alone, inputs[:1, :short], OTHER_SHAPE, "a row depends on the others of its batch"
+        )
 
-    def _found_body(self) -> Any:
+    def _body(self) -> Any:
         return self.model if self.unsplit_reason is not None else self._holder()
 
     def _holder(self) -> Any:
-        """The module that has the layers."""
-        found: Any = self.model
+        """Return the module that has the layers."""
+        module: Any = self.model
         for name in self.path:
-            found = found[name]
-        return found
+            module = module[name]
+        return module
 
     def _layers(self) -> list[Any]:
-        return list(self._holder()[self.key])
+        return list(self._holder()[self.layers_name])
 
     def _with_body(self, body: Any) -> Any:
-        """The model with another body; everything else is shared."""
+        """Return the model with another body; everything else is shared."""
         modules: list[Any] = [self.model]
         for name in self.path[:-1]:
             modules.append(modules[-1][name])
         for module, name in zip(reversed(modules), reversed(self.path), strict=True):
-            body = _over(module, name, body)
+            body = _with_attribute(module, name, body)
         return body
 
     def _with_layers(self, layers: list[Any]) -> Any:
-        """The body with other layers; everything else is shared."""
-        body = _over(self._holder(), self.key, layers)
+        """Return the body with other layers; everything else is shared."""
+        body = _with_attribute(self._holder(), self.layers_name, layers)
         return body if self.unsplit_reason is None else self._with_body(body)
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """While the block runs the model is not in training: some compute otherwise then."""
-    before = model.training
-    if before:
+    """Put a model into evaluation while the block runs: some compute differently in training."""
+    training = model.training
+    if training:
         model.eval()
     try:
         yield
     finally:
-        if before:
+        if training:
             model.train()
 
 
-def _place_of_layers(model: nn.Module) -> tuple[tuple[str, ...], str]:
-    """The path to the module that holds the layers, and their name there."""
+def _find_layers(model: nn.Module) -> tuple[tuple[str, ...], str]:
+    """Return the path to the module that holds the layers, and their name there."""
     first = model.layers[0]
-    for name, module in model.named_modules():
-        for key, value in module.items():
-            if isinstance(value, list) and any(one is first for one in value):
+    for path, module in model.named_modules():
+        for name, value in module.items():
+            if isinstance(value, list) and any(layer is first for layer in value):
                 if len(value) != len(model.layers):
-                    raise Misfit("not all of its layers are here")
-                return tuple(name.split(".")) if name else (), key
+                    raise Misfit("its layers are in more than one list")
+                return tuple(path.split(".")) if path else (), name
     raise Misfit("its layers are not in a list")
 
 
-def _over(module: Any, name: str, value: Any) -> Any:
-    """A copy of a module that shares all but one attribute."""
-    found = copy.copy(module)
-    dict.__setitem__(found, name, value)
-    return found
+def _with_attribute(module: Any, name: str, value: Any) -> Any:
+    """Return a copy of a module that shares all but one attribute."""
+    copied = copy.copy(module)
+    dict.__setitem__(copied, name, value)
+    return copied
 
 
-def _refuse_other(
-    found: mx.array, expected: mx.array, limits: dict[mx.Dtype, float], why: str
+def refuse_difference(
+    actual: mx.array, expected: mx.array, limits: dict[mx.Dtype, float], reason: str
 ) -> None:
-    if found.shape != expected.shape:
-        raise Misfit(f"{why}: {found.shape}, {expected.shape}")
-    a, b = found.astype(mx.float32), expected.astype(mx.float32)
+    """Raise Misfit where two results differ by more than the limit of their dtype."""
+    if actual.shape != expected.shape:
+        raise Misfit(f"{reason}: {actual.shape}, {expected.shape}")
+    a, b = actual.astype(mx.float32), expected.astype(mx.float32)
     limit = limits.get(expected.dtype, limits[mx.float32])
-    # Masked logits are -inf on both sides. By position: what is at the first is often a thousand
-    # times as large as elsewhere.
-    apart = mx.where(a == b, 0.0, mx.abs(a - b)).max(axis=-1)
+    # Masked logits are -inf on both sides. The limit is a share of the largest value at the same
+    # position: those of the first position are often a thousand times as large as elsewhere.
+    difference = mx.where(a == b, 0.0, mx.abs(a - b)).max(axis=-1)
     size = mx.where(mx.isinf(b), 0.0, mx.abs(b)).max(axis=-1)
-    if not mx.all(apart <= limit * size).item():
-        worst = int(mx.argmax(mx.where(apart == apart, apart / (size + 1e-30), mx.inf)))
-        by, of = (float(one.reshape(-1)[worst]) for one in (apart, size))
-        raise Misfit(f"{why} ({by:.2g} of {of:.2g})")
+    if not mx.all(difference <= limit * size).item():
+        ratio = mx.where(difference == difference, difference / (size + 1e-30), mx.inf)
+        worst = int(mx.argmax(ratio))
+        off, of = (float(array.reshape(-1)[worst]) for array in (difference, size))
+        raise Misfit(f"{reason} ({off:.2g} of {of:.2g})")
 
 
-def _in_words(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return str(error) if isinstance(error, Misfit) else f"{type(error).__name__}: {error}"
