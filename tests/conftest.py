@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import athanor  # noqa: F401  # before any test imports mlx: chooses its BLAS and threads
+from support import mlflow_store
 from support.stages import Stages, run_stages
 
 # No test may reach a hub: a try fails at once, wherever it happens.
@@ -59,10 +60,8 @@ def tiny() -> Path:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with MLflow's tables and nothing in them; to make one takes seconds."""
-    from mlflow import MlflowClient
-
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
+    mlflow_store.connect(f"sqlite:///{path}").search_experiments(max_results=1)
     return path
 
 
@@ -81,7 +80,7 @@ def stages(
 
 
 # The longest first: what begins last should be short, or one of the processes waits for the other.
-LONG = ("pipeline", "sweep", "stages", "resuming", "trainer", "reproduce", "server", "client")
+LONG = ("pipeline", "sweep", "stages", "resuming", "trainer", "reproduce", "server")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

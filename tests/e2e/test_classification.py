@@ -21,6 +21,7 @@ from athanor.test.figures import (
     labels_csv,
     numbered,
 )
+from support import mlflow_store
 from support.stages import Stages
 
 LABELS = ["negative", "neutral", "positive"]
@@ -64,8 +65,6 @@ def answered(label: str, text: str, stopped: bool = True, split: str = "test") -
 def test_a_classification_gets_its_figures(
     stages: Stages, store: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from mlflow import MlflowClient
-
     shutil.rmtree("data")
     parts: dict[str, list[list[str]]] = {"train": [], "valid": [], "test": []}
     for language in synthesize.LANGUAGES.values():
@@ -103,16 +102,17 @@ def test_a_classification_gets_its_figures(
             label = said if line[who]["stopped"] and said in LABELS else OTHER
             assert row[who] == label
 
-    last = MlflowClient(store).get_run(files.read_json(Path("artifacts/train/run.json"))["run_id"])
+    run_id = files.read_json(Path("artifacts/train/run.json"))["run_id"]
+    last = mlflow_store.connect(store).get_run(run_id)
     assert last.data.metrics["test_macro_f1"] == pytest.approx(metrics["test_macro_f1"])
-    kept = MlflowClient(store).download_artifacts(last.info.run_id, "test")
-    assert (Path(kept) / "labels.csv").read_bytes() == (
+    kept = mlflow_store.fetch_artifact(store, run_id, "test")
+    assert (kept / "labels.csv").read_bytes() == (
         Workspace.here().tested / "labels.csv"
     ).read_bytes()
     pairs = Counter((row["expected"], row["tuned"]) for row in table if row["split"] == "test")
     confusion = {
         (row["expected"], said): int(row[said])
-        for row in rows_of_csv(Path(kept) / "confusion.csv")
+        for row in rows_of_csv(kept / "confusion.csv")
         for said in (*LABELS, OTHER)
     }
     assert confusion == {
@@ -126,8 +126,6 @@ def test_a_classification_gets_its_figures(
 def test_other_rows_have_nothing_of_it(
     stages: Stages, store: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlflow import MlflowClient
-
     # Any import of it would fail.
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     stages("config", overrides=("train.iters=1",))
@@ -142,7 +140,7 @@ def test_other_rows_have_nothing_of_it(
     text = (Workspace.here().tested / "labels.csv").read_text(encoding="utf-8")
     assert text == "split,expected,base,tuned\n"
     run = files.read_json(Path("artifacts/train/run.json"))["run_id"]
-    kept = MlflowClient(store).list_artifacts(run, "test")
+    kept = mlflow_store.connect(store).list_artifacts(run, "test")
     names = {Path(file.path).name for file in kept}
     assert names == {"predictions.jsonl", "answers.json", "params.yaml"}
     assert "macro F1" not in capfd.readouterr().out

@@ -17,7 +17,7 @@ import yaml
 from athanor.code import find_imports, module_path
 from athanor.paths import SPLITS
 from athanor.prepare import result
-from support import workspace
+from support import mlflow_store, workspace
 from support.prompts import PROMPTS
 from support.workspace import Workspace
 
@@ -133,10 +133,8 @@ def test_transformers_reads_the_fused_tokenizer(finished: Workspace) -> None:
 
 
 def test_mlflow_holds_the_whole_run(finished: Workspace) -> None:
-    from mlflow import MlflowClient
-
     run = finished.mlflow_run()
-    client = MlflowClient(f"sqlite:///{finished.folder}/mlruns/mlflow.db")
+    client = mlflow_store.connect(finished.folder)
     assert run.info.status == "FINISHED"
     params = finished.params()
     assert run.data.params["train.learning_rate"] == str(params["train"]["learning_rate"])
@@ -193,16 +191,12 @@ def test_dvc_counts_and_draws_the_rows(finished: Workspace) -> None:
 def test_history_is_what_mlflow_has(finished: Workspace) -> None:
     import csv
 
-    from mlflow import MlflowClient
-
     text = (finished.folder / "artifacts/train/history.csv").read_text(encoding="utf-8")
     lines = list(csv.DictReader(text.splitlines()))
-    client = MlflowClient(f"sqlite:///{finished.folder}/mlruns/mlflow.db")
     run_id = finished.json("artifacts/train/run.json")["run_id"]
     for key in set(lines[0]) - {"iteration"}:
         written = {int(line["iteration"]): float(line[key]) for line in lines if line[key]}
-        recorded = {m.step: m.value for m in client.get_metric_history(run_id, key)}
-        assert written == recorded, key
+        assert written == dict(mlflow_store.read_metric(finished.folder, run_id, key)), key
 
 
 def test_second_repro_runs_nothing(finished: Workspace) -> None:
@@ -287,9 +281,7 @@ def test_mistyped_experiment_is_refused_before_any_work(clone: Workspace) -> Non
 
 
 def test_a_sweep_and_queued_experiments_make_the_same_points(clone: Workspace) -> None:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{clone.folder}/mlruns/mlflow.db")
+    client = mlflow_store.connect(clone.folder)
     experiment = client.get_experiment_by_name("athanor")
     assert experiment is not None
     rates = "train.learning_rate=1e-4,5e-4"

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from athanor import files
-from support import warm
+from support import mlflow_store, warm
 
 SETTINGS = [
     "train.num_layers=2",
@@ -104,33 +104,22 @@ class Place:
         return {name: (self.folder / "artifacts/train" / name).read_bytes() for name in names}
 
     def runs(self) -> list[Any]:
-        from mlflow import MlflowClient
-
-        client = MlflowClient(self.store())
-        experiment = client.get_experiment_by_name("athanor")
-        return list(client.search_runs([experiment.experiment_id])) if experiment else []
-
-    def store(self) -> str:
-        return f"sqlite:///{self.folder}/mlruns/mlflow.db"
+        return mlflow_store.list_runs(self.folder)
 
     def assert_each_point_once(self) -> None:
         """The store has one run, and in it every figure of history.csv at its iteration, once."""
-        from mlflow import MlflowClient
-
         [run] = self.runs()
         assert run.info.status == "FINISHED"
         assert "failure" not in run.data.tags
-        client = MlflowClient(self.store())
         text = (self.folder / "artifacts/train/history.csv").read_text(encoding="utf-8")
         lines = list(csv.DictReader(text.splitlines()))
         for key in set(lines[0]) - {"iteration"}:
             written = [(int(line["iteration"]), float(line[key])) for line in lines if line[key]]
-            points = client.get_metric_history(run.info.run_id, key)
-            assert sorted((point.step, point.value) for point in points) == written, key
+            assert mlflow_store.read_metric(self.folder, run.info.run_id, key) == written, key
         reported = [int(line["iteration"]) for line in lines if line["train_loss"]]
         for key in ("tokens_per_second", "peak_memory", "active_memory"):
-            points = client.get_metric_history(run.info.run_id, key)
-            assert sorted(point.step for point in points) == reported, key
+            recorded = mlflow_store.read_metric(self.folder, run.info.run_id, key)
+            assert [step for step, _ in recorded] == reported, key
 
     def nothing_is_left(self) -> bool:
         outbox, saved = self.folder / "mlruns/outbox", self.folder / "artifacts/train/checkpoints"

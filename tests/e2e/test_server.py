@@ -20,7 +20,7 @@ import pytest
 
 from athanor.paths import Workspace
 from athanor.runs.run import send_left_journals, start_run
-from support import warm
+from support import mlflow_store, warm
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
@@ -173,9 +173,7 @@ class Training:
 
 @pytest.fixture
 def client(server: Server) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(server.uri)
+    return mlflow_store.connect(server.uri)
 
 
 def runs(client: Any) -> list[Any]:

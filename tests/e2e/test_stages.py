@@ -22,6 +22,7 @@ from athanor.model.source import digest_model
 from athanor.model.stored import read_dtypes
 from athanor.runs import registry
 from athanor.train import build, fit
+from support import mlflow_store
 from support.refused import refused
 from support.stages import Stages
 
@@ -70,19 +71,12 @@ def references() -> list[str]:
 
 
 def last_run(store: str) -> Any:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(store)
-    experiment = client.get_experiment_by_name("athanor")
-    assert experiment is not None
-    return client.search_runs([experiment.experiment_id], max_results=1)[0]
+    return mlflow_store.list_runs(store)[0]
 
 
 def logged_model(store: str) -> Any:
-    from mlflow import MlflowClient
-
     [output] = last_run(store).outputs.model_outputs
-    return MlflowClient(store).get_logged_model(output.model_id)
+    return mlflow_store.connect(store).get_logged_model(output.model_id)
 
 
 @pytest.mark.parametrize("chosen", [("train=dora",), ("train=full",), ("train=lora", "4bit")])
@@ -211,8 +205,6 @@ def test_every_figure_is_of_base_and_tuned_and_recorded(
     stages: Stages, store: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Figures by hand from predictions.jsonl; MLflow has them, and the answers as a table."""
-    from mlflow import MlflowClient
-
     stages("config", overrides=("train.iters=20",))
     stages("prepare", "train", "test")
     metrics = files.read_json(Path("artifacts/test/metrics.json"))
@@ -244,7 +236,7 @@ def test_every_figure_is_of_base_and_tuned_and_recorded(
     stages("test", overrides=("test.max_tokens=2",))
     again = files.read_jsonl(Path("artifacts/test/predictions.jsonl"))
     assert again != lines
-    table = MlflowClient(store).load_table(
+    table = mlflow_store.connect(store).load_table(
         run.info.experiment_id, "test/answers.json", run_ids=[run.info.run_id]
     )
     assert table.to_dict("records") == [
@@ -396,15 +388,13 @@ def test_base_that_does_not_stop_at_its_templates_end_does_when_tuned(
 
 
 def test_run_keeps_the_configuration_that_it_ran(stages: Stages, store: str) -> None:
-    from mlflow import MlflowClient
-
     stages("config")
     stages("prepare")
     stages("train", overrides=("train.iters=1", "train.learning_rate=7e-4"))
     run = last_run(store)
     assert run.data.params["train.learning_rate"] == "0.0007"
-    kept = MlflowClient(store).download_artifacts(run.info.run_id, "params.yaml")
-    assert "learning_rate: 0.0007" in Path(kept).read_text(encoding="utf-8")
+    kept = mlflow_store.fetch_artifact(store, run.info.run_id, "params.yaml")
+    assert "learning_rate: 0.0007" in kept.read_text(encoding="utf-8")
 
 
 def test_stages_out_of_order_say_which_comes_first(stages: Stages) -> None:

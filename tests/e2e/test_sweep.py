@@ -24,7 +24,7 @@ from athanor.prepare import result
 from athanor.sweep import trials, worker
 from athanor.sweep.space import refuse_unprepared, space
 from athanor.sweep.supervise import COMMAND
-from support import warm
+from support import mlflow_store, warm
 from support.stages import run_stages
 
 # Answers of so few tokens that a point is mostly its training.
@@ -83,12 +83,7 @@ def run(*arguments: str, status: int = 0) -> str:
 
 def recorded(store: str) -> tuple[Any, list[Any]]:
     """The one sweep's run, and those below it."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(store)
-    experiment = client.get_experiment_by_name("athanor")
-    assert experiment is not None
-    found = list(client.search_runs([experiment.experiment_id]))
+    found = mlflow_store.list_runs(store)
     children = [run for run in found if "mlflow.parentRunId" in run.data.tags]
     [parent] = [run for run in found if run not in children]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} <= {parent.info.run_id}
@@ -96,10 +91,8 @@ def recorded(store: str) -> tuple[Any, list[Any]]:
 
 
 def predictions(store: str, run: Any) -> list[str]:
-    from mlflow import MlflowClient
-
-    path = MlflowClient(store).download_artifacts(run.info.run_id, "test/predictions.jsonl")
-    return Path(path).read_text(encoding="utf-8").splitlines()
+    path = mlflow_store.fetch_artifact(store, run.info.run_id, "test/predictions.jsonl")
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def notes(folder: Path) -> list[dict[str, Any]]:
@@ -305,10 +298,7 @@ def test_a_wider_sweep_trains_only_what_is_new(
     assert set(before) < set(adapters(prepared))
     assert len(adapters(prepared)) == 6
 
-    from mlflow import MlflowClient
-
-    client = MlflowClient(store)
-    found = client.search_runs([client.get_experiment_by_name("athanor").experiment_id])
+    found = mlflow_store.list_runs(store)
     assert Counter("mlflow.parentRunId" in run.data.tags for run in found) == {True: 10, False: 2}
     wider = next(run for run in found if run.data.params.get("sweep.train.num_layers") == "1,2,3")
     assert re.search(r"seeds? ", wider.data.tags["mlflow.note.content"])

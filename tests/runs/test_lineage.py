@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +24,23 @@ def git(folder: Path, *arguments: str) -> str:
         ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
     )
     return done.stdout
+
+
+@pytest.fixture
+def store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The database of a store without runs."""
+    path = tmp_path / "store.db"
+    shutil.copyfile(empty_store, path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+def create_run(**settings: Any) -> str:
+    """Create a run in the experiment; return its id."""
+    client = tracking_store.connect()
+    experiment = tracking_store.ensure_experiment(client, tracking_store.EXPERIMENT)
+    return str(client.create_run(experiment, **settings).info.run_id)
 
 
 @pytest.fixture
@@ -195,19 +213,15 @@ def test_weights_are_compared_relative_to_the_greatest(tmp_path: Path) -> None:
     assert compare.measure_weight_difference(Path(a), Path(other)) is None
 
 
-def test_a_run_is_found_by_the_beginning_of_its_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
-    monkeypatch.chdir(tmp_path)
+def test_a_run_is_found_by_the_beginning_of_its_id(store: Path, tmp_path: Path) -> None:
+    empty = store.rename(tmp_path / "empty.db")
     with refused("runs.no_store"):
         compare.load_record("a", tmp_path)
-    assert not (tmp_path / "store.db").exists()
-    client = tracking_store.connect()
+    assert not store.exists()
+    empty.rename(store)
     with refused("runs.no_runs"):
         compare.load_record("a", tmp_path)
-    experiment = client.get_experiment_by_name(tracking_store.EXPERIMENT).experiment_id
-    ids = [client.create_run(experiment, run_name=f"run {i}").info.run_id for i in range(17)]
+    ids = [create_run(run_name=f"run {i}") for i in range(17)]
     assert compare.load_record(ids[0][:12], tmp_path).name == "run 0"
     with refused("runs.no_such_run", prefix="zz") as refusal:
         compare.load_record("zz", tmp_path)
@@ -221,11 +235,9 @@ def test_a_run_is_found_by_the_beginning_of_its_id(
 
 
 def test_a_training_keeps_what_it_was_made_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tree: Path
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tree: Path
 ) -> None:
     """The record of code with changes; when it goes on without them, no old patch is believed."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "artifacts/prepare").mkdir(parents=True)
     for split in ("train", "valid"):
         text = f'{{"text": "a row of {split}"}}\n'
@@ -294,17 +306,10 @@ def test_a_store_that_is_away_is_said_in_a_line(
         assert "\n" not in str(caught.value)
 
 
-def test_a_sweep_is_not_compared_with_a_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
+def test_a_sweep_is_not_compared_with_a_training(store: Path, tmp_path: Path) -> None:
     client = tracking_store.connect()
-    experiment = client.get_experiment_by_name(tracking_store.EXPERIMENT).experiment_id
-    sweep = client.create_run(experiment, tags={"athanor.sweep": "s"}).info.run_id
-    child, better = (
-        client.create_run(experiment, tags={"mlflow.parentRunId": sweep}).info.run_id
-        for _ in range(2)
-    )
+    sweep = create_run(tags={"athanor.sweep": "s"})
+    child, better = (create_run(tags={"mlflow.parentRunId": sweep}) for _ in range(2))
     client.log_metric(child, "kept_val_loss", 2.0)
     client.log_metric(better, "kept_val_loss", 1.0)
     parent, training = (compare.load_record(run_id, tmp_path) for run_id in (sweep, child))
@@ -363,13 +368,9 @@ def test_only_the_same_bytes_and_metrics_are_a_match(
     assert match == said.startswith("match")
 
 
-def test_a_run_without_a_result_is_not_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
+def test_a_run_without_a_result_is_not_made_again(store: Path, tmp_path: Path) -> None:
     client = tracking_store.connect()
-    experiment = client.get_experiment_by_name(tracking_store.EXPERIMENT).experiment_id
-    run_id = client.create_run(experiment, run_name="a run").info.run_id
+    run_id = create_run(run_name="a run")
 
     def refusal() -> str:
         with pytest.raises(UserError) as caught:
@@ -408,7 +409,7 @@ def test_the_recorded_number_of_threads_is_restored(
     """What null stood for on the machine of the run; 3 is what could not be set there."""
     config = {"model": {}, "train": {"blas_threads": configured}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    monkeypatch.setattr(compare.RunRecord, "artifact", lambda self, path: tmp_path / path)
+    monkeypatch.setattr(compare.RunRecord, "fetch_artifact", lambda self, path: tmp_path / path)
     params = {"train.blas_threads": recorded}
     run = compare.RunRecord("1", "a run", "FINISHED", {}, params, {}, {}, tmp_path)
     assert reproduce.configuration(run)["train"]["blas_threads"] == restored
@@ -417,7 +418,7 @@ def test_the_recorded_number_of_threads_is_restored(
 def test_other_threads_are_one_line_of_a_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare.RunRecord, "artifact", lambda self, path: None)
+    monkeypatch.setattr(compare.RunRecord, "fetch_artifact", lambda self, path: None)
     a, b = (
         compare.RunRecord(
             *("1", "a run", "FINISHED"),

@@ -42,8 +42,9 @@ def apart(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
-def client(apart: str, tmp_path: Path) -> Any:
+def client(apart: str, tmp_path: Path, empty_store: Path) -> Any:
     (tmp_path / "store").mkdir()
+    shutil.copyfile(empty_store, tmp_path / "store/runs.db")
     return mlflow_store.connect(apart)
 
 
@@ -178,7 +179,7 @@ def test_of_two_that_end_at_once_the_better_one_has_the_alias(
 
 
 def test_a_store_that_is_away_or_full_gets_the_model_later(
-    apart: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    apart: str, tiny: Path, tmp_path: Path, empty_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One of it, whole, and its gigabytes are copied once: into the store."""
     fused = Path(shutil.copytree(tiny, "fused"))
@@ -194,6 +195,7 @@ def test_a_store_that_is_away_or_full_gets_the_model_later(
     closed = tmp_path / "closed"
     closed.write_text("", encoding="utf-8")
     away.mkdir()
+    shutil.copyfile(empty_store, away / "runs.db")
     client = mlflow_store.connect(apart)
     experiment = client.create_experiment("athanor", artifact_location=closed.as_uri())
     train("b")

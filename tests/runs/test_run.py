@@ -1,6 +1,7 @@
 """What was said to MLflow arrives there once, however often it took to get it there."""
 
 import json
+import shutil
 import time
 from collections import deque
 from pathlib import Path
@@ -31,15 +32,26 @@ from athanor.runs.sender import Sender
 from support import mlflow_store
 
 
+class Store:
+    """An SQLite store that cannot be reached as long as a file is in its folder's place."""
+
+    def __init__(self, folder: Path, empty: Path) -> None:
+        self._folder, self._empty = folder, empty
+        folder.write_text("", encoding="utf-8")
+
+    def come_back(self) -> None:
+        self._folder.unlink()
+        self._folder.mkdir()
+        shutil.copyfile(self._empty, self._folder / "runs.db")
+
+
 @pytest.fixture
-def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store that can't be reached as long as this file is in its folder's place."""
+def away(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store that cannot be reached until it comes back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_module, "SECONDS_BETWEEN_TRIES", 0)
-    in_the_way = tmp_path / "away"
-    in_the_way.write_text("", encoding="utf-8")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{in_the_way}/runs.db")
-    return in_the_way
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/away/runs.db")
+    return Store(tmp_path / "away", empty_store)
 
 
 def recorded() -> list[Any]:
@@ -79,7 +91,7 @@ def waiting() -> list[str]:
 
 
 def test_what_a_store_that_is_away_missed_is_sent_by_the_next_stage(
-    away: Path, capsys: pytest.CaptureFixture[str]
+    away: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapters = Path("adapters")
     adapters.mkdir()
@@ -97,7 +109,7 @@ def test_what_a_store_that_is_away_missed_is_sent_by_the_next_stage(
     (adapters / "adapters.safetensors").unlink()
     (adapters / "adapters.safetensors").write_text("second", encoding="utf-8")
 
-    away.unlink()
+    away.come_back()
     with resume_run(run.name, None) as test:
         test.log_metrics(40, {"test_loss": 1.5})
     [found] = recorded()
@@ -110,11 +122,11 @@ def test_what_a_store_that_is_away_missed_is_sent_by_the_next_stage(
     assert waiting() == []
 
 
-def test_a_store_that_comes_back_gets_all_of_it(away: Path) -> None:
+def test_a_store_that_comes_back_gets_all_of_it(away: Store) -> None:
     with start() as run:
         run.log_metrics(1, {"train_loss": 3.0})
         assert run.wait_for_id() is None
-        away.unlink()
+        away.come_back()
         run.log_metrics(2, {"train_loss": 2.0})
     assert read_metric(run.id, "train_loss") == [(1, 3.0), (2, 2.0)]
     assert waiting() == []
@@ -135,21 +147,21 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_what_waited_goes_in_few_calls(away: Path, calls: list[int]) -> None:
+def test_what_waited_goes_in_few_calls(away: Store, calls: list[int]) -> None:
     with start() as run:
         assert run.wait_for_id() is None
         for step in range(1, 1001):
             run.log_metrics(step, {"train_loss": 1.0, "grad_norm": 1.0, "peak_memory": 1.0})
         calls.clear()
-        away.unlink()
+        away.come_back()
     assert sum(calls) == 3000
     assert len(calls) <= 8  # of 500 each, and what was cut short when the store came back
 
 
 def test_what_is_said_in_a_row_goes_together(
-    away: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
+    away: Store, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    away.unlink()
+    away.come_back()
     monkeypatch.setattr(run_module, "SECONDS_BETWEEN_SENDS", 1000)
     with start() as run:
         assert run.wait_for_id()
@@ -161,8 +173,8 @@ def test_what_is_said_in_a_row_goes_together(
     assert len(calls) <= 2
 
 
-def test_a_training_that_goes_on_says_nothing_twice(away: Path) -> None:
-    away.unlink()
+def test_a_training_that_goes_on_says_nothing_twice(away: Store) -> None:
+    away.come_back()
     with pytest.raises(KeyboardInterrupt), start("mine") as run:
         run.log_metrics(5, {"train_loss": 3.0, "tokens_per_second": 100.0}, once=True)
         raise KeyboardInterrupt("after iteration 5")
@@ -180,14 +192,14 @@ def test_a_training_that_goes_on_says_nothing_twice(away: Path) -> None:
     assert read_metric(run.id, "tokens_per_second") == [(5, 100.0)]
 
 
-def test_a_journal_that_was_cut_off_is_sent_as_far_as_it_goes(away: Path) -> None:
+def test_a_journal_that_was_cut_off_is_sent_as_far_as_it_goes(away: Store) -> None:
     journal = Journal("dead")
     journal.append(opening("dead"))
     journal.append(LogMetrics(step=1, values={"a": 1.0}, once=True, time=2))
     with (journal.folder / "journal.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"do": "tags", "values": {}})[:9])
     journal.close()
-    away.unlink()
+    away.come_back()
     with start() as run:
         run.log_metrics(1, {"a": 2.0})
     states = {run.info.run_name: (run.info.status, run.data.metrics["a"]) for run in recorded()}
@@ -196,11 +208,12 @@ def test_a_journal_that_was_cut_off_is_sent_as_far_as_it_goes(away: Path) -> Non
 
 
 def test_what_was_said_to_another_store_waits_for_that_one(
-    away: Path, monkeypatch: pytest.MonkeyPatch
+    away: Store, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with start() as run:
         assert run.wait_for_id() is None
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{away.parent}/other.db")
+    shutil.copyfile(empty_store, tmp_path / "other.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
     with start():
         pass
     assert len(recorded()) == 1
@@ -208,11 +221,11 @@ def test_what_was_said_to_another_store_waits_for_that_one(
 
 
 def test_a_file_that_the_store_refuses_holds_up_nothing_else(
-    away: Path, capsys: pytest.CaptureFixture[str]
+    away: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The place for artifacts can't be written, as a bucket without its keys."""
-    away.unlink()
-    closed = away.parent / "closed"
+    away.come_back()
+    closed = tmp_path / "closed"
     closed.write_text("", encoding="utf-8")
     client = tracking_store.connect()
     client.create_experiment("closed", artifact_location=closed.as_uri())
@@ -237,9 +250,9 @@ def test_a_file_that_the_store_refuses_holds_up_nothing_else(
     assert waiting() == []
 
 
-def test_a_table_that_is_sent_twice_is_there_once(away: Path) -> None:
+def test_a_table_that_is_sent_twice_is_there_once(away: Store) -> None:
     """It is the table that MLflow's own log_table writes, which would add the rows again."""
-    away.unlink()
+    away.come_back()
     columns: dict[str, list[Any]] = {
         "prompt": ["月亮哪天最圆", "<b>"],
         "tuned": ["星期八", ""],
@@ -269,7 +282,7 @@ def test_a_table_that_is_sent_twice_is_there_once(away: Path) -> None:
     assert json.loads(contents[0]) == json.loads(contents[1])
 
 
-def test_a_line_cut_inside_a_character_spoils_no_other(away: Path) -> None:
+def test_a_line_cut_inside_a_character_spoils_no_other(away: Store) -> None:
     journal = Journal("torn")
     journal.append(LogText("月亮", "moon.txt"))
     path = journal.folder / "journal.jsonl"
@@ -278,14 +291,14 @@ def test_a_line_cut_inside_a_character_spoils_no_other(away: Path) -> None:
     journal.append(SetTags({}))
     assert list(journal.entries()) == [LogText("月亮", "moon.txt"), SetTags({})]
     journal.close()
-    away.unlink()
+    away.come_back()
     with start():
         pass
     assert waiting() == []
 
 
-def test_a_journal_that_can_not_be_opened_holds_up_no_other(away: Path) -> None:
-    away.unlink()
+def test_a_journal_that_can_not_be_opened_holds_up_no_other(away: Store) -> None:
+    away.come_back()
     for name in ("theirs", "theirs.lock"):
         (Workspace.here().outbox / name).mkdir(parents=True)
     with start() as run:
@@ -294,10 +307,10 @@ def test_a_journal_that_can_not_be_opened_holds_up_no_other(away: Path) -> None:
     assert found.data.metrics == {"train_loss": 2.0}
 
 
-def test_a_later_stage_waits_for_the_trainings_own_record(away: Path) -> None:
+def test_a_later_stage_waits_for_the_trainings_own_record(away: Store) -> None:
     with start() as training:
         training.log_metrics(1, {"train_loss": 2.0})
-    away.unlink()
+    away.come_back()
     busy = Journal(training.name)  # another stage is sending it right now
     with resume_run(training.name, None) as test:
         test.log_metrics(1, {"test_loss": 1.0})
@@ -311,10 +324,10 @@ def test_a_later_stage_waits_for_the_trainings_own_record(away: Path) -> None:
 
 
 def test_a_training_that_goes_on_in_another_experiment_or_store(
-    away: Path, monkeypatch: pytest.MonkeyPatch
+    away: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All its points are there, and what it leaves behind does not stay RUNNING."""
-    away.unlink()
+    away.come_back()
     dead = Journal("mine")
     dead.append(opening("mine"))
     dead.append(LogMetrics(step=1, values={"a": 1.0}, once=True, time=2))
@@ -335,7 +348,7 @@ def test_a_training_that_goes_on_in_another_experiment_or_store(
     assert waiting() == []
 
 
-def test_a_journal_names_each_call_and_its_values(away: Path) -> None:
+def test_a_journal_names_each_call_and_its_values(away: Store) -> None:
     """Journals outlive the program that wrote them, so their keys stay."""
     journal = Journal("mine")
     written: list[AnyEntry] = [

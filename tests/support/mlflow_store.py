@@ -1,8 +1,5 @@
 """MLflow's tracking store as tests look into it: by its URI, or by the folder of a project."""
 
-import shutil
-import tempfile
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +27,3 @@ def read_metric(store: str | Path, run_id: str | None, key: str) -> list[tuple[i
 def fetch_artifact(store: str | Path, run_id: str | None, path: str) -> Path:
     """Return the path of a run's artifact, a file or a folder."""
     return Path(connect(store).download_artifacts(run_id, path))
-
-
-def create(path: Path) -> str:
-    """Create an empty SQLite store at once, as a copy, and return its URI."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(_empty_store(), path)
-    return f"sqlite:///{path}"
-
-
-@lru_cache(1)
-def _empty_store() -> Path:
-    path = Path(tempfile.mkdtemp(prefix="athanor-store-")) / "empty.db"
-    connect(f"sqlite:///{path}").search_experiments(max_results=1)
-    return path

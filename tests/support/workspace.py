@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from support import warm
+from support import mlflow_store, warm
 
 
 class Workspace:
@@ -65,18 +65,13 @@ class Workspace:
         return yaml.safe_load((self.folder / "params.yaml").read_text(encoding="utf-8"))
 
     def mlflow_run(self, run_id: str | None = None) -> Any:
-        from mlflow import MlflowClient
-
-        client = MlflowClient(f"sqlite:///{self.folder}/mlruns/mlflow.db")
-        return client.get_run(run_id or self.json("artifacts/train/run.json")["run_id"])
+        run_id = run_id or self.json("artifacts/train/run.json")["run_id"]
+        return mlflow_store.connect(self.folder).get_run(run_id)
 
     def metric_steps(self, key: str) -> list[int]:
         """The iterations at which the training's run has a metric."""
-        from mlflow import MlflowClient
-
-        client = MlflowClient(f"sqlite:///{self.folder}/mlruns/mlflow.db")
         run_id = self.json("artifacts/train/run.json")["run_id"]
-        return [point.step for point in client.get_metric_history(run_id, key)]
+        return [step for step, _ in mlflow_store.read_metric(self.folder, run_id, key)]
 
     def copy(self, folder: Path) -> "Workspace":
         shutil.copytree(self.folder, folder, symlinks=True)
