@@ -12,7 +12,7 @@ CODE = re.compile(r"[a-z_]+\.[a-z0-9_]+")
 # Rooms that still write their sentences where they raise them.
 SENTENCES = {
     "chat", "compute", "config", "device", "diff", "files", "fuse", "generate", "model",
-    "prepare", "reproduce", "runs", "sweep", "synthesize", "test", "ui",
+    "prepare", "reproduce", "runs", "synthesize", "test", "ui",
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import yaml
 from athanor import errors
 from athanor.config import schema
 from athanor.config.compose import compose_config
-from athanor.sweep.space import space
+from athanor.sweep.space import read_space
 from support import workspace
 from support.pages import NEEDS, Block, Page
 
@@ -241,7 +241,7 @@ def test_commands_name_what_there_is(
     assert len(sweeps) > 3
     for arguments in sorted(sweeps):
         if "…" not in " ".join(arguments):
-            assert space(Path("conf"), list(arguments)).total > 1, arguments
+            assert read_space(Path("conf"), list(arguments)).total > 1, arguments
 
 
 def source_of(repo: Path, module: str) -> str:

@@ -17,14 +17,17 @@ from typing import Any
 import pytest
 import yaml
 
+from athanor.config.check import ConfigError
 from athanor.config.compose import compose_config
 from athanor.device import blas
-from athanor.errors import UserError
 from athanor.prepare import result
-from athanor.sweep import trials, worker
-from athanor.sweep.space import refuse_unprepared, space
+from athanor.sweep import worker
+from athanor.sweep.description import FOLDER
+from athanor.sweep.shared import load_shared
+from athanor.sweep.space import read_space, refuse_unprepared
 from athanor.sweep.supervise import COMMAND
 from support import mlflow_store, warm
+from support.refused import refused
 from support.stages import run_stages
 
 # Answers of so few tokens that a point is mostly its training.
@@ -288,12 +291,12 @@ def test_a_wider_sweep_trains_only_what_is_new(
 
         monkeypatch.setattr(module, name, counted)
     monkeypatch.setenv(COMMAND, "first")
-    monkeypatch.setenv(trials.FOLDER, "")
+    monkeypatch.setenv(FOLDER, "")
     worker.main(["train.num_layers=1,2", "seed=0,1", "train.iters=2"])
     assert calls == {"load_model": 1, "tokenize_rows": 3}
     before = adapters(prepared)
     assert len(before) == 4
-    trials.loaded.cache_clear()
+    load_shared.cache_clear()
     worker.main(["train.num_layers=1,2,3", "seed=0,1", "train.iters=2"])
     assert set(before) < set(adapters(prepared))
     assert len(adapters(prepared)) == 6
@@ -312,7 +315,7 @@ def test_rows_that_change_while_it_runs_stop_a_sweep(prepared: Path, store: str)
     rows.write_text("".join(rows.read_text("utf-8").splitlines(True)[:3]), encoding="utf-8")
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 1, printed
-    assert "data: not what the sweep started with" in printed
+    assert "data changed while the sweep was running" in printed
     assert len(list(prepared.glob("artifacts/sweep/points/*/trained.json"))) < 3
     assert recorded(store)[0].info.status == "FAILED"
 
@@ -350,12 +353,14 @@ def conf(prepared_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_sweep_is_sorted_before_it_runs(conf: Path) -> None:
-    found = space(conf, ["train.learning_rate=1e-4,3e-4", "sweep=grid", "seed=3", "train=dora"])
+    found = read_space(
+        conf, ["train.learning_rate=1e-4,3e-4", "sweep=grid", "seed=3", "train=dora"]
+    )
     assert found.swept["train.learning_rate"] == ["0.0001", "0.0003"]  # the command line's
     assert found.swept["train.num_layers"] == ["2", "4", "-1"]
     assert (found.fixed, found.hydra, found.total) == (["seed=3", "train=dora"], ["sweep=grid"], 6)
     assert found.base.train.method == "dora"
-    found = space(conf, ["train.learning_rate=interval(1e-5,1e-3)", "hydra/sweeper=optuna"])
+    found = read_space(conf, ["train.learning_rate=interval(1e-5,1e-3)", "hydra/sweeper=optuna"])
     assert "hydra.sweeper.sampler.seed=0" in found.hydra
     assert found.total == 20
 
@@ -372,54 +377,76 @@ def test_a_sweep_is_sorted_before_it_runs(conf: Path) -> None:
     ],
 )
 def test_trials_at_once_are_the_launchers(conf: Path, arguments: list[str], at_once: int) -> None:
-    assert space(conf, ["train.rank=2,4,8", *arguments]).at_once == at_once
+    assert read_space(conf, ["train.rank=2,4,8", *arguments]).at_once == at_once
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "code", "facts"),
     [
-        (["model=tiny,qwen2.5-0.5b"], "uv run dvc exp run --queue -S model=tiny,qwen2.5-0.5b"),
-        (["data.valid_size=0.1,0.2", "train.rank=4"], "-S data.valid_size=0.1,0.2 -S train.rank=4"),
-        (["train.mask_prompt=true,false"], "dvc exp run --queue -S train.mask_prompt=true,false"),
-        (["test.temp=0,1"], "test.temp: a sweep goes over what is trained"),
-        (["fuse.gguf=f16,q8_0"], "fuse.gguf: a sweep goes over what is trained"),
-        (["train.blas_threads=1,2"], "train.blas_threads: the trials of a sweep share"),
-        (["train.rnk=1,2"], "did you mean train.rank?"),
-        (["train.learning_rate=1e-4,-1"], "expected a finite number above 0, found -1.0"),
-        (["train.learning_rate=interval(1e-5,1e-3)"], "hydra/sweeper=optuna"),
-        (["train.rank=4"], "a sweep needs a key with several values"),
-        (["train.rank=4,"], "command line: train.rank=4,"),
-        (["sweep=gird"], "conf/sweep/ has no such file; it has grid, search, seeds"),
-        (["experiment=facts,null"], "Hydra can't sweep a group to null"),
-        (["sweep=search", "seed=0,1"], "seed: a search would draw it"),
-        (["train=glob(*)"], "name the values themselves"),
+        (
+            ["model=tiny,qwen2.5-0.5b"],
+            "needs_prepare",
+            {"keys": ["model"], "options": " -S model=tiny,qwen2.5-0.5b"},
+        ),
+        (
+            ["data.valid_size=0.1,0.2", "train.rank=4"],
+            "needs_prepare",
+            {"options": " -S data.valid_size=0.1,0.2 -S train.rank=4"},
+        ),
+        (["train.mask_prompt=true,false"], "needs_prepare", {"keys": ["train.mask_prompt"]}),
+        (["test.temp=0,1"], "key_trains_nothing", {"key": "test.temp"}),
+        (["train.blas_threads=1,2"], "blas_threads_differ", {"key": "train.blas_threads"}),
+        (["fuse.gguf=f16,q8_0"], "key_trains_nothing", {"key": "fuse.gguf"}),
+        (
+            ["train.learning_rate=interval(1e-5,1e-3)"],
+            "endless_interval",
+            {"arguments": "'train.learning_rate=interval(1e-5,1e-3)'"},
+        ),
+        (["train.rank=4"], "nothing_swept", {}),
+        (["experiment=facts,null"], "group_without_option", {"key": "experiment"}),
+        (["sweep=search", "seed=0,1"], "seed_in_a_search", {}),
+        (["train=glob(*)"], "no_list_of_values", {"override": "train=glob(*)"}),
     ],
 )
-def test_what_no_sweep_can_go_over_is_refused_with_what_can(
-    conf: Path, arguments: list[str], said: str
+def test_a_space_that_no_sweep_can_search_is_refused(
+    conf: Path, arguments: list[str], code: str, facts: dict[str, Any]
 ) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
-        space(conf, arguments)
+    with refused(f"sweep.{code}", **facts):
+        read_space(conf, arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "problem"),
+    [
+        ("train.rnk=1,2", "did you mean train.rank?"),
+        ("train.learning_rate=1e-4,-1", "expected a finite number above 0, found -1.0"),
+        ("train.rank=4,", "command line: train.rank=4,"),
+        ("sweep=gird", "conf/sweep/ has no such file; it has grid, search, seeds"),
+    ],
+)
+def test_invalid_values_are_named(conf: Path, argument: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        read_space(conf, [argument])
 
 
 def test_a_sweep_on_other_rows_than_were_prepared_is_refused(conf: Path) -> None:
-    found = space(conf, ["train.rank=4,8", "data.valid_size=0.3"])
-    with pytest.raises(UserError, match=r"uv run dvc exp run -S data.valid_size=0.3 prepare"):
+    found = read_space(conf, ["train.rank=4,8", "data.valid_size=0.3"])
+    with refused("sweep.other_rows", options=" -S data.valid_size=0.3"):
         refuse_unprepared(found)
-    refuse_unprepared(space(conf, ["train.rank=4,8", "train.iters=3"]))
+    refuse_unprepared(read_space(conf, ["train.rank=4,8", "train.iters=3"]))
 
 
 def test_a_named_sweep_may_fix_keys_too(conf: Path) -> None:
     named = {"train.iters": 7, "train.rank": "2,4"}
     text = yaml.safe_dump({"hydra": {"sweeper": {"params": named}}})
     (conf / "sweep/mine.yaml").write_text(f"# @package _global_\n{text}", encoding="utf-8")
-    found = space(conf, ["sweep=mine"])
+    found = read_space(conf, ["sweep=mine"])
     assert (found.swept, found.fixed) == ({"train.rank": ["2", "4"]}, ["train.iters=7"])
     assert found.base.train.iters == 7
-    assert space(conf, ["sweep=mine", "train.iters=3"]).base.train.iters == 3
+    assert read_space(conf, ["sweep=mine", "train.iters=3"]).base.train.iters == 3
 
 
 def test_every_named_sweep_can_be_run(conf: Path) -> None:
     for path in conf.glob("sweep/*.yaml"):
-        assert space(conf, [f"sweep={path.stem}"]).total > 1
+        assert read_space(conf, [f"sweep={path.stem}"]).total > 1
     assert compose_config(conf, ["sweep=grid"]) == compose_config(conf, [])

@@ -1,56 +1,49 @@
-"""What a sweep's points came to, which of them is chosen, and the command that promotes it.
+"""The choice among a sweep's trials, and the sentence that explains it.
 
-Reads and writes nothing. The choice looks at the validation loss and at no test figure: those are
-of the chosen alone, and would no longer say how good it is on new rows if they had chosen it.
+Reads and writes nothing. The choice takes the validation loss and no test metric: the test metrics
+of the chosen trial could no longer tell how good it is on new rows if they had chosen it.
 """
 
 import math
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException
+from athanor.sweep.naming import SEED, format_loss, format_value, name_trial, printable
+from athanor.sweep.trial_record import TrialStatus
 
-FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
-
-SEED = "seed"
-LEARNING_RATE = "train.learning_rate"
-LAYERS = "train.num_layers"
 LOSS = "kept_val_loss"
-SHORT = {LEARNING_RATE: "lr", LAYERS: "layers"}
-ALL_LAYERS = -1
 
 
 @dataclass(frozen=True)
-class Point:
-    """One training of a sweep.
+class Trial:
+    """A trial of a sweep with its measurements.
 
-    `number` is its place in the sweep, from 0; `values` are the swept keys' (dotted, or a config
-    group's name). `reason` is why it failed, a line or more. `metrics` holds the last of each:
-    kept_val_loss is the validation loss, in nats a token, of the adapters that are kept.
-    `history` holds the rows of history.csv: iteration, and train_loss and val_loss where there is
-    one.
+    Attributes:
+        number: its place in the sweep, from 0.
+        values: the swept keys' values; a key is dotted, or a config group's name.
+        reason: the cause of a failure, a line or more.
+        metrics: the last of each; kept_val_loss is the validation loss, in nats a token, of the
+            adapters that are kept.
+        history: the rows of history.csv: iteration, and train_loss and val_loss where present.
     """
 
     number: int
     values: dict[str, Any]
-    status: str
+    status: TrialStatus
     reason: str | None
     metrics: dict[str, float]
     history: list[dict[str, float]]
 
     @property
     def loss(self) -> float:
-        """The loss to choose by; inf where the point did not finish or its loss is no number."""
+        """The loss to choose by; inf where the trial did not finish or its loss is not finite."""
         loss = self.metrics.get(LOSS, math.inf)
-        return loss if self.status == FINISHED and math.isfinite(loss) else math.inf
+        return loss if self.status is TrialStatus.FINISHED and math.isfinite(loss) else math.inf
 
     @property
-    def measured(self) -> bool:
+    def has_loss(self) -> bool:
         return math.isfinite(self.loss)
 
     @property
@@ -58,33 +51,40 @@ class Point:
         return self.values.get(SEED)
 
     @property
-    def fault(self) -> str | None:
-        """Why the point has no loss, in a line; None where it has one."""
-        if self.measured:
-            return None
+    def outcome(self) -> str:
+        """The status in a word or two."""
+        if self.status is TrialStatus.FINISHED:
+            return "finished" if self.has_loss else "no loss"
+        return "failed" if self.status is TrialStatus.FAILED else "stopped"
+
+    @property
+    def fault(self) -> str:
+        """The reason in a line for which the trial has no loss; empty where it has one."""
+        if self.has_loss:
+            return ""
         if self.reason and self.reason.strip():
-            return self.reason.strip().splitlines()[0]
-        if self.status == FINISHED:
+            return printable(self.reason.strip().splitlines()[0])
+        if self.status is TrialStatus.FINISHED:
             return f"its validation loss is {self.metrics.get(LOSS, 'not recorded')}"
-        return "no reason was recorded" if self.status == FAILED else "it was stopped"
+        failed = self.status is TrialStatus.FAILED
+        return "no reason was recorded" if failed else "it was stopped"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """The points that differ in nothing but the seed, by number; `values` are theirs without it."""
+    """A configuration: the trials that differ only in the seed; `values` are theirs without it."""
 
     values: dict[str, Any]
-    points: list[Point]
+    trials: list[Trial]
 
     @property
-    def finished(self) -> list[Point]:
-        """Those with a loss, the lowest first."""
-        found = [point for point in self.points if point.measured]
-        return sorted(found, key=lambda point: point.loss)
+    def finished(self) -> list[Trial]:
+        """The trials with a loss, the lowest first."""
+        return sorted((t for t in self.trials if t.has_loss), key=lambda trial: trial.loss)
 
     @property
     def losses(self) -> list[float]:
-        return [point.loss for point in self.finished]
+        return [trial.loss for trial in self.finished]
 
     @property
     def loss(self) -> float:
@@ -93,187 +93,131 @@ class Candidate:
 
     @property
     def complete(self) -> bool:
-        return len(self.losses) == len(self.points)
+        return len(self.losses) == len(self.trials)
 
     @property
-    def failed(self) -> bool:
-        return any(point.status == FAILED for point in self.points)
+    def outcome(self) -> str:
+        """The outcomes of the trials without a loss, in words."""
+        return " or ".join(sorted({trial.outcome for trial in self.trials if not trial.has_loss}))
 
     @property
     def spread(self) -> float | None:
         """The standard deviation of the losses over seeds (n - 1); None with fewer than two."""
-        return _pooled([self])
+        return _pooled_spread([self])
 
-    def mean(self, metric: str) -> float | None:
-        """The mean of a metric over the points that finished and have it."""
-        found = [p.metrics[metric] for p in self.finished if metric in p.metrics]
-        return fmean(found) if found else None
+    def metric(self, name: str) -> list[float]:
+        """Return a metric of the trials that finished and have it."""
+        return [trial.metrics[name] for trial in self.finished if name in trial.metrics]
+
+    def mean(self, name: str) -> float | None:
+        """Return the mean of a metric over the trials that finished and have it."""
+        values = self.metric(name)
+        return fmean(values) if values else None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a sweep says.
+    """The result of a sweep.
 
-    `candidates` are in order: those that finished with every seed by their loss, then those that
-    lack a seed by theirs, then those without any. `best` is the first of them if it has a loss, and
-    `run` that of its points which has the lowest. `second` is the next that finished as fully, and
-    `lead` how far its loss is above the best's, in nats a token. `spread` is the standard deviation
-    of the loss over seeds, pooled over the `pooled` candidates that finished with two or more.
+    Attributes:
+        candidates: first those whose seeds all finished by their loss, then those that lack a seed
+            by theirs, then those without a loss.
+        best: the first candidate, if it has a loss; `trial` is its trial with the lowest loss.
+        second: the next candidate that finished as fully.
+        lead: the second's loss minus the best's, in nats a token.
+        spread: the standard deviation of the loss over seeds, pooled over the `pooled` candidates
+            that finished with two or more.
     """
 
     candidates: list[Candidate]
     best: Candidate | None
-    run: Point | None
+    trial: Trial | None
     second: Candidate | None
     lead: float | None
     spread: float | None
     pooled: int
 
     @property
+    def trials(self) -> list[Trial]:
+        """All trials by number."""
+        trials = [trial for candidate in self.candidates for trial in candidate.trials]
+        return sorted(trials, key=lambda trial: trial.number)
+
+    @property
+    def without_loss(self) -> list[Trial]:
+        """The trials without a loss by number."""
+        return [trial for trial in self.trials if not trial.has_loss]
+
+    @property
+    def keys(self) -> list[str]:
+        """The swept keys, the seed apart."""
+        return list(dict.fromkeys(key for c in self.candidates for key in c.values))
+
+    @property
     def sentence(self) -> str:
-        """Why the best is chosen, how sure that is, and what was left out of it."""
-        return _sentence(self)
+        """The reason for the choice, how certain it is, and the configurations not ranked."""
+        best, trial = self.best, self.trial
+        if best is None or trial is None:
+            count = len(self.trials)
+            return f"No trial of {count} finished with a validation loss, so none is chosen."
+        sentences = [_compare(self, best)]
+        if self.lead:
+            sentences.append(_certainty(self.lead, self.spread, self.pooled))
+        sentences += _not_ranked(self, best)
+        if len(best.losses) > 1:
+            sentences.append(
+                f"Its trial with seed {format_value(SEED, trial.seed)} has the lowest loss, "
+                f"{format_loss(trial.loss)}, and is the one to promote."
+            )
+        return " ".join(sentences)
 
 
-def choose(points: Iterable[Point]) -> Choice:
-    """The candidate with the lowest validation loss, averaged over its seeds.
+def choose(trials: Iterable[Trial]) -> Choice:
+    """Return the choice of the configuration with the lowest validation loss, averaged over seeds.
 
-    One that lacks a seed can't be chosen over one that has them all, however low its loss is: a
-    training that fails is none of those with a low loss, so that leaving it out flatters. The
-    sentence names those that would have come before. Equal losses leave the order of the sweep.
+    A configuration that lacks a seed comes after those whose seeds all finished, however low its
+    loss is: a training that fails has no low loss, so leaving it out of the mean would flatter.
+    The sentence names those that would have come first. Equal losses keep the order of the sweep.
     """
-    candidates = sorted(_candidates(points), key=_order)
+    candidates = sorted(_group_by_seed(trials), key=_rank)
     several = [candidate for candidate in candidates if len(candidate.losses) > 1]
-    best, second = [*(found for found in candidates if found.losses), None, None][:2]
+    best, second = [*(candidate for candidate in candidates if candidate.losses), None, None][:2]
     if best and second and best.complete != second.complete:
         second = None
     return Choice(
         candidates=candidates,
         best=best,
-        run=best.finished[0] if best else None,
+        trial=best.finished[0] if best else None,
         second=second,
         lead=second.loss - best.loss if best and second else None,
-        spread=_pooled(several),
+        spread=_pooled_spread(several),
         pooled=len(several),
     )
 
 
-def promotion(values: dict[str, Any], fixed: Iterable[str]) -> str:
-    """The command that runs a point through the pipeline, for a shell.
-
-    Args:
-        values: the swept keys' values of the point.
-        fixed: the sweep's other overrides, in Hydra's grammar; those of Hydra itself are left out,
-            and so are those of a swept key.
-    """
-    parser = OverridesParser.create()
-
-    def key(text: str) -> str:
-        try:
-            return str(parser.parse_override(text).key_or_group)
-        except HydraException:
-            return text.partition("=")[0]
-
-    kept = [
-        text
-        for text in fixed
-        if key(text) not in values and not key(text).startswith(("hydra/", "hydra."))
-    ]
-    overrides = kept + [f"{name}={override(value)}" for name, value in values.items()]
-    return " ".join(["uv run dvc exp run", *(f"-S {shlex.quote(text)}" for text in overrides)])
+def _group_by_seed(trials: Iterable[Trial]) -> list[Candidate]:
+    """Return the trials by all values but the seed; of two equal ones the one with a loss."""
+    groups: dict[str, dict[str, Trial]] = {}
+    for trial in sorted(trials, key=lambda trial: trial.number):
+        seeds = groups.setdefault(repr(sorted(_without_seed(trial).items())), {})
+        before = seeds.get(repr(trial.seed))
+        if before is None or not before.has_loss:
+            seeds[repr(trial.seed)] = trial
+    trials_of = [list(seeds.values()) for seeds in groups.values()]
+    return [Candidate(_without_seed(trials[0]), trials) for trials in trials_of]
 
 
-def override(value: Any) -> str:
-    """A value in the grammar of Hydra's overrides, which reads it as the same value again."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(override, value))}]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{override(item)}" for key, item in value.items()) + "}"
-    text = str(value)
-    try:
-        plain = OverridesParser.create().parse_override(f"key={text}")
-        if not plain.is_sweep_override() and plain.value() == text:
-            return text
-    except HydraException:
-        pass
-    return QuotedString(text=text, quote=Quote.single).with_quotes()
+def _without_seed(trial: Trial) -> dict[str, Any]:
+    return {key: value for key, value in trial.values.items() if key != SEED}
 
 
-def names(keys: Iterable[str]) -> dict[str, str]:
-    """What each swept key is called: lr, layers, or its last part where no other has the same."""
-    keys = list(keys)
-    leaves = [SHORT.get(key, key.rpartition(".")[2]) for key in keys]
-    return {
-        key: leaf if leaves.count(leaf) == 1 else key
-        for key, leaf in zip(keys, leaves, strict=True)
-    }
-
-
-def shown(key: str, value: Any) -> str:
-    """A value as a person writes it: 3e-4, all layers, true."""
-    if key == LAYERS and value == ALL_LAYERS:
-        return "all"
-    if isinstance(value, float):
-        if value and not 0.01 <= abs(value) < 1e5 and math.isfinite(value):
-            digits, _, power = f"{value:.2e}".partition("e")
-            return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
-        return f"{value:.4g}"
-    return plain(override(value) if not isinstance(value, str) else value)
-
-
-def called(values: dict[str, Any]) -> str:
-    """A point's name: "lr 3e-4, layers all"."""
-    if not values:
-        return "The configuration"
-    short = names(values)
-    return ", ".join(f"{plain(short[key])} {shown(key, value)}" for key, value in values.items())
-
-
-def figure(value: float | None) -> str:
-    """A loss with four decimals, or two digits where that would say nothing."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1e4 else f"{value:.2g}"
-
-
-def plain(text: str) -> str:
-    """Text that any file, page and SVG can hold: control characters as their pictures."""
-    safe = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    pictures = {code: 0x2400 + code for code in range(32)} | {127: 0x2421}
-    return safe.translate(pictures | dict.fromkeys((0xFFFE, 0xFFFF), 0xFFFD))
-
-
-def _candidates(points: Iterable[Point]) -> list[Candidate]:
-    """The points by all values but the seed; of those that were run twice the one with a loss."""
-    found: dict[str, dict[str, Point]] = {}
-    for point in sorted(points, key=lambda point: point.number):
-        others = {key: value for key, value in point.values.items() if key != SEED}
-        seeds = found.setdefault(repr(sorted(others.items())), {})
-        before = seeds.get(repr(point.seed))
-        if before is None or not before.measured:
-            seeds[repr(point.seed)] = point
-    return [
-        Candidate(
-            {key: v for key, v in next(iter(seeds.values())).values.items() if key != SEED},
-            list(seeds.values()),
-        )
-        for seeds in found.values()
-    ]
-
-
-def _order(candidate: Candidate) -> tuple[bool, bool, float, int]:
-    first = min(point.number for point in candidate.points)
+def _rank(candidate: Candidate) -> tuple[bool, bool, float, int]:
+    first = min(trial.number for trial in candidate.trials)
     return (not candidate.losses, not candidate.complete, candidate.loss, first)
 
 
-def _pooled(candidates: list[Candidate]) -> float | None:
-    """sqrt(sum of squared distances from each candidate's mean / sum of (seeds - 1))."""
+def _pooled_spread(candidates: list[Candidate]) -> float | None:
+    """Return sqrt(sum of squared distances from each candidate's mean / sum of (seeds - 1))."""
     squares, degrees = 0.0, 0
     for candidate in candidates:
         squares += sum((loss - candidate.loss) ** 2 for loss in candidate.losses)
@@ -281,80 +225,68 @@ def _pooled(candidates: list[Candidate]) -> float | None:
     return math.sqrt(squares / degrees) if degrees else None
 
 
-def _sentence(choice: Choice) -> str:
-    best, run = choice.best, choice.run
-    if best is None or run is None:
-        count = sum(len(candidate.points) for candidate in choice.candidates)
-        return f"No point of {count} finished with a validation loss, so none is chosen."
-    said = [_first(choice, best)]
-    if choice.lead:
-        said.append(_certainty(choice.lead, choice.spread, choice.pooled))
-    said += _left_out(choice, best)
-    if len(best.losses) > 1:
-        said.append(
-            f"Its run with seed {shown(SEED, run.seed)} has the lowest, {figure(run.loss)}, and is "
-            "the one to promote."
-        )
-    return " ".join(said)
-
-
-def _first(choice: Choice, best: Candidate) -> str:
-    loss = figure(best.loss) + _over(best)
+def _compare(choice: Choice, best: Candidate) -> str:
+    name, loss = name_trial(best.values), format_loss(best.loss) + _over_seeds(best)
     if len(choice.candidates) == 1:
-        spread = f", with a standard deviation of {figure(best.spread)}" if best.spread else ""
-        return f"{called(best.values)} has a validation loss of {loss}{spread}; there is no other."
+        spread = f", with a standard deviation of {format_loss(best.spread)}" if best.spread else ""
+        return f"{name} has a validation loss of {loss}{spread}; it is the only configuration."
     if choice.second is None or choice.lead is None:
-        return f"{called(best.values)} has a validation loss of {loss}; no other finished with one."
-    second = called(choice.second.values) + _over(choice.second, best)
+        return f"{name} has a validation loss of {loss}; no other configuration finished."
+    second = name_trial(choice.second.values)
+    if [len(choice.second.losses), len(choice.second.trials)] != [
+        len(best.losses),
+        len(best.trials),
+    ]:
+        second += _over_seeds(choice.second)
     if choice.lead == 0:
         return (
-            f"{called(best.values)} and {second} have the same validation loss, {loss}; the first "
-            "in the sweep is taken."
+            f"{name} and {second} have the same validation loss, {loss}; the first in the sweep is "
+            "chosen."
         )
-    return (
-        f"{called(best.values)} has the lowest validation loss, {loss}: {figure(choice.lead)} "
-        f"below {second}."
-    )
+    lead = format_loss(choice.lead)
+    return f"{name} has the lowest validation loss, {loss}: {lead} below {second}."
 
 
-def _over(candidate: Candidate, beside: Candidate | None = None) -> str:
-    """How many seeds a loss is the mean of, where that is not plain."""
-    seeds, all_of_them = len(candidate.losses), len(candidate.points)
-    if beside and (seeds, all_of_them) == (len(beside.losses), len(beside.points)):
-        return ""
+def _over_seeds(candidate: Candidate) -> str:
+    """Return the number of seeds that a loss is the mean of, in words; empty for a single one."""
+    finished, total = len(candidate.losses), len(candidate.trials)
     if candidate.complete:
-        return f" on average over {seeds} seeds" if seeds > 1 else ""
-    return f" over the {seeds} of {all_of_them} seeds that finished"
+        return f" on average over {finished} seeds" if finished > 1 else ""
+    return f" over the {finished} of {total} seeds that finished"
 
 
 def _certainty(lead: float, spread: float | None, pooled: int) -> str:
     if spread is None:
         return (
-            "Whether that is more than chance is not known, because no candidate finished with two "
-            "seeds: a sweep over seed=0,1,2 of the first few tells."
+            "No configuration finished with two seeds, so it is not known whether this is more "
+            "than chance; a sweep of the first few over seed=0,1,2 tells."
         )
-    over = "of one candidate" if pooled == 1 else f"pooled over {pooled} candidates"
-    what = f"seeds' spread of {figure(spread)} (the loss's standard deviation over seeds, {over})"
+    over = "of one configuration" if pooled == 1 else f"pooled over {pooled} configurations"
+    deviation = f"{format_loss(spread)} (the standard deviation of the loss over seeds, {over})"
     if lead > spread:
-        times = f", {lead / spread:.1f} times it" if spread else ""
-        return f"That lead is larger than the {what}{times}."
-    return f"That lead is not larger than the {what}: other seeds may turn the order."
+        times = f", by a factor of {lead / spread:.1f}" if spread else ""
+        return f"This lead is larger than the seeds' spread of {deviation}{times}."
+    return (
+        f"This lead is not larger than the seeds' spread of {deviation}; other seeds may reverse "
+        "the order."
+    )
 
 
-def _left_out(choice: Choice, best: Candidate) -> list[str]:
-    """Those that lack a seed and would come before the second if that did not matter."""
-    said = []
+def _not_ranked(choice: Choice, best: Candidate) -> list[str]:
+    """Return a sentence for each configuration that lacks a seed and has a loss as low."""
+    sentences = []
     bar = choice.second.loss if choice.second else math.inf
     for candidate in choice.candidates:
         if candidate.complete or not candidate.losses:
             continue
-        lacking = next(point for point in candidate.points if not point.measured)
-        why = f"seed {shown(SEED, lacking.seed)} ({plain(lacking.fault or '')})"
+        failed = next(trial for trial in candidate.trials if not trial.has_loss)
+        why = f"seed {format_value(SEED, failed.seed)} ({failed.fault})"
         if candidate is best:
-            said.append(f"No candidate finished with every seed; this one lacks {why}.")
+            sentences.append(f"No configuration finished with every seed; this one lacks {why}.")
         elif best.complete and candidate.loss < bar:
-            said.append(
-                f"{called(candidate.values)} has {figure(candidate.loss)}{_over(candidate)}; it is "
-                f"not set against the others because it lacks {why}."
+            sentences.append(
+                f"{name_trial(candidate.values)} has {format_loss(candidate.loss)}"
+                f"{_over_seeds(candidate)}; a configuration with a failed seed is not ranked "
+                f"against those whose seeds all finished: it lacks {why}."
             )
-    return said
+    return sentences

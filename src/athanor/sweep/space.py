@@ -1,4 +1,4 @@
-"""What a sweep goes over: the overrides of its command, sorted and checked before any work."""
+"""The search space of a sweep: the overrides of its command, sorted and checked before any work."""
 
 import os
 import shlex
@@ -26,12 +26,16 @@ from athanor.prepare.result import DECIDED_BY
 
 @dataclass(frozen=True)
 class Space:
-    """A sweep's points, as far as they are known before it runs.
+    """The trials of a sweep, as far as they are known before it runs.
 
-    `swept` are its keys (or groups, as `train`), each with its values as Hydra texts, or with the
-    two ends of an interval; `typed` are the command's own overrides of them, `fixed` its others,
-    `hydra` those of Hydra's own keys; `sweeper` is Hydra's configuration of what chooses the
-    points; `total` their number, and `at_once` how many of them this machine trains side by side.
+    Attributes:
+        base: the configuration without the swept values.
+        swept: the swept keys, or groups such as `train`, each with its values as Hydra texts, or
+            with the two ends of an interval.
+        typed: the command's own overrides of those; `fixed` are its others, `hydra` those of
+            Hydra's own keys.
+        sweeper: Hydra's configuration of the sweeper, which chooses the trials.
+        total: the number of trials; `at_once` of them this machine trains side by side.
     """
 
     base: Config
@@ -44,11 +48,11 @@ class Space:
     at_once: int
 
 
-def space(conf: Path, arguments: list[str]) -> Space:
-    """Sorts the overrides of a sweep's command.
+def read_space(conf: Path, arguments: list[str]) -> Space:
+    """Return the space that a sweep's command describes.
 
     Raises:
-        ConfigError: with every value that is wrong; UserError for what no sweep can go over.
+        ConfigError: with every invalid value; UserError for keys that can't be swept.
     """
     parser = OverridesParser.create()
     problems: list[str] = []
@@ -65,8 +69,8 @@ def space(conf: Path, arguments: list[str]) -> Space:
             continue
         key = override.key_or_group
         if key == "sweep" and str(override.value()) not in groups["sweep"]:
-            there = ", ".join(groups["sweep"])
-            problems.append(f"command line: {text}: conf/sweep/ has no such file; it has {there}")
+            names = ", ".join(groups["sweep"])
+            problems.append(f"command line: {text}: conf/sweep/ has no such file; it has {names}")
         elif key.split("/")[0].split(".")[0] == "hydra" or key == "sweep":
             hydra.append(text)
         elif override.is_sweep_override():
@@ -80,10 +84,10 @@ def space(conf: Path, arguments: list[str]) -> Space:
         raise ConfigError(problems)
     base = compose_config(conf, fixed)
     sweeper, launcher = _multirun(conf, [*fixed, *hydra])
-    given = {parser.parse_override(text).key_or_group for text in fixed}
+    fixed_keys = {parser.parse_override(text).key_or_group for text in fixed}
     for key, text in (sweeper.get("params") or {}).items():
         override = parser.parse_override(f"{key}={text}")
-        if key in swept or key in given:
+        if key in swept or key in fixed_keys:
             continue  # the command line wins
         if override.is_sweep_override():
             swept[key] = override
@@ -91,61 +95,46 @@ def space(conf: Path, arguments: list[str]) -> Space:
             fixed.append(f"{key}={text}")
             base = compose_config(conf, fixed)
     if not swept:
-        raise UserError(
-            "a sweep needs a key with several values, as in\n  uv run python -m athanor.sweep -m "
-            "train.learning_rate=1e-4,3e-4 train.num_layers=2,4,-1\nor a named one of conf/sweep/, "
-            "as in\n  uv run python -m athanor.sweep sweep=grid"
-        )
+        raise UserError("sweep.nothing_swept")
     values = {key: list(_values(override)) for key, override in swept.items()}
-    _refuse_what_trains_nothing(values)
-    for key in groups:
-        if "null" in values.get(key, []):
-            raise UserError(f"{key}: Hydra can't sweep a group to null: make it two sweeps")
-    _check(conf, base, fixed, values, arguments)
+    for key in values:
+        if key.split(".")[0] in ("test", "fuse"):
+            raise UserError("sweep.key_trains_nothing", key=key)
+        if key in groups and "null" in values[key]:
+            raise UserError("sweep.group_without_option", key=key)
+    _check_values(conf, base, fixed, values, arguments)
     if "sampler" in sweeper and sweeper["sampler"].get("seed", base.seed) is None:
         hydra.append(f"hydra.sweeper.sampler.seed={base.seed}")
         sweeper, launcher = _multirun(conf, [*fixed, *hydra])
     if "n_trials" in sweeper and "seed" in swept:
-        raise UserError(
-            "seed: a search would draw it as it draws the rest; sweep over seed=0,1,2 with the "
-            "values that it found best"
-        )
+        raise UserError("sweep.seed_in_a_search")
     total = sweeper.get("n_trials", 1)
     if "n_trials" not in sweeper:
         for key, override in swept.items():
             if override.value_type is not None and not override.is_discrete_sweep():
-                raise UserError(
-                    f"{key}: an interval has no end of points: hydra/sweeper=optuna chooses some, "
-                    f"as in `uv run python -m athanor.sweep {shlex.join(arguments)} "
-                    "hydra/sweeper=optuna`"
-                )
+                raise UserError("sweep.endless_interval", key=key, arguments=shlex.join(arguments))
             total *= len(values[key])
-    at_once = _at_once(launcher, sweeper, total)
+    at_once = _count_at_once(launcher, sweeper, total)
     return Space(base, values, typed, fixed, hydra, sweeper, total, at_once)
 
 
-def refuse_unprepared(found: Space) -> None:
-    """Stops where the sweep's data or model are not those that `prepare` was run with.
+def refuse_unprepared(space: Space) -> None:
+    """Raise UserError where the sweep's data or model are not those that `prepare` was run with.
 
-    Raises:
-        UserError: with what differs, and the command that prepares it.
+    It names the differences, and the command that prepares them.
     """
-    there, wanted = flatten(load_config([])), flatten(found.base)
-    other = [
-        f"{key}={wanted[key]}, and prepare was run with {there[key]}"
+    prepared, wanted = flatten(load_config([])), flatten(space.base)
+    different = [
+        f"{key}={wanted[key]} (prepared: {prepared[key]})"
         for key in wanted
-        if key.startswith(DECIDED_BY) and there[key] != wanted[key]
+        if key.startswith(DECIDED_BY) and prepared[key] != wanted[key]
     ]
-    if other:
-        asked = [text for text in found.fixed if _decides_prepare(text)]
-        options = "".join(f" -S {shlex.quote(text)}" for text in asked)
-        raise UserError(
-            "a sweep trains on what prepare left, and this one asks for other data or another "
-            "model:\n  "
-            + "\n  ".join(other)
-            + f"\nto prepare that: `uv run dvc exp run{options} prepare`"
-            + ("" if asked else " (params.yaml holds an experiment's values now)")
-        )
+    if not different:
+        return
+    options = "".join(f" -S {shlex.quote(text)}" for text in space.fixed if _decides_prepare(text))
+    if options:
+        raise UserError("sweep.other_rows", different=different, options=options)
+    raise UserError("sweep.other_rows_by_params", different=different)
 
 
 def _decides_prepare(text: str) -> bool:
@@ -153,7 +142,7 @@ def _decides_prepare(text: str) -> bool:
     return key in ("experiment", "train") or f"{key}.".startswith(DECIDED_BY)
 
 
-def _at_once(launcher: dict[str, Any], sweeper: dict[str, Any], total: int) -> int:
+def _count_at_once(launcher: dict[str, Any], sweeper: dict[str, Any], total: int) -> int:
     """Return how many trials a launcher runs at once on this machine."""
     batch = min(total, sweeper.get("n_jobs") or sweeper.get("max_batch_size") or total)
     jobs = launcher["n_jobs"]
@@ -167,9 +156,7 @@ def _multirun(conf: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[st
         return multirun_config(conf, overrides)
     except ConfigError as error:
         if "hydra/sweeper" in str(error) or "hydra/launcher" in str(error):
-            raise UserError(
-                f"{error}\nOptuna, joblib and submitit come with `uv sync --extra sweep`"
-            ) from error
+            raise UserError("sweep.missing_extra", problem=str(error)) from error
         raise
 
 
@@ -181,22 +168,14 @@ def _values(override: Override) -> Iterator[str]:
     try:
         yield from override.sweep_string_iterator()
     except HydraException as error:  # glob(*)
-        raise UserError(f"{override.input_line}: name the values themselves: {error}") from error
+        text = override.input_line
+        raise UserError("sweep.no_list_of_values", override=text, problem=str(error)) from error
 
 
-def _refuse_what_trains_nothing(values: dict[str, list[str]]) -> None:
-    for key in values:
-        if key.split(".")[0] in ("test", "fuse"):
-            raise UserError(
-                f"{key}: a sweep goes over what is trained, and this changes nothing of that; give "
-                "it one value (test), or change it where one model is made (fuse)"
-            )
-
-
-def _check(
+def _check_values(
     conf: Path, base: Config, fixed: list[str], values: dict[str, list[str]], arguments: list[str]
 ) -> None:
-    """Composes each value once, by itself; refuses those that would need another `prepare`."""
+    """Compose each value by itself; raise UserError for those that need another `prepare`."""
     problems: list[str] = []
     needs: list[str] = []
     usual = flatten(base)
@@ -205,13 +184,10 @@ def _check(
             try:
                 flat = flatten(compose_config(conf, [*fixed, f"{key}={text}"]))
             except ConfigError as error:
-                problems += [one for one in error.problems if one not in problems]
+                problems += [problem for problem in error.problems if problem not in problems]
                 continue
             if flat["train.blas_threads"] != usual["train.blas_threads"]:
-                raise UserError(
-                    f"{key}: the trials of a sweep share what the frozen layers computed, and so "
-                    "one number of BLAS threads; give train.blas_threads one value"
-                )
+                raise UserError("sweep.blas_threads_differ", key=key)
             if key not in needs and any(
                 name.startswith(DECIDED_BY) and flat[name] != usual[name] for name in flat
             ):
@@ -220,12 +196,7 @@ def _check(
         raise ConfigError(problems)
     if needs:
         own = [text for text in arguments if not text.startswith(("hydra", "sweep="))]
-        there = {text.split("=")[0].lstrip("+") for text in own}
-        named = [f"{key}={','.join(texts)}" for key, texts in values.items() if key not in there]
+        typed = {text.split("=")[0].lstrip("+") for text in own}
+        named = [f"{key}={','.join(texts)}" for key, texts in values.items() if key not in typed]
         options = "".join(f" -S {shlex.quote(text)}" for text in [*own, *named])
-        raise UserError(
-            f"{', '.join(needs)}: the points of a sweep share their data and their model, and this "
-            "changes what prepare makes of them; DVC runs every stage of each such point:\n"
-            f"  uv run dvc exp run --queue{options}\n"
-            "  uv run dvc queue start"
-        )
+        raise UserError("sweep.needs_prepare", keys=needs, options=options)
