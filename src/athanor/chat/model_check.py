@@ -18,11 +18,11 @@ def refuse_model_misfits(config: Config, folder: Path) -> None:
         ConfigError: with every problem.
     """
     from athanor.chat.load import load_tokenizer
-    from athanor.model.gguf_fields import unsupported
+    from athanor.model.gguf_fields import explain_unsupported
 
     model = read_config(folder)
     problems = [f"{key}: {text}" for key, text in training_misfits(model, config.train)]
-    if config.fuse.gguf is not None and (why := unsupported(model, load_tokenizer(folder))):
+    if config.fuse.gguf is not None and (why := explain_unsupported(model, load_tokenizer(folder))):
         problems.append(f"fuse.gguf: {why}; fuse.gguf=null goes without")
     if problems:
         raise ConfigError(problems)

@@ -80,8 +80,7 @@ def _head(folder: Path) -> "mx.array | None":
         )
         if name is None:
             continue
-        unpacked = dequantize(found, name, read_config(folder))
-        return found[name] if unpacked is None else unpacked
+        return dequantize(found, name, read_config(folder))
     return None
 
 

@@ -1,21 +1,11 @@
 """GGUF: a model's folder as the one file that llama.cpp, and what is built on it, reads.
 
 Reads a folder in Hugging Face's format as mlx-lm writes it (safetensors, also quantized by mlx);
-writes a `.gguf` with weights, tokenizer, chat template and stop tokens. What the keys mean and
-which tensors are turned about follows llama.cpp's loader (src/llama-vocab.cpp, src/models/) and
-its converter (conversion/); names of tensors come from the `gguf` package, which is llama.cpp's.
+writes a `.gguf` with weights, tokenizer, chat template and stop tokens. Which
+tensors are permuted follows llama.cpp's converter (conversion/); names of tensors come from the
+`gguf` package, which is llama.cpp's.
 
-The tokenizer that is written is the one that transformers makes of the folder, not tokenizer.json
-as such: transformers replaces parts of it for some classes, and it is what the model was trained
-with. What llama.cpp can't do alike is refused. These remain:
-
-- llama.cpp does not compose characters (NFC): text with separate accents gives other tokens.
-- Its pattern of `tekken` has no case beyond A to Z and no marks on letters (Hindi, Thai).
-- Some tokenizers of the SentencePiece kind put a space before text only at its start, or only where
-  there is none (Metaspace's `first` and `always`): llama.cpp is told what holds in the template.
-- It ends generation at some tokens by their text alone (`<|endoftext|>`, `</s>`, `<|fim_pad|>` …),
-  whether generation_config.json has them or not, and reads them in prompts as special tokens: in
-  Qwen's vocabulary `</s>` is none.
+Limits of llama.cpp are in model/gguf_fields.py.
 """
 
 import errno
@@ -28,16 +18,15 @@ from typing import TYPE_CHECKING, Any
 from athanor import files
 from athanor.chat.load import load_tokenizer
 from athanor.errors import UserError
-from athanor.model.gguf_fields import (
+from athanor.model.gguf_architecture import (
     ARCHITECTURES,
     head_dimension,
-    hyperparameters,
     model_arguments,
     rope_scaling,
-    tokenizer_fields,
 )
+from athanor.model.gguf_fields import gguf_fields
 from athanor.model.source import read_config, stated_stop_ids
-from athanor.model.stored import dequantize, read_weights
+from athanor.model.stored import read_unpacked
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -46,12 +35,12 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 
-# How matrices may be stored, with llama.cpp's number for such a file; vectors are always float32.
+# The dtypes of matrices, with llama.cpp's number for such a file; vectors are always float32.
 DTYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 
 
 def write_gguf(model: Path, out: Path, dtype: str) -> None:
-    """Writes a model's folder as `out`, whole or not at all, one tensor in memory at a time.
+    """Write a model's folder as `out`, whole or not at all, one tensor in memory at a time.
 
     Matrices are stored as `dtype`: f32, f16, bf16 or q8_0 (8 bits, a scale for each 32 weights;
     a matrix whose rows are no multiple of 32 is stored as f16). Norms and biases are f32. Weights
@@ -66,20 +55,17 @@ def write_gguf(model: Path, out: Path, dtype: str) -> None:
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGUFWriter
 
-    if dtype not in DTYPES:
-        raise UserError(f"GGUF: expected a dtype of {', '.join(DTYPES)}, found {dtype!r}")
     config = read_config(model)
+    tokenizer = load_tokenizer(model)
     try:
-        fields = hyperparameters(config)
-        tokenizer = load_tokenizer(model)
-        fields |= tokenizer_fields(tokenizer, config, _ends(model, tokenizer))
+        fields = gguf_fields(config, tokenizer, _read_stops(model, tokenizer))
     except UserError as error:
-        raise UserError(f"{model} can't become a GGUF: {error}") from error
+        raise UserError("fuse.gguf_unsupported", model=model, error=error) from error
     fields |= {"general.name": out.stem, "general.file_type": DTYPES[dtype]}
     fields["general.quantization_version"] = GGML_QUANT_VERSION
 
     tensors = dict(_tensors(model, config))
-    kinds = {name: _kind(tensor, dtype) for name, tensor in tensors.items()}
+    kinds = {name: _stored_type(tensor, dtype) for name, tensor in tensors.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
     os.close(handle)
@@ -97,7 +83,7 @@ def write_gguf(model: Path, out: Path, dtype: str) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name in list(tensors):
-            writer.write_tensor_data(_stored(tensors.pop(name), kinds[name], name))
+            writer.write_tensor_data(_encode(tensors.pop(name), kinds[name], name))
             mx.clear_cache()  # or it keeps as many bytes as the largest tensors had
         writer.close()
         Path(temporary).chmod(0o644)
@@ -106,20 +92,20 @@ def write_gguf(model: Path, out: Path, dtype: str) -> None:
         writer.close()
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is None:
-            # All that numpy says of a full disk is how much it could not write.
+            # On a full disk numpy reports no errno, only how much it could not write.
             raise OSError(errno.ENOSPC, str(error), str(out)) from error
         raise
 
 
-def _ends(model: Path, tokenizer: "TokenizerWrapper") -> list[int]:
-    """The stop tokens: generation_config.json's, else those that the tokenizer was loaded with."""
+def _read_stops(model: Path, tokenizer: "TokenizerWrapper") -> list[int]:
+    """Return the stop tokens of generation_config.json, else those of the loaded tokenizer."""
     path = model / "generation_config.json"
     stated = stated_stop_ids(files.read_json(path)) if path.exists() else []
     return stated or sorted(tokenizer.eos_token_ids)
 
 
 def _add_field(writer: "GGUFWriter", key: str, value: Any) -> None:
-    """Adds a key with the type that llama.cpp asks for: whole numbers are 32 bits, unsigned."""
+    """Add a key with the type that llama.cpp asks for: whole numbers are 32 bits, unsigned."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -133,7 +119,7 @@ def _add_field(writer: "GGUFWriter", key: str, value: Any) -> None:
 
 
 def _tensors(model: Path, config: dict[str, Any]) -> "Iterator[tuple[str, mx.array]]":
-    """A model's weights under llama.cpp's names, as it expects them; nothing is computed yet."""
+    """Yield the weights under llama.cpp's names, as it expects them; nothing is computed yet."""
     import mlx.core as mx
     from gguf import MODEL_ARCH, get_tensor_name_map
 
@@ -142,15 +128,15 @@ def _tensors(model: Path, config: dict[str, Any]) -> "Iterator[tuple[str, mx.arr
     heads = {"q_proj": args.num_attention_heads, "k_proj": args.num_key_value_heads}
     names = get_tensor_name_map(MODEL_ARCH[arch.upper()], args.num_hidden_layers)
     tied = getattr(args, "tie_word_embeddings", arch in ("gemma", "gemma2"))
-    for name, tensor in _dequantized(model, config):
+    for name, tensor in read_unpacked(model, config):
         if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
             continue
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
-            raise UserError(f"{model}: llama.cpp has no name for {arch}'s tensor {name}")
+            raise UserError("fuse.gguf_unknown_tensor", model=model, architecture=arch, name=name)
         part = name.split(".")[-2]
         if arch == "llama" and part in heads:
-            tensor = _interleaved(tensor, heads[part])
+            tensor = _interleave(tensor, heads[part])
         if arch.startswith("gemma") and part.endswith("norm"):
             tensor = tensor.astype(mx.float32) + 1  # llama.cpp multiplies by the weight alone
         yield new, tensor
@@ -158,25 +144,14 @@ def _tensors(model: Path, config: dict[str, Any]) -> "Iterator[tuple[str, mx.arr
         yield "rope_freqs.weight", _rope_factors(args)
 
 
-def _dequantized(model: Path, config: dict[str, Any]) -> "Iterator[tuple[str, mx.array]]":
-    """The weights in a folder's files; those that mlx quantized as float32."""
-    weights = read_weights(model)
-    for name, tensor in weights.items():
-        layer, _, part = name.rpartition(".")
-        if part in ("scales", "biases") and f"{layer}.scales" in weights:
-            continue
-        unpacked = dequantize(weights, name, config)
-        yield name, tensor if unpacked is None else unpacked
-
-
-def _interleaved(tensor: "mx.array", heads: int) -> "mx.array":
-    """Rows of a query or key map for rotating neighbours, where Hugging Face's rotate halves."""
+def _interleave(tensor: "mx.array", heads: int) -> "mx.array":
+    """Reorder the rows of a query or key map: neighbours rotate together here, not halves."""
     rows, *rest = tensor.shape
     return tensor.reshape(heads, 2, rows // heads // 2, *rest).swapaxes(1, 2).reshape(rows, *rest)
 
 
 def _rope_factors(args: Any) -> "mx.array":
-    """How many times slower Llama 3.1 turns each pair than without scaling, (head_dim / 2,)."""
+    """Return the factor by which Llama 3.1 slows each pair's rotation, [head_dim / 2]."""
     import mlx.core as mx
     from mlx_lm.models.rope_utils import initialize_rope
 
@@ -185,8 +160,8 @@ def _rope_factors(args: Any) -> "mx.array":
     return rope._freqs / args.rope_theta ** (mx.arange(0, dims, 2) / dims)
 
 
-def _kind(tensor: "mx.array", dtype: str) -> "GGMLQuantizationType":
-    """How llama.cpp wants a tensor to be stored."""
+def _stored_type(tensor: "mx.array", dtype: str) -> "GGMLQuantizationType":
+    """Return the type in which llama.cpp expects a tensor to be stored."""
     from gguf import GGMLQuantizationType
 
     if tensor.ndim == 1:
@@ -196,8 +171,8 @@ def _kind(tensor: "mx.array", dtype: str) -> "GGMLQuantizationType":
     return GGMLQuantizationType[dtype.upper()]
 
 
-def _stored(tensor: "mx.array", kind: "GGMLQuantizationType", name: str) -> "np.ndarray[Any, Any]":
-    """A tensor's bytes in the file, read and computed now."""
+def _encode(tensor: "mx.array", kind: "GGMLQuantizationType", name: str) -> "np.ndarray[Any, Any]":
+    """Return a tensor's bytes in the file, read and computed now."""
     import mlx.core as mx
     import numpy as np
     from gguf import GGMLQuantizationType, quantize
@@ -207,8 +182,6 @@ def _stored(tensor: "mx.array", kind: "GGMLQuantizationType", name: str) -> "np.
     if kind == GGMLQuantizationType.F16:
         half = np.asarray(tensor.astype(mx.float16))
         if not np.isfinite(half).all():
-            raise UserError(
-                f"{name} has weights beyond f16's 65,504: choose bf16 or f32 (fuse.gguf)"
-            )
+            raise UserError("fuse.gguf_f16_overflow", name=name)
         return half
     return quantize(np.asarray(tensor.astype(mx.float32)), kind)

@@ -1,5 +1,6 @@
 """The weights of a model on disk, by their names there."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,45 +12,52 @@ if TYPE_CHECKING:
 
 
 def read_weights(folder: Path) -> "dict[str, mx.array]":
-    """The weights on disk by their names there; each is read when it is used."""
+    """Return the weights on disk by their names there; each is read when it is used."""
     import mlx.core as mx
 
-    found: dict[str, mx.array] = {}
+    weights: dict[str, mx.array] = {}
     for path in weight_files(folder):
-        found |= cast("dict[str, mx.array]", mx.load(str(path)))
-    return found
+        weights |= cast("dict[str, mx.array]", mx.load(str(path)))
+    return weights
 
 
-def dequantize(
-    weights: "dict[str, mx.array]", name: str, config: dict[str, Any]
-) -> "mx.array | None":
-    """The stored weight `name`, unpacked to float32 if mlx quantized it; None if it is not so.
+def read_dtypes(folder: Path) -> "dict[str, mx.Dtype]":
+    """Return the dtype of each weight on disk by its name there."""
+    return {name: value.dtype for name, value in read_weights(folder).items()}
 
-    `config` is the model's config.json, which says how.
+
+def read_unpacked(folder: Path, config: dict[str, Any]) -> "Iterator[tuple[str, mx.array]]":
+    """Yield the weights on disk with their names, those that mlx quantized in float32."""
+    weights = read_weights(folder)
+    for name in weights:
+        layer, _, part = name.rpartition(".")
+        if part not in ("scales", "biases") or f"{layer}.scales" not in weights:
+            yield name, dequantize(weights, name, config)
+
+
+def dequantize(weights: "dict[str, mx.array]", name: str, config: dict[str, Any]) -> "mx.array":
+    """Return the stored weight `name`, in float32 if mlx quantized it, else as it is.
+
+    `config` is the model's config.json, which has the settings of quantization.
 
     Raises:
-        UserError: where it does not say.
+        UserError: where it has none.
     """
     import mlx.core as mx
 
     layer, _, part = name.rpartition(".")
     if part != "weight" or f"{layer}.scales" not in weights:
-        return None
+        return weights[name]
     usual = config.get("quantization") or config.get("quantization_config") or {}
-    how = usual.get(layer) or usual
-    if "bits" not in how:
-        raise UserError(f"{name} is quantized, and config.json does not say how")
+    settings = usual.get(layer) or usual
+    if "bits" not in settings:
+        raise UserError("model.unknown_quantization", name=name)
     return mx.dequantize(
         weights[name],
         weights[f"{layer}.scales"],
         weights.get(f"{layer}.biases"),
-        how["group_size"],
-        how["bits"],
-        how.get("mode", "affine"),
+        settings["group_size"],
+        settings["bits"],
+        settings.get("mode", "affine"),
         dtype=mx.float32,
     )
-
-
-def read_dtypes(folder: Path) -> "dict[str, mx.Dtype]":
-    """The dtype that each weight has on disk, by its name there."""
-    return {name: value.dtype for name, value in read_weights(folder).items()}
