@@ -11,7 +11,7 @@ from athanor import errors
 CODE = re.compile(r"[a-z_]+\.[a-z0-9_]+")
 # Rooms that still write their sentences where they raise them.
 SENTENCES = {
-    "chat", "compute", "config", "device", "diff", "files", "fuse", "generate", "model",
+    "chat", "compute", "device", "diff", "files", "fuse", "generate", "model",
     "prepare", "reproduce", "runs", "synthesize", "test", "ui",
 }  # fmt: skip
 
@@ -22,12 +22,15 @@ def test_messages_name_the_facts_of_their_errors(repo: Path) -> None:
     for path in package.rglob("*.py"):
         room = path.relative_to(package).parts[0].removesuffix(".py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith("UserError"):
+            function = ast.unparse(node.func).split(".")[-1] if isinstance(node, ast.Call) else ""
+            if function not in ("UserError", "__init__", "problem", "Problem", "rule"):
                 continue
-            code = ast.literal_eval(node.args[0]) if isinstance(node.args[0], ast.Constant) else ""
+            assert isinstance(node, ast.Call)
+            first = node.args[0] if node.args else None
+            code = str(first.value) if isinstance(first, ast.Constant) else ""
             if CODE.fullmatch(code):
-                raised[code].append({str(keyword.arg) for keyword in node.keywords})
-            else:
+                raised[code].append(facts_of(node))
+            elif function == "UserError":
                 assert room in SENTENCES, f"{path}:{node.lineno}: expected a code and its facts"
     texts = {
         f"{room}.{name}": text
@@ -39,3 +42,12 @@ def test_messages_name_the_facts_of_their_errors(repo: Path) -> None:
         named = {field for _, field, _, _ in Formatter().parse(text) if field}
         for facts in raised[code]:
             assert named <= facts, code
+
+
+def facts_of(call: ast.Call) -> set[str]:
+    """Return the names of a call's facts; a rule's check adds the value."""
+    facts = {str(keyword.arg) for keyword in call.keywords} | {"value"}
+    for argument in call.args:
+        if isinstance(argument, ast.Dict):
+            facts |= {str(key.value) for key in argument.keys if isinstance(key, ast.Constant)}
+    return facts

@@ -1,6 +1,9 @@
 """Errors that a person can act on; messages.toml has their sentences."""
 
 import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +30,34 @@ class UserError(Exception):
                 value.rename(old, new)
             elif isinstance(value, str | Path):
                 self.facts[name] = str(value).replace(str(old), str(new))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One of several things that are wrong and are reported together.
+
+    `key` is a key of the configuration or the text of an override; `place` tells where its value
+    comes from, as "file:line" or as the text of an override.
+    """
+
+    code: str
+    key: str
+    facts: dict[str, Any]
+    place: str | None = None
+
+    def __str__(self) -> str:
+        key = self.key if self.place is None else f"{self.key} ({self.place})"
+        return f"{key}: {message(self.code, self.facts)}"
+
+
+def problem(code: str, key: str, **facts: Any) -> Problem:
+    """Return a problem with named facts, as UserError takes them."""
+    return Problem(code, key, facts)
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Return the known name that is most like `name`, or else all."""
+    return get_close_matches(name, known := list(known), n=1, cutoff=0.6) or known
 
 
 def message(code: str, facts: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""Tells every Hydra in this environment, DVC's included, what a configuration may hold.
+"""Register the types of the configuration with every Hydra in this environment, DVC's included.
 
-Hydra imports each module of the namespace package `hydra_plugins` when it starts, and keeps the
-plugin classes that it finds; this one adds nothing to the search path, its import is the point.
+Hydra imports each module of the namespace package `hydra_plugins` when it starts, and keeps its
+plugin classes; this one adds nothing to the search path and exists to be imported.
 """
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -13,7 +13,7 @@ register()
 
 
 class AthanorSchema(SearchPathPlugin):
-    """Exists so that Hydra counts this module as a plugin."""
+    """A plugin that makes Hydra import this module."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Leaves the search path as it is."""
+        """Leave the search path as it is."""

@@ -47,20 +47,20 @@ def test_every_optimizer_takes_the_options_that_conf_gives_it(name: str, repo: A
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "code"),
     [
-        ({"adan": {}}, "there are adam, adamw"),
-        ({"adamw": {"wd": 1}}, "adamw has betas, eps, weight_decay"),
-        ({"adamw": {"weight_decay": "much"}}, "expected something like 0.01, found 'much'"),
-        ({"adam": {"betas": [0.9]}}, "expected something like [0.9, 0.999]"),
-        ({"adam": {"betas": [0.9, 2.0]}}, "beta2 should be in"),
-        ({"adam": {"bias_correction": 1}}, "expected something like False"),
-        ({"sgd": {"nesterov": True}}, "Nesterov momentum requires"),
-        ({"muon": {"ns_steps": 5.0}}, "expected something like 5"),
-        ({"adamw": {"weight_decay": float("nan")}}, "expected something like 0.01"),
+        ({"adan": {}}, "unknown_key"),
+        ({"adamw": {"wd": 1}}, "unknown_key"),
+        ({"adamw": {"weight_decay": "much"}}, "unlike_default"),
+        ({"adam": {"betas": [0.9]}}, "unlike_default"),
+        ({"adam": {"betas": [0.9, 2.0]}}, "refused_by_mlx"),
+        ({"adam": {"bias_correction": 1}}, "unlike_default"),
+        ({"sgd": {"nesterov": True}}, "refused_by_mlx"),
+        ({"muon": {"ns_steps": 5.0}}, "unlike_default"),
+        ({"adamw": {"weight_decay": float("nan")}}, "unlike_default"),
     ],
 )
-def test_options_that_mlx_would_not_take(options: dict[str, Any], said: str) -> None:
-    [(key, text)] = optimizers.optimizer_misfits(options)
-    assert key.startswith(next(iter(options)))
-    assert said in text
+def test_options_that_mlx_would_not_take(options: dict[str, Any], code: str) -> None:
+    [problem] = optimizers.optimizer_misfits(options)
+    assert problem.code == f"config.{code}"
+    assert problem.key.startswith(f"train.optimizer_config.{next(iter(options))}")

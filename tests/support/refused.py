@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from athanor.config.check import ConfigError
 from athanor.errors import UserError
 
 
@@ -16,3 +17,11 @@ def refused(code: str, **facts: Any) -> Iterator[pytest.ExceptionInfo[UserError]
         yield caught
     assert caught.value.code == code, caught.value
     assert {name: caught.value.facts.get(name) for name in facts} == facts
+
+
+@contextmanager
+def refused_keys(*problems: tuple[str, str]) -> Iterator[pytest.ExceptionInfo[ConfigError]]:
+    """Expect a ConfigError with at least these problems, by code and key."""
+    with pytest.raises(ConfigError) as caught:
+        yield caught
+    assert {*problems} <= {(problem.code, problem.key) for problem in caught.value.problems}

@@ -8,6 +8,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
+from athanor.errors import Problem, nearest, problem
+
 OPTIMIZERS: dict[str, type[optim.Optimizer]] = {
     "adam": optim.Adam,
     "adamw": optim.AdamW,
@@ -49,11 +51,14 @@ def build_schedule(
     return joined
 
 
-def optimizer_misfits(options: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Yield the key below optimizer_config and the fault of each option that mlx would refuse."""
+def optimizer_misfits(options: dict[str, dict[str, Any]]) -> Iterator[Problem]:
+    """Yield a problem for each option in train.optimizer_config that mlx would not take."""
+    section = "train.optimizer_config"
     for name, values in options.items():
         if name not in OPTIMIZERS:
-            yield name, "no such optimizer; there are " + ", ".join(OPTIMIZERS)
+            yield problem(
+                "config.unknown_key", f"{section}.{name}", candidates=nearest(name, OPTIMIZERS)
+            )
             continue
         known = dict(signature(OPTIMIZERS[name].__init__).parameters)
         known = {key: known[key] for key in known if key not in ("self", "learning_rate")}
@@ -61,16 +66,23 @@ def optimizer_misfits(options: dict[str, dict[str, Any]]) -> Iterator[tuple[str,
         for key, value in values.items():
             if key not in known:
                 refused = True
-                yield f"{name}.{key}", f"no such option; {name} has " + ", ".join(known)
+                yield problem(
+                    "config.unknown_key", f"{section}.{name}.{key}", candidates=nearest(key, known)
+                )
             elif not _same_type(value, known[key].default):
                 refused = True
                 default = known[key].default
-                yield f"{name}.{key}", f"expected something like {default!r}, found {value!r}"
+                yield problem(
+                    "config.unlike_default",
+                    f"{section}.{name}.{key}",
+                    default=repr(default),
+                    value=repr(value),
+                )
         if not refused:
             try:
                 build_optimizer(name, values, 1.0)
             except ValueError as error:
-                yield name, str(error)
+                yield problem("config.refused_by_mlx", f"{section}.{name}", error=str(error))
 
 
 def _same_type(value: Any, default: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Stage `config`: composes conf/ into params.yaml, the one file that every later stage reads.
+"""Stage `config`: compose conf/ into params.yaml, the one file that every later stage reads.
 
     uv run python -m athanor.config                                  # conf/ as it stands
     uv run python -m athanor.config model=qwen2.5-0.5b train.iters=500
@@ -21,13 +21,14 @@ from athanor.paths import Workspace
 
 
 def main() -> None:
+    """Write params.yaml, or check it where DVC wrote it."""
     workspace = Workspace.here()
     overrides = sys.argv[1:]
     if os.environ.get("DVC_EXP_NAME") and workspace.params.exists():
         try:
             config = load_config(overrides)
         except ConfigError:
-            # DVC wrote what was just refused; left there, the next `dvc repro` would take it up.
+            # The values that DVC wrote are wrong; the next `dvc repro` must not run with them.
             workspace.params.unlink()
             raise
         console.print_facts(

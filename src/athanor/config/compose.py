@@ -1,7 +1,7 @@
-"""Configurations: conf/ composed by Hydra, or params.yaml read again, and all that is wrong there.
+"""The configuration: composed from conf/ by Hydra, or read from params.yaml.
 
 Hydra stops at the first mistake. Here a tree is composed without its types first, with overrides
-forced in, so that every typo, wrong type and impossible value is found, each with file and line.
+forced in, so that every typo, wrong type and impossible value is reported, each with file and line.
 """
 
 import os
@@ -19,34 +19,34 @@ from omegaconf.errors import OmegaConfBaseException
 
 from athanor import console
 from athanor.config import schema
-from athanor.config.check import ConfigError, check_config, nearest
+from athanor.config.check import ConfigError, check_config
 from athanor.config.schema import Config
 from athanor.config.values import flatten
-from athanor.errors import UserError
+from athanor.errors import Problem, UserError, nearest, problem
 from athanor.paths import Workspace
+
+COMMAND_LINE = "command line"
 
 
 def compose_config(conf: Path, overrides: list[str]) -> Config:
-    """Composes `conf`/config.yaml with Hydra overrides into a checked configuration.
+    """Compose `conf`/config.yaml with Hydra overrides into a checked configuration.
 
     Raises:
-        ConfigError: with every problem of the files and of the overrides.
+        ConfigError: with all problems of the files and of the overrides.
     """
     if not (conf / "config.yaml").exists():
-        raise UserError(
-            f"there is no {conf}/config.yaml in {Path.cwd()}: run this in the repository's folder"
-        )
-    values, chosen, problems = _split(overrides, config_groups(conf))
-    tree, hydra = _compose(conf, "config", ["~schema", *chosen, *values.values()])
+        raise UserError("config.no_conf", conf=conf, folder=Path.cwd())
+    values, options, problems = _split(overrides, config_groups(conf))
+    tree, hydra = _compose(conf, "config", ["~schema", *options, *values.values()])
     choices = {str(group): str(option) for group, option in hydra["runtime"]["choices"].items()}
     places = _places(conf, choices) | {
-        key: f"command line: {text[2:]}" for key, text in values.items()
+        key: f"{COMMAND_LINE}: {text[2:]}" for key, text in values.items()
     }
     return check_config(tree, places, problems)
 
 
 def config_groups(conf: Path) -> dict[str, list[str]]:
-    """The groups of conf/, and their options."""
+    """Return the groups of conf/ with their options."""
     return {
         folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
         for folder in sorted(conf.iterdir())
@@ -58,99 +58,113 @@ def multirun_config(conf: Path, overrides: list[str]) -> tuple[dict[str, Any], d
     """Return the configurations of Hydra's sweeper and launcher, from conf/ and overrides.
 
     Raises:
-        ConfigError: where Hydra can't compose it.
+        ConfigError: where Hydra cannot compose it.
     """
     hydra = _compose(conf, "config", ["~schema", *overrides])[1]
     return hydra["sweeper"], hydra["launcher"]
 
 
 def load_config(overrides: list[str], params: Path | None = None) -> Config:
-    """Reads params.yaml for a stage that is run by hand or by DVC, with Hydra overrides of values.
+    """Read params.yaml for a stage, with Hydra overrides of values.
 
     Raises:
-        ConfigError: with every problem; UserError where there is no params.yaml.
+        ConfigError: with all problems.
+        UserError: where there is no params.yaml.
     """
     params = params or Workspace.here().params
     if not params.exists():
-        raise UserError(
-            f"{params} is not there: `uv run python -m athanor.config` writes it from conf/, "
-            "`uv run dvc repro --pull` runs everything"
-        )
+        raise UserError("config.no_params", params=params)
     if not overrides:
         return read_params(params)
     values, _, problems = _split(overrides, {})
     tree, _ = _compose(params.parent.resolve(), params.stem, list(values.values()))
-    places = _lines(params, "") | {key: f"command line: {text[2:]}" for key, text in values.items()}
+    places = _lines(params, "") | {
+        key: f"{COMMAND_LINE}: {text[2:]}" for key, text in values.items()
+    }
     return check_config(tree, places, problems)
 
 
 def read_params(path: Path) -> Config:
-    """Reads a file like params.yaml, as it is; also where Hydra is at work, which `load` needs.
+    """Read a file like params.yaml as it is, without Hydra, which may be in use by a sweep.
 
     Raises:
-        ConfigError: with every problem.
+        ConfigError: with all problems.
     """
     tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     return check_config(cast(dict[str, Any], tree), _lines(path, ""), [])
 
 
 def warn_if_params_differ_from_conf(config: Config) -> None:
-    """Notes where `dvc repro` runs on with the values of an experiment that was run before it."""
+    """Warn where `dvc repro` runs with the values of an earlier experiment."""
     workspace = Workspace.here()
     if not os.environ.get("DVC_STAGE") or os.environ.get("DVC_EXP_NAME"):
         return
     composed = flatten(compose_config(workspace.conf, []))
-    other = [f"{key}={value}" for key, value in flatten(config).items() if composed[key] != value]
-    if other:
+    changed = [f"{key}={value}" for key, value in flatten(config).items() if composed[key] != value]
+    if changed:
         console.warn(
             f"{workspace.params} holds an experiment's values, not those of {workspace.conf}/: "
-            f"{', '.join(other)}; "
+            f"{', '.join(changed)}; "
             f"`rm {workspace.params} && uv run dvc repro` goes back to {workspace.conf}/"
         )
 
 
+def unreadable_override(text: str, error: HydraException) -> Problem:
+    """Return the problem of an override that Hydra cannot parse."""
+    return Problem(
+        "config.no_override", text, {"error": str(error).splitlines()[0]}, place=COMMAND_LINE
+    )
+
+
+def unknown_option(text: str, group: str, option: str, options: list[str]) -> Problem:
+    """Return the problem of an override that selects an option its group does not have."""
+    return Problem(
+        "config.unknown_option",
+        text,
+        {"group": group, "option": option, "candidates": nearest(option, options)},
+        place=COMMAND_LINE,
+    )
+
+
 def _split(
     overrides: list[str], groups: dict[str, list[str]]
-) -> tuple[dict[str, str], list[str], list[str]]:
-    """Sorts overrides into values (dotted key: Hydra text), choices of groups, and problems.
+) -> tuple[dict[str, str], list[str], list[Problem]]:
+    """Sort overrides into values (dotted key: Hydra text), options of groups, and problems.
 
     Values get Hydra's `++`, so that a mistyped key reaches our check and is reported with the rest.
     """
     values: dict[str, str] = {}
-    chosen, problems = [], []
+    options: list[str] = []
+    problems: list[Problem] = []
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
-            problems.append(f"command line: {text}: {str(error).splitlines()[0]}")
+            problems.append(unreadable_override(text, error))
             continue
         key = override.key_or_group
         if key in groups:
             option = str(override.value())
             if not override.is_delete() and option not in [*groups[key], "None"]:
-                problems.append(
-                    f"command line: {text}: conf/{key}/ has no {option}.yaml; "
-                    f"{nearest(option, groups[key])}"
-                )
+                problems.append(unknown_option(text, key, option, groups[key]))
             else:
-                # Hydra itself takes null for a group in a file only.
-                chosen.append(f"~{key}" if option == "None" else text.lstrip("+"))
+                # Hydra itself takes null for a group only in a file.
+                options.append(f"~{key}" if option == "None" else text.lstrip("+"))
         elif key in schema.SECTIONS and isinstance(override.value(), str):
             problems.append(
-                f"command line: {text}: a whole section is chosen where conf/ is composed: "
-                f"`uv run python -m athanor.config {text}` or `uv run dvc exp run -S {text}`"
+                Problem("config.option_of_section", text, {"text": text}, place=COMMAND_LINE)
             )
         elif override.is_sweep_override() or override.is_delete():
-            problems.append(f"command line: {text}: expected one value, as in key=value")
+            problems.append(Problem("config.no_value", text, {}, place=COMMAND_LINE))
         else:
             values[key] = "++" + text.lstrip("+")
-    return values, chosen, problems
+    return values, options, problems
 
 
 def _compose(
     folder: Path, name: str, overrides: list[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Hydra's composition as a plain tree, and its own part: sweeper, and what each group took."""
+    """Return Hydra's composition as a plain tree, and its own part: sweeper, launcher, options."""
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
             config = hydra_compose(name, overrides, return_hydra_config=True)
@@ -164,27 +178,28 @@ def _compose(
             OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]), resolve=True
         )
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError([" ".join(str(error).split())]) from error
+        reason = " ".join(str(error).split())
+        raise ConfigError([problem("config.not_composed", str(folder), error=reason)]) from error
     return cast(dict[str, Any], tree), hydra
 
 
 def _places(conf: Path, choices: dict[str, str]) -> dict[str, str]:
-    """Where each dotted key gets its value: "file:line", the last of the composition's files."""
+    """Return the "file:line" of each dotted key's value: the last of the composition's files."""
     order = sorted(choices, key=lambda group: group == "experiment")
-    found: dict[str, str] = {}
+    places = _lines(conf / "config.yaml", "")
     for group in order:
         path = conf / group / f"{choices[group]}.yaml"
         if path.exists():
-            found |= _lines(path, group)
-    return found | {k: v for k, v in _lines(conf / "config.yaml", "").items() if k not in found}
+            places |= _lines(path, group)
+    return places
 
 
 def _lines(path: Path, package: str) -> dict[str, str]:
-    """The "file:line" of each leaf in one YAML file and in the files of its own defaults list."""
+    """Return the "file:line" of each key in a YAML file and in the files of its defaults list."""
     text = path.read_text(encoding="utf-8")
     if re.match(r"#\s*@package\s+_global_", text):
         package = ""
-    found: dict[str, str] = {}
+    places: dict[str, str] = {}
 
     def walk(node: yaml.Node, prefix: str) -> None:
         if not isinstance(node, yaml.MappingNode):
@@ -195,12 +210,12 @@ def _lines(path: Path, package: str) -> dict[str, str]:
                 for item in value_node.value:
                     beside = path.parent / f"{item.value}.yaml"
                     if isinstance(item, yaml.ScalarNode) and package and beside.exists():
-                        found.update(_lines(beside, package))
+                        places.update(_lines(beside, package))
                 continue
-            found[key] = f"{path}:{key_node.start_mark.line + 1}"
+            places[key] = f"{path}:{key_node.start_mark.line + 1}"
             walk(value_node, key)
 
     root = yaml.compose(text)
     if root is not None:
         walk(root, package)
-    return found
+    return places

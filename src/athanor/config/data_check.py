@@ -14,6 +14,7 @@ from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from athanor.config.schema import DataConfig
+from athanor.errors import Problem, nearest, problem
 
 # In the order in which they are done.
 CLEANING = ("html", "control", "full_width", "whitespace")
@@ -68,16 +69,18 @@ CHECKS: dict[str, tuple[str, str]] = {
 }
 
 
-def check_misfits(actions: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields (name, what was expected) for what data.checks can't say."""
+def check_misfits(actions: dict[str, Any]) -> Iterator[Problem]:
+    """Yield a problem for each entry of data.checks that is unknown, impossible or missing."""
     for name, action in actions.items():
+        key = f"data.checks.{name}"
         if name not in CHECKS:
-            yield name, "no such check; there are " + ", ".join(CHECKS)
+            yield problem("config.unknown_key", key, candidates=nearest(name, CHECKS))
         elif action not in CHECKS[name][1].split():
-            yield name, f"expected one of {CHECKS[name][1].replace(' ', ', ')}, found {action!r}"
+            options = CHECKS[name][1].split()
+            yield problem("config.not_an_option", key, options=options, value=action)
     for name in CHECKS:
         if name not in actions:
-            yield name, "missing; conf/ gives it no action"
+            yield problem("config.missing_key", f"data.checks.{name}")
 
 
 AUTO = "auto"
@@ -104,31 +107,29 @@ def compiled(text: str) -> Template:
     return environment.from_string(text)
 
 
-def format_misfits(config: DataConfig) -> list[tuple[str, str]]:
-    """(key, what was expected) for each format and template that makes no sense."""
-    found = []
-    for pattern, name in {"format": config.format, **config.formats}.items():
-        key = "format" if pattern == "format" else f"formats.{pattern}"
+def format_misfits(config: DataConfig) -> Iterator[Problem]:
+    """Yield a problem for each format and template that is unknown or impossible."""
+    names = {f"data.formats.{pattern}": name for pattern, name in config.formats.items()}
+    for key, name in {"data.format": config.format, **names}.items():
         if name not in (AUTO, *FORMATS):
-            found.append((key, f"expected one of {', '.join((AUTO, *FORMATS))}, found {name!r}"))
+            yield problem("config.not_an_option", key, options=[AUTO, *FORMATS], value=name)
     template = dict(config.template)
-    known = ("system", "prompt", "completion", "text")
-    found += _syntax("label_prompt", config.label_prompt)
-    for key, text in template.items():
-        if key not in known:
-            found.append((f"template.{key}", f"no such key; there are {', '.join(known)}"))
+    known = ["system", "prompt", "completion", "text"]
+    yield from _syntax("data.label_prompt", config.label_prompt)
+    for part, text in template.items():
+        key = f"data.template.{part}"
+        if part not in known:
+            yield problem("config.unknown_key", key, candidates=nearest(part, known))
         elif text is not None:
-            found += _syntax(f"template.{key}", text)
-    has = {key for key, text in template.items() if text is not None}
-    uses = "template" in (config.format, *config.formats.values())
-    if uses and not ({"prompt", "completion"} <= has or "text" in has):
-        found.append(("template", "expected a prompt and a completion, or a text"))
-    return found
+            yield from _syntax(key, text)
+    filled = {part for part, text in template.items() if text is not None}
+    used = "template" in (config.format, *config.formats.values())
+    if used and not ({"prompt", "completion"} <= filled or "text" in filled):
+        yield problem("config.empty_template", "data.template")
 
 
-def _syntax(key: str, text: Any) -> list[tuple[str, str]]:
+def _syntax(key: str, text: Any) -> Iterator[Problem]:
     try:
         compiled(str(text))
     except TemplateError as error:
-        return [(key, f"expected a Jinja template: {error.message}")]
-    return []
+        yield problem("config.no_template", key, error=error.message)

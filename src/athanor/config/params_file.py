@@ -1,12 +1,4 @@
-"""Stage `config`: composes conf/ into params.yaml, the one file that every later stage reads.
-
-    uv run python -m athanor.config                                  # conf/ as it stands
-    uv run python -m athanor.config model=qwen2.5-0.5b train.iters=500
-
-Under `dvc exp run` DVC itself composes conf/ with the -S overrides and writes params.yaml just
-before this stage: then it is only checked. Either way every typo, wrong type and impossible value
-is reported before any work, all of them together, each with its file and line.
-"""
+"""params.yaml: written from a configuration, and never over values that a person typed."""
 
 import hashlib
 import json
@@ -27,10 +19,10 @@ HEADER = "# Composed from conf/ by athanor.config. To change a value, edit conf/
 
 
 def write_params(config: Config, workspace: Workspace) -> None:
-    """Writes params.yaml, unless that would overwrite values that a person typed into it.
+    """Write params.yaml, unless that would overwrite values that a person typed into it.
 
     Raises:
-        UserError: with the values that would be lost and the command that runs them.
+        UserError: with the values that would be lost, and the command that runs them.
     """
     params, lock = workspace.params, workspace.root / "dvc.lock"
     body = OmegaConf.to_yaml(config)
@@ -38,19 +30,15 @@ def write_params(config: Config, workspace: Workspace) -> None:
         typed = _differences(params, body)
         if typed:
             options = " ".join(f"-S {shlex.quote(option)}" for option in typed)
-            raise UserError(
-                f"{params} was edited by hand, and conf/ says otherwise; nothing was overwritten\n"
-                f"  to run what it says:  uv run dvc exp run {options}\n"
-                f"  to go back to conf/:  rm {params}"
-            )
+            raise UserError("config.edited_params", params=params, options=options)
     files.write_text(params, f"{HEADER}{_digest(body)}\n{body}")
 
 
 def _differences(params: Path, body: str) -> list[str]:
-    """What params.yaml says otherwise than `body`, as Hydra overrides.
+    """Return the values of params.yaml that differ from `body`, as Hydra overrides.
 
     Raises:
-        UserError: where it can't be read.
+        UserError: where it cannot be read.
     """
 
     def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -61,7 +49,7 @@ def _differences(params: Path, body: str) -> list[str]:
     try:
         typed = leaves(OmegaConf.to_container(OmegaConf.load(params)))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{params} is not YAML; mend it or remove it: {error}") from error
+        raise UserError("config.invalid_params", params=params, error=str(error)) from error
     composed = leaves(OmegaConf.to_container(OmegaConf.create(body)))
     return [
         f"{key[1:]}={value if isinstance(value, str) and value.isalnum() else json.dumps(value)}"
@@ -71,7 +59,7 @@ def _differences(params: Path, body: str) -> list[str]:
 
 
 def _ours(content: bytes, lock: Path) -> bool:
-    """Whether params.yaml is as this stage wrote it, or as DVC has it on record."""
+    """Return True if params.yaml is as this stage wrote it, or as dvc.lock has it."""
     head, _, body = content.decode("utf-8").partition("\n")
     if head == HEADER + _digest(body):
         return True

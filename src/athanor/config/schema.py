@@ -1,23 +1,26 @@
-"""What a configuration may hold: one dataclass a section, and the values that make no sense.
+"""The keys of a configuration, a dataclass for each section, and the rules for their values.
 
 The types are here, the defaults in conf/. Nothing below has a default of its own, so each value
-has one home and a key that conf/ forgets is an error. `register` puts the types into Hydra's
-ConfigStore; the plugin in hydra_plugins/ calls it, so that DVC's own composition knows them too.
+has one home, and a key that conf/ forgets is an error. `register` puts the types into Hydra's
+ConfigStore; the plugin in hydra_plugins/ calls it, so that DVC's own composition knows them, too.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
+from math import inf
 from typing import Any
 
 from omegaconf import MISSING
+
+from athanor.errors import Problem, problem
 
 METHODS = ("lora", "dora", "full")
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "lion", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
 KEEP = ("best", "last")
 GGUF_DTYPES = ("f32", "f16", "bf16", "q8_0")
-# Of MLflow's registry: without what its paths and searches read otherwise.
+# A name in MLflow's registry, without characters that have a meaning in its paths and searches.
 MODEL_NAME = re.compile(r"[\w.-]+")
 END_TOKENS = ("auto", "template", "base", "train")
 
@@ -32,10 +35,10 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """How rows are read, shared out, checked and cleaned.
+    """Reading, splitting, checking and cleaning rows.
 
     Sizes and shares are of 1; `article_tokens` is in tokens; `checks` maps the names of
-    data/checks.py to actions.
+    config/data_check.py to actions.
     """
 
     prompt_feature: str = MISSING
@@ -69,7 +72,7 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """mlx-lm's own names, where it has one.
+    """The training, under mlx-lm's names where it has one.
 
     Lengths are in tokens; `iters`, `warmup`, `steps_*` and `save_every` in iterations;
     `activations_*` in GB.
@@ -110,9 +113,9 @@ class TrainConfig:
 
 @dataclass
 class TestConfig:
-    """How the tuned model is examined beside its base; `temp` is mlx-lm's temperature."""
+    """The examination of the base and the tuned model; `temp` is mlx-lm's temperature."""
 
-    __test__ = False  # the name is the stage's: pytest, look elsewhere
+    __test__ = False  # no test class: pytest must not collect it
 
     batch_size: int = MISSING
     max_tokens: int = MISSING
@@ -122,7 +125,7 @@ class TestConfig:
 
 @dataclass
 class FuseConfig:
-    """How the fused model is written, and in which other forms it leaves."""
+    """The fused model and its export to other formats."""
 
     dequantize: bool | None = MISSING
     max_difference: float = MISSING
@@ -136,7 +139,7 @@ class FuseConfig:
 
 @dataclass
 class Config:
-    """Everything: what params.yaml holds."""
+    """All values: the content of params.yaml."""
 
     seed: int = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -156,98 +159,137 @@ SECTIONS: dict[str, type] = {
 
 
 def all_keys() -> list[str]:
-    """Every key by its dotted name, in the order of the dataclasses."""
+    """Return all keys by their dotted names, in the order of the dataclasses."""
     return ["seed"] + [f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in fields(cls)]
 
 
 def register() -> None:
-    """Registers the types in Hydra's ConfigStore, as the group option `schema: athanor`."""
+    """Register the types in Hydra's ConfigStore, as the group option `schema: athanor`."""
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(group="schema", name="athanor", node=Config, package="_global_")
 
 
-def impossible(value: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields (key, what was expected) for each value that has the right type and makes no sense.
+@dataclass(frozen=True)
+class Rule:
+    """A condition on the values of some keys; null fulfils it, where a key may be null."""
 
-    `value` maps dotted keys to values of the right type; keys that are missing are passed over.
+    code: str
+    keys: tuple[str, ...]
+    holds: Callable[[Any], bool]
+    facts: dict[str, Any]
+
+
+def rule(code: str, keys: tuple[str, ...], holds: Callable[[Any], bool], **facts: Any) -> Rule:
+    """Return a rule; `facts` are those of its message, besides the value."""
+    return Rule(code, keys, holds, facts)
+
+
+def keys_ending(section: str, *suffixes: str) -> tuple[str, ...]:
+    """Return the dotted keys of a section that end so."""
+    names = (f.name for f in fields(SECTIONS[section]))
+    return tuple(f"{section}.{name}" for name in names if name.endswith(suffixes))
+
+
+RULES = (
+    rule(
+        "config.empty_text",
+        ("model.path", *keys_ending("data", "_feature"), "data.label_prompt"),
+        bool,
+    ),
+    rule("config.no_share", keys_ending("data", "_size", "_share"), lambda v: 0 <= v <= 1),
+    rule("config.too_large", ("fuse.max_difference", "train.dropout"), lambda v: 0 <= v < 1),
+    rule("config.leak_similarity", ("data.leak_similarity",), lambda v: 0.5 <= v <= 1),
+    *(
+        rule("config.not_an_option", (key,), options.__contains__, options=options)
+        for key, options in {
+            "train.method": METHODS,
+            "train.optimizer": OPTIMIZERS,
+            "train.lr_schedule": SCHEDULES,
+            "train.keep": KEEP,
+            "train.end_token": END_TOKENS,
+        }.items()
+    ),
+    rule(
+        "config.not_an_option",
+        ("fuse.gguf",),
+        GGUF_DTYPES.__contains__,
+        options=(*GGUF_DTYPES, "null"),
+    ),
+    rule(
+        "config.registered_name",
+        ("fuse.registered_model_name",),
+        lambda v: MODEL_NAME.fullmatch(v) is not None,
+    ),
+    rule(
+        "config.no_count",
+        ("train.num_layers", "train.val_batches", "test.max_rows"),
+        lambda v: v == -1 or v >= 1,
+    ),
+    rule(
+        "config.too_small",
+        ("seed", "train.warmup", "data.augment_copies", "data.augment_seed"),
+        lambda v: v >= 0,
+        least=0,
+    ),
+    rule(
+        "config.too_small",
+        (
+            "data.article_tokens",
+            "train.rank",
+            "train.batch_size",
+            "train.iters",
+            "train.epochs",
+            "train.steps_per_report",
+            "train.steps_per_eval",
+            "train.patience",
+            "train.save_every",
+            "train.grad_accumulation_steps",
+            "train.blas_threads",
+            "test.batch_size",
+            "test.max_tokens",
+        ),
+        lambda v: v >= 1,
+        least=1,
+    ),
+    rule("config.too_small", ("train.max_seq_length",), lambda v: v >= 2, least=2),
+    rule(
+        "config.not_positive",
+        ("train.learning_rate", "train.scale", "train.max_grad_norm"),
+        lambda v: 0 < v < inf,
+    ),
+    rule(
+        "config.negative",
+        ("train.lr_end", "train.activations_memory", "train.activations_disk", "test.temp"),
+        lambda v: 0 <= v < inf,
+    ),
+)
+
+
+def impossible_values(values: dict[str, Any]) -> Iterator[Problem]:
+    """Yield a problem for each value that has the right type and breaks a rule.
+
+    `values` maps dotted keys to values of the right type; keys without a value are skipped.
     """
+    for rule in RULES:
+        for key in rule.keys:
+            if (value := values.get(key)) is not None and not rule.holds(value):
+                yield Problem(rule.code, key, rule.facts | {"value": value})
 
-    def broken(key: str, holds: bool) -> bool:
-        return key in value and not holds
 
-    for key in ("model.path", *(k for k in value if k.endswith(("_feature", "data.label_prompt")))):
-        if broken(key, bool(value.get(key))):
-            yield key, "a text that is not empty"
-    for key in (k for k in value if k.startswith("data.") and k.endswith(("_size", "_share"))):
-        if broken(key, 0 <= value[key] <= 1):
-            yield key, "a share: at least 0, at most 1"
-    if broken(
-        "data.valid_size", value.get("data.valid_size", 0) + value.get("data.test_size", 0) < 1
-    ):
-        yield "data.valid_size", "that some of 1 is left beside data.test_size, to train on"
-    if broken("fuse.max_difference", 0 <= value.get("fuse.max_difference", 0) < 1):
-        yield "fuse.max_difference", "a share: at least 0, below 1"
-    if broken("data.leak_similarity", 0.5 <= value.get("data.leak_similarity", 1) <= 1):
-        yield "data.leak_similarity", "at least 0.5, below which it is not found, and at most 1"
-    if broken("seed", value.get("seed", 0) >= 0):
-        yield "seed", "0 or more"
-    for key, options in (
-        ("train.method", METHODS),
-        ("train.optimizer", OPTIMIZERS),
-        ("train.lr_schedule", SCHEDULES),
-        ("train.keep", KEEP),
-        ("train.end_token", END_TOKENS),
-    ):
-        if broken(key, value.get(key) in options):
-            yield key, "one of " + ", ".join(options)
-    dtype = value.get("fuse.gguf")
-    if broken("fuse.gguf", dtype is None or dtype in GGUF_DTYPES):
-        yield "fuse.gguf", f"one of {', '.join(GGUF_DTYPES)}, or null"
-    name = value.get("fuse.registered_model_name")
-    if broken("fuse.registered_model_name", name is None or bool(MODEL_NAME.fullmatch(name))):
-        yield "fuse.registered_model_name", "letters, digits, - . _ alone, or null"
-    if name is not None and value.get("fuse.log_model") is False:
-        yield "fuse.log_model", "true, as fuse.registered_model_name asks for a model in MLflow"
-    if value.get("train.end_token") == "train" and value.get("train.method", "lora") != "lora":
-        yield "train.end_token", "auto, base or template: rows of a token are trained by lora only"
-    iters, epochs = value.get("train.iters"), value.get("train.epochs")
-    if {"train.iters", "train.epochs"} <= value.keys() and (iters is None) == (epochs is None):
-        both = "null beside train.iters (or a number, and train.iters=null)"
-        yield "train.epochs", both if epochs else "a number (or one in train.iters)"
-    for key in ("train.num_layers", "train.val_batches", "test.max_rows"):
-        number = value.get(key, 1)
-        if broken(key, number == -1 or number >= 1):
-            yield key, "1 or more, or -1 for all"
-    for key in (
-        "data.article_tokens",
-        "train.rank",
-        "train.batch_size",
-        "train.iters",
-        "train.epochs",
-        "train.steps_per_report",
-        "train.steps_per_eval",
-        "train.patience",
-        "train.save_every",
-        "train.grad_accumulation_steps",
-        "train.blas_threads",
-        "test.batch_size",
-        "test.max_tokens",
-    ):
-        number = value.get(key)
-        if broken(key, number is None or number >= 1):
-            yield key, "1 or more"
-    for key in ("train.warmup", "data.augment_copies", "data.augment_seed"):
-        if broken(key, value.get(key, 0) >= 0):
-            yield key, "0 or more"
-    if broken("train.max_seq_length", value.get("train.max_seq_length", 2) >= 2):
-        yield "train.max_seq_length", "2 or more"
-    for key in ("train.learning_rate", "train.scale", "train.max_grad_norm"):
-        number = value.get(key)
-        if broken(key, number is None or 0 < number < float("inf")):
-            yield key, "a finite number above 0"
-    for key in ("train.lr_end", "train.activations_memory", "train.activations_disk", "test.temp"):
-        if broken(key, 0 <= value.get(key, 0) < float("inf")):
-            yield key, "a finite number, 0 or more"
-    if broken("train.dropout", 0 <= value.get("train.dropout", 0) < 1):
-        yield "train.dropout", "at least 0 and below 1"
+def conflicts(values: dict[str, Any]) -> Iterator[Problem]:
+    """Yield a problem for each pair of values that cannot go together."""
+    share = values.get("data.valid_size", 0) + values.get("data.test_size", 0)
+    if share >= 1:
+        yield problem("config.no_rows_left", "data.valid_size", share=share)
+    name = values.get("fuse.registered_model_name")
+    if name is not None and values.get("fuse.log_model") is False:
+        yield problem("config.name_without_model", "fuse.log_model", name=name)
+    if values.get("train.end_token") == "train" and values.get("train.method", "lora") != "lora":
+        yield problem("config.end_needs_lora", "train.end_token", method=values["train.method"])
+    if {"train.iters", "train.epochs"} <= values.keys():
+        iters, epochs = values["train.iters"], values["train.epochs"]
+        if iters is None and epochs is None:
+            yield problem("config.no_length", "train.epochs")
+        elif iters is not None and epochs is not None:
+            yield problem("config.two_lengths", "train.epochs", iters=iters, epochs=epochs)

@@ -18,9 +18,11 @@ from athanor.config.compose import (
     flatten,
     load_config,
     multirun_config,
+    unknown_option,
+    unreadable_override,
 )
 from athanor.config.schema import Config
-from athanor.errors import UserError
+from athanor.errors import Problem, UserError
 from athanor.prepare.result import DECIDED_BY
 
 
@@ -55,7 +57,7 @@ def read_space(conf: Path, arguments: list[str]) -> Space:
         ConfigError: with every invalid value; UserError for keys that can't be swept.
     """
     parser = OverridesParser.create()
-    problems: list[str] = []
+    problems: list[Problem] = []
     typed: list[str] = []
     fixed: list[str] = []
     hydra: list[str] = []
@@ -65,12 +67,11 @@ def read_space(conf: Path, arguments: list[str]) -> Space:
         try:
             override = parser.parse_override(text)
         except HydraException as error:
-            problems.append(f"command line: {text}: {str(error).splitlines()[0]}")
+            problems.append(unreadable_override(text, error))
             continue
         key = override.key_or_group
         if key == "sweep" and str(override.value()) not in groups["sweep"]:
-            names = ", ".join(groups["sweep"])
-            problems.append(f"command line: {text}: conf/sweep/ has no such file; it has {names}")
+            problems.append(unknown_option(text, key, str(override.value()), groups[key]))
         elif key.split("/")[0].split(".")[0] == "hydra" or key == "sweep":
             hydra.append(text)
         elif override.is_sweep_override():
@@ -176,7 +177,7 @@ def _check_values(
     conf: Path, base: Config, fixed: list[str], values: dict[str, list[str]], arguments: list[str]
 ) -> None:
     """Compose each value by itself; raise UserError for those that need another `prepare`."""
-    problems: list[str] = []
+    problems: list[Problem] = []
     needs: list[str] = []
     usual = flatten(base)
     for key, texts in values.items():
