@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from athanor.chat.load import load_tokenizer
-from athanor.errors import UserError
-from athanor.fuse import export_ollama
+from athanor.fuse.export_ollama import build_modelfile
+from athanor.fuse.template_pieces import derive_pieces, sample_conversations
 from support import go_template
+from support.refused import refused
 
 # Templates that write what the published ones of these families write, tools left out.
 CHATML = """{%- for m in messages -%}
@@ -234,7 +235,7 @@ def cases(folder: Path, *, bos: bool, **said: bool) -> list[Case]:
     """What Ollama would pass for conversations, and what the chat template makes of them."""
     tokenizer = load_tokenizer(folder)
     found = []
-    for messages in export_ollama.conversations(export_ollama.derive(tokenizer, str(folder))):
+    for messages in sample_conversations(derive_pieces(tokenizer, str(folder))):
         text = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False, **said
         )
@@ -251,7 +252,7 @@ def test_a_template_in_go_writes_what_the_jinja_template_writes(
     make: Make, kind: str, bos: bool
 ) -> None:
     folder = make(KINDS[kind], bos=bos)
-    template = template_of(export_ollama.modelfile(folder, "./model-f16.gguf"))
+    template = template_of(build_modelfile(folder, "./model-f16.gguf"))
     for data, expected in cases(folder, bos=bos):
         assert go_template.execute(template, data) == expected
 
@@ -285,7 +286,7 @@ def test_go_itself_writes_what_the_jinja_templates_write(make: Make, tmp_path: P
     for bos in (False, True):
         for kind in KINDS.values():
             folder = make(kind, bos=bos)
-            template = template_of(export_ollama.modelfile(folder, "."))
+            template = template_of(build_modelfile(folder, "."))
             found = cases(folder, bos=bos)
             asked.append({"Template": template, "Data": [data for data, _ in found]})
             expected.append([text for _, text in found])
@@ -299,7 +300,7 @@ def test_go_itself_writes_what_the_jinja_templates_write(make: Make, tmp_path: P
 
 def test_a_model_that_thinks_can_be_told_not_to(make: Make) -> None:
     folder = make(QWEN3, thinks=True)
-    template = template_of(export_ollama.modelfile(folder, "."))
+    template = template_of(build_modelfile(folder, "."))
     for on in (True, False):
         asked = cases(folder, bos=False, enable_thinking=on)
         for data, expected in asked:
@@ -312,15 +313,15 @@ def test_the_tags_of_thoughts_stand_where_ollama_looks_for_them(
     make: Make, kind: str, named: bool
 ) -> None:
     """By thinking/template.go: the texts around .Thinking in a range over .Messages."""
-    template = template_of(export_ollama.modelfile(make(kind), "."))
+    template = template_of(build_modelfile(make(kind), "."))
     assert ("}}<think>{{ .Thinking }}</think>{{" in template) == named
 
 
-def test_a_modelfile_says_what_the_folder_says(make: Make) -> None:
+def test_a_whole_modelfile(make: Make) -> None:
     folder = make(None)
     shutil.copyfile(Path(__file__).parents[2] / "models/tiny/chat_template.jinja", folder / "x")
     (folder / "x").rename(folder / "chat_template.jinja")
-    text = export_ollama.modelfile(folder, "./model-f16.gguf", system="你是助手")
+    text = build_modelfile(folder, "./model-f16.gguf", system="你是助手")
     assert (
         text
         == """\
@@ -344,24 +345,21 @@ PARAMETER stop "<|endoftext|>"
     )
 
 
-def test_parameters_are_the_generations_the_configs_and_a_persons(make: Make) -> None:
+def test_parameters_are_the_generations_and_the_configs(make: Make) -> None:
     sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.05}
     folder = make(
         CHATML,
         generation_config=sampling | {"eos_token_id": 6143},
         config={"max_position_embeddings": 131072},
     )
-    text = export_ollama.modelfile(
-        folder, ".", parameters={"top_p": 0.5, "stop": ["\n\n", 'a"b'], "use_mmap": True}
-    )
-    found = {name: values for name, values in read(text).items() if name.startswith("PARAM")}
-    assert found == {
+    instructions = read(build_modelfile(folder, "."))
+    parameters = {name: values for name, values in instructions.items() if name.startswith("PARAM")}
+    assert parameters == {
         "PARAMETER temperature": ["0.6"],
         "PARAMETER repeat_penalty": ["1.05"],
         "PARAMETER num_ctx": ["8192"],
-        "PARAMETER top_p": ["0.5"],
-        "PARAMETER stop": ["\n\n", 'a"b'],
-        "PARAMETER use_mmap": ["true"],
+        "PARAMETER top_p": ["0.95"],
+        "PARAMETER stop": ["<|im_end|>"],
     }
 
 
@@ -376,23 +374,23 @@ def test_parameters_are_the_generations_the_configs_and_a_persons(make: Make) ->
         (None, False, "has no chat template"),
     ],
 )
-def test_what_a_template_leaves_out_is_said(
+def test_comments_say_what_a_template_leaves_out(
     make: Make, kind: str | None, bos: bool, said: str
 ) -> None:
     notes = [
         line
-        for line in export_ollama.modelfile(make(kind, bos=bos), ".").splitlines()
+        for line in build_modelfile(make(kind, bos=bos), ".").splitlines()
         if line.startswith("#") and said in line
     ]
     assert len(notes) == 1
-    plain = export_ollama.modelfile(make(CHATML), ".")
+    plain = build_modelfile(make(CHATML), ".")
     assert said not in plain or kind == CHATML
 
 
 @pytest.mark.parametrize("source", [".", "./model-f16.gguf"])
 def test_a_folder_that_ollama_does_not_import_is_named(make: Make, source: str) -> None:
     folder = make(CHATML, config={"architectures": ["Qwen3ForCausalLM"]})
-    said = "imports no Qwen3ForCausalLM" in export_ollama.modelfile(folder, source)
+    said = "imports no Qwen3ForCausalLM" in build_modelfile(folder, source)
     assert said == (source == ".")
 
 
@@ -403,34 +401,34 @@ LEFT = CHATML.replace("m.content", "m.content.lstrip()")
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "code"),
     [
-        (NUMBERED, "of the conversation"),
-        (LEFT, "leading and trailing"),
-        (SHOUTED, "does not write each of them once"),
-        (SINGLE, "refuses questions"),
+        (NUMBERED, "template_without_pieces"),
+        (LEFT, "template_without_pieces"),
+        (SHOUTED, "template_hides_turns"),
+        (SINGLE, "template_hides_turns"),
     ],
 )
-def test_a_template_that_go_cannot_write_is_refused(make: Make, template: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        export_ollama.modelfile(make(template), ".")
+def test_a_template_that_go_cannot_write_is_refused(make: Make, template: str, code: str) -> None:
+    with refused(f"fuse.{code}"):
+        build_modelfile(make(template), ".")
 
 
 @pytest.mark.parametrize(
-    ("template", "system", "said"),
+    ("template", "system", "code", "facts"),
     [
-        (GEMMA, "Be kind.", "writes no system message"),
-        (CHATML, "a\u3000b", r"\['\\u3000'\] are lost"),
-        (CHATML, 'x\n""" y', "before a blank"),
+        (GEMMA, "Be kind.", "template_without_system", {"system": "Be kind."}),
+        (CHATML, "a\u3000b", "modelfile_loses_characters", {"characters": ["\u3000"]}),
+        (CHATML, 'x\n""" y', "modelfile_ends_text", {"text": 'x\n""" y'}),
     ],
 )
 def test_a_system_message_that_would_be_lost_is_refused(
-    make: Make, template: str, system: str, said: str
+    make: Make, template: str, system: str, code: str, facts: dict[str, Any]
 ) -> None:
-    with pytest.raises(UserError, match=said):
-        export_ollama.modelfile(make(template), ".", system=system)
+    with refused(f"fuse.{code}", **facts):
+        build_modelfile(make(template), ".", system=system)
 
 
 @pytest.mark.parametrize("system", ['Say "yes"', '"', "a\n b ", ' """', "{{ .no }}", "x" * 999])
 def test_a_system_message_is_read_as_it_was_written(make: Make, system: str) -> None:
-    assert read(export_ollama.modelfile(make(CHATML), ".", system=system))["SYSTEM"] == [system]
+    assert read(build_modelfile(make(CHATML), ".", system=system))["SYSTEM"] == [system]

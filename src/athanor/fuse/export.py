@@ -7,8 +7,9 @@ from athanor import console, files
 from athanor.chat.templates import Message
 from athanor.config.schema import Config
 from athanor.errors import UserError
-from athanor.fuse import export_ollama, export_peft
+from athanor.fuse import export_peft
 from athanor.fuse.export_gguf import write_gguf
+from athanor.fuse.export_ollama import build_modelfile
 from athanor.paths import Workspace
 
 
@@ -37,9 +38,9 @@ def export_all(
             system = common_system_message(files.lines_of_jsonl(workspace.rows("train")))
         try:
             if cfg.fuse.gguf is not None:
-                text = export_ollama.modelfile(model, f"./{gguf.name}", system=system)
+                text = build_modelfile(model, f"./{gguf.name}", system=system)
                 files.write_text(folder / "Modelfile", text)
-            text = export_ollama.modelfile(model, ".", system=system)
+            text = build_modelfile(model, ".", system=system)
             files.write_text(model / "Modelfile", text)
             exports["ollama"] = "Modelfile" if cfg.fuse.gguf is not None else "model/Modelfile"
         except UserError as error:
