@@ -11,7 +11,7 @@ from athanor import errors
 CODE = re.compile(r"[a-z_]+\.[a-z0-9_]+")
 # Rooms that still write their sentences where they raise them.
 SENTENCES = {
-    "chat", "compute", "device", "diff", "files", "fuse", "generate", "model",
+    "chat", "compute", "device", "diff", "files", "generate", "model",
     "prepare", "reproduce", "runs", "synthesize", "test", "ui",
 }  # fmt: skip
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from athanor.chat.load import load_with_tokenizer
-from athanor.errors import UserError
-from athanor.fuse import export_peft
+from athanor.fuse.export_peft import write_peft
 from athanor.model.source import read_config
 from support.random_adapters import EMBEDDING, load, save, train_config, untied
+from support.refused import refused
 
 
 def written(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -57,7 +57,7 @@ def test_peft_gets_the_weights_that_mlx_fuses(
     base = untied(tiny, tmp_path / "base") if head else tiny
     train = train_config(method, num_layers)
     model = save(base, tmp_path / "adapters", train, keys)
-    export_peft.write(tmp_path / "adapters", tmp_path / "out", base="team/base", model=base)
+    write_peft(tmp_path / "adapters", tmp_path / "out", base="team/base", model=base)
     config, weights = written(tmp_path / "out")
 
     adapted = {name: m for name, m in model.named_modules() if "lora_a" in m}
@@ -86,7 +86,7 @@ def test_peft_gets_the_weights_that_mlx_fuses(
 
 def test_the_config_is_a_loraconfigs(tiny: Path, tmp_path: Path) -> None:
     save(tiny, tmp_path / "adapters", train_config("lora", 1))
-    export_peft.write(tmp_path / "adapters", tmp_path / "out", base="team/base", model=tiny)
+    write_peft(tmp_path / "adapters", tmp_path / "out", base="team/base", model=tiny)
     config, weights = written(tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "adapter_config.json",
@@ -109,36 +109,36 @@ def test_modules_may_have_ranks_of_their_own(tiny: Path, tmp_path: Path) -> None
     name = "model.layers.4.mlp.up_proj"
     weights |= {f"{name}.lora_a": mx.ones((192, 1)), f"{name}.lora_b": mx.ones((1, 384))}
     mx.save_safetensors(str(path), weights)
-    export_peft.write(tmp_path / "adapters", tmp_path / "out", base="b", model=tiny)
+    write_peft(tmp_path / "adapters", tmp_path / "out", base="b", model=tiny)
     config, found = written(tmp_path / "out")
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({name: 1}, {name: 2.5})
     before = np.array(model.layers[4].mlp.up_proj.linear.weight)
     np.testing.assert_allclose(by_peft(name, before, config, found), before + 2.5, atol=1e-5)
 
 
-def test_what_peft_has_no_form_for_is_refused(tiny: Path, tmp_path: Path) -> None:
-    def refused(said: str, base: Path = tiny) -> None:
-        with pytest.raises(UserError, match=said):
-            export_peft.write(tmp_path / "adapters", tmp_path / "out", base="b", model=base)
+def test_adapters_without_a_form_in_peft_are_refused(tiny: Path, tmp_path: Path) -> None:
+    def assert_refused(code: str) -> None:
+        with refused(f"fuse.{code}"):
+            write_peft(tmp_path / "adapters", tmp_path / "out", base="b", model=tiny)
         assert not (tmp_path / "out").exists()
 
     save(tiny, tmp_path / "adapters", train_config("full", 1))
-    refused("expected lora or dora, found full")
+    assert_refused("peft_full")
     save(tiny, tmp_path / "adapters", train_config("dora", 1), EMBEDDING)
-    refused("DoRA on the embedding model.embed_tokens")
+    assert_refused("peft_dora_embedding")
 
     save(tiny, tmp_path / "adapters", train_config("lora", 1))
     path = tmp_path / "adapters" / "adapters.safetensors"
     good = load(path)
     name = "model.layers.5.mlp.up_proj"
-    for wrong, said in (
-        ({f"{name}.lora_b": mx.ones((4, 7))}, "another model's"),
-        ({f"{name}.lora_a": mx.ones((2, 4, 192))}, "all experts in one"),
-        ({"model.layers.9.mlp.up_proj.lora_a": mx.ones((192, 4))}, "no such weights"),
-        ({f"{name}.weight": mx.ones((384, 192))}, "found model.layers.5.mlp.up_proj.weight"),
+    for wrong, code in (
+        ({f"{name}.lora_b": mx.ones((4, 7))}, "peft_other_model"),
+        ({f"{name}.lora_a": mx.ones((2, 4, 192))}, "peft_experts"),
+        ({"model.layers.9.mlp.up_proj.lora_a": mx.ones((192, 4))}, "peft_renamed_weight"),
+        ({f"{name}.weight": mx.ones((384, 192))}, "peft_unknown_weight"),
     ):
         mx.save_safetensors(str(path), good | wrong)
-        refused(said)
+        assert_refused(code)
 
 
 def test_adapters_of_a_quantized_model_are_for_the_one_it_was_made_from(
@@ -158,7 +158,7 @@ def test_adapters_of_a_quantized_model_are_for_the_one_it_was_made_from(
     shutil.copyfile(tiny / "chat_template.jinja", base / "chat_template.jinja")
 
     save(base, tmp_path / "adapters", train_config("lora", 1), EMBEDDING)
-    export_peft.write(tmp_path / "adapters", tmp_path / "out", base="b", model=base)
-    assert "is quantized by mlx" in capsys.readouterr().err.replace("\n", " ")
+    write_peft(tmp_path / "adapters", tmp_path / "out", base="b", model=base)
+    assert "which mlx quantized" in capsys.readouterr().err.replace("\n", " ")
     _, weights = written(tmp_path / "out")
     assert weights["base_model.model.model.embed_tokens.lora_embedding_A"].shape == (4, 6144)

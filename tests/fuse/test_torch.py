@@ -23,7 +23,8 @@ import pytest
 
 from athanor.chat import templates
 from athanor.chat.load import load_with_tokenizer
-from athanor.fuse import export_peft, weights
+from athanor.fuse.export_peft import write_peft
+from athanor.fuse.weights import write_fused_model
 from support.random_adapters import EMBEDDING, save, train_config, untied
 
 PYTHON = os.environ.get("ATHANOR_TORCH")
@@ -112,14 +113,14 @@ def test_torch_computes_what_mlx_computes(
     folder = tmp_path / "fused"
     folder.mkdir()
     end = tokenizer.eos_token_id
-    weights.write_fused_model(base, tmp_path / "adapters", folder, end=end, dequantize=False)
+    write_fused_model(base, tmp_path / "adapters", folder, end=end, dequantize=False)
     fused, tokenizer = load_with_tokenizer(folder)
     fused.set_dtype(mx.float32)
     found = {
         "fused": difference(by_mlx(fused, tokenizer, asked), by_torch(tmp_path, asked, folder))
     }
     if method != "full":
-        export_peft.write(tmp_path / "adapters", tmp_path / "peft", base=str(base), model=base)
+        write_peft(tmp_path / "adapters", tmp_path / "peft", base=str(base), model=base)
         found["base + PEFT"] = difference(
             adapted, by_torch(tmp_path, asked, base, tmp_path / "peft")
         )

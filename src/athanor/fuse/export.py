@@ -7,9 +7,9 @@ from athanor import console, files
 from athanor.chat.templates import Message
 from athanor.config.schema import Config
 from athanor.errors import UserError
-from athanor.fuse import export_peft
 from athanor.fuse.export_gguf import write_gguf
 from athanor.fuse.export_ollama import build_modelfile
+from athanor.fuse.export_peft import write_peft
 from athanor.paths import Workspace
 
 
@@ -48,9 +48,7 @@ def export_all(
             console.warn(f"no Modelfile was written: {error}")
     if cfg.fuse.peft:
         try:
-            export_peft.write(
-                workspace.trained / "adapters", folder / "peft", base=name, model=base
-            )
+            write_peft(workspace.trained / "adapters", folder / "peft", base=name, model=base)
             exports["peft"] = "peft/"
         except UserError as error:
             console.warn(f"no adapters were written in PEFT's format: {error}")

@@ -1,4 +1,4 @@
-"""mlx-lm's adapters as Hugging Face's PEFT has them, for transformers, vLLM and others.
+"""mlx-lm's adapters in the format of Hugging Face's PEFT, for transformers, vLLM and more.
 
 Reads adapters.safetensors and adapter_config.json in mlx-lm's format and the base model's folder;
 writes adapter_model.safetensors and adapter_config.json (a LoraConfig) in a folder of their own:
@@ -33,59 +33,56 @@ PREFIX = "base_model.model"  # PeftModel's and LoraModel's own attributes
 HEAD = "lm_head"
 
 
-def write(adapters: Path, out: Path, *, base: str, model: Path) -> None:
-    """Writes adapters in PEFT's format to the folder `out`, whole or not at all.
+def write_peft(adapters: Path, out: Path, *, base: str, model: Path) -> None:
+    """Write adapters in PEFT's format to the folder `out`, whole or not at all.
 
     `base` is the base model's name for the record, as transformers will look for it; `model` its
     folder.
 
     Raises:
-        UserError: when PEFT has no form for what was trained: all weights (`full`), DoRA on an
-            embedding, or experts' weights in one.
+        UserError: where PEFT has no form for the adapters: all weights (`full`), DoRA on an
+            embedding, or all experts' weights in one.
     """
     import mlx.core as mx
 
     trained = files.read_json(adapters / "adapter_config.json")
     method = trained["fine_tune_type"]
     if method == "full":
-        raise UserError(
-            f"{adapters}: expected lora or dora, found full, which trains the weights themselves: "
-            "there are no adapters to write; take the fused model"
-        )
+        raise UserError("fuse.peft_full", adapters=adapters)
     settings = read_config(model)
     if is_quantized(settings):
         console.warn(
-            f"{base} is quantized by mlx, which transformers can't load: put these adapters on the "
-            "model that it was made from"
+            f"transformers cannot load {base}, which mlx quantized; load the adapters in PEFT's "
+            "format onto the model that it was made from"
         )
     loaded = cast("dict[str, mx.array]", mx.load(str(adapters / "adapters.safetensors")))
     modules: dict[str, dict[str, mx.array]] = {}
     for key, value in loaded.items():
         name, _, leaf = key.rpartition(".")
         if leaf not in LEAVES:
-            raise UserError(f"{adapters}: expected LoRA's or DoRA's weights, found {key}")
+            raise UserError("fuse.peft_unknown_weight", adapters=adapters, name=key)
         modules.setdefault(name, {})[leaf] = value
 
     weights: dict[str, mx.array] = {}
-    rows = _rows(model)
+    rows = _count_rows(model)
     embedding = None
-    # What a config leaves unsaid its files say: tied weights are stored once.
+    # Where the config does not say, the files do: tied weights are stored once.
     tied = bool(settings.get("tie_word_embeddings", f"{HEAD}.weight" not in rows))
-    for name, found in modules.items():
-        if _is_embedding(name, found, rows, model):
+    for name, module in modules.items():
+        if _is_embedding(name, module, rows, model):
             embedding = name
-            weights[f"{name}.lora_embedding_A"] = found["lora_a"].T
-            weights[f"{name}.lora_embedding_B"] = found["lora_b"].T
+            weights[f"{name}.lora_embedding_A"] = module["lora_a"].T
+            weights[f"{name}.lora_embedding_B"] = module["lora_b"].T
             if tied:
-                weights[f"{HEAD}.lora_A.weight"] = found["lora_b"]
-                weights[f"{HEAD}.lora_B.weight"] = found["lora_a"]
+                weights[f"{HEAD}.lora_A.weight"] = module["lora_b"]
+                weights[f"{HEAD}.lora_B.weight"] = module["lora_a"]
         else:
-            weights[f"{name}.lora_A.weight"] = found["lora_a"].T
-            weights[f"{name}.lora_B.weight"] = found["lora_b"].T
-        if "m" in found:
-            weights[f"{name}.lora_magnitude_vector"] = found["m"]
+            weights[f"{name}.lora_A.weight"] = module["lora_a"].T
+            weights[f"{name}.lora_B.weight"] = module["lora_b"].T
+        if "m" in module:
+            weights[f"{name}.lora_magnitude_vector"] = module["m"]
 
-    ranks = {name: found["lora_a"].shape[1] for name, found in modules.items()}
+    ranks = {name: module["lora_a"].shape[1] for name, module in modules.items()}
     if tied and embedding:
         ranks[HEAD] = ranks[embedding]
     with files.whole_folder(out) as folder:
@@ -94,14 +91,14 @@ def write(adapters: Path, out: Path, *, base: str, model: Path) -> None:
             {f"{PREFIX}.{name}": mx.contiguous(weights[name]) for name in sorted(weights)},
             metadata={"format": "pt"},
         )
-        config = _config(ranks, trained, base=base, tied=tied and embedding is not None)
+        config = _lora_config(ranks, trained, base=base, tied=tied and embedding is not None)
         files.write_json(folder / "adapter_config.json", config)
 
 
-def _config(
+def _lora_config(
     ranks: dict[str, int], trained: dict[str, Any], *, base: str, tied: bool
 ) -> dict[str, Any]:
-    """What LoraConfig takes, for modules of these ranks.
+    """Return the arguments of LoraConfig for modules of these ranks.
 
     Modules are named one by one: a last part such as "q_proj" would also mean that of layers that
     were not trained.
@@ -131,48 +128,42 @@ def _config(
 
 
 def _alpha(scale: float, rank: int) -> int | float:
-    """PEFT divides by the rank what it multiplies with; programs other than PEFT want an int."""
+    """Return lora_alpha, which PEFT divides by the rank; other programs expect an int."""
     alpha = round(scale * rank, 9)
     return int(alpha) if alpha.is_integer() else alpha
 
 
-def _rows(model: Path) -> dict[str, int]:
-    """The number of rows of each weight in a model's files: outputs of a linear map, or tokens."""
+def _count_rows(model: Path) -> dict[str, int]:
+    """Return the number of rows of each weight on disk: outputs of a linear map, or tokens."""
     stored = read_weights(model)
     return {name: value.shape[0] for name, value in stored.items() if value.ndim}
 
 
 def _is_embedding(
-    name: str, found: "dict[str, mx.array]", rows: dict[str, int], model: Path
+    name: str, module: "dict[str, mx.array]", rows: dict[str, int], model: Path
 ) -> bool:
-    """Whether adapters are an embedding's: lora_a has a row for each token.
+    """Return true if adapters are an embedding's: lora_a has a row for each token.
 
     Rows are compared, not columns: quantized weights have fewer of these.
 
     Raises:
-        UserError: when PEFT can't have these adapters.
+        UserError: where PEFT has no form for these adapters.
     """
     count = rows.get(f"{name}.weight")
     if count is None:
-        raise UserError(
-            f"no adapters for PEFT: expected {name}.weight in {model}, which has no such weights; "
-            "mlx-lm gives this architecture other names than its files do: take the fused model"
-        )
-    if found["lora_a"].ndim != 2:
-        raise UserError(
-            f"no adapters for PEFT: {name} has the weights of all experts in one, which PEFT keeps "
-            "in another form: take the fused model"
-        )
-    if found["lora_b"].shape[1] == count:
+        raise UserError("fuse.peft_renamed_weight", name=name, model=model)
+    if module["lora_a"].ndim != 2:
+        raise UserError("fuse.peft_experts", name=name)
+    if module["lora_b"].shape[1] == count:
         return False
-    if found["lora_a"].shape[0] != count:
+    if module["lora_a"].shape[0] != count:
         raise UserError(
-            f"no adapters for PEFT: {name}.weight has {count} rows in {model}, and its adapters "
-            f"are for {found['lora_b'].shape[1]}: they are another model's"
+            "fuse.peft_other_model",
+            name=name,
+            model=model,
+            rows=count,
+            adapted=module["lora_b"].shape[1],
         )
-    if "m" in found:
-        raise UserError(
-            f"no adapters for PEFT: DoRA on the embedding {name} has a magnitude for each token, "
-            "in PEFT for each dimension: train it with lora, or take the fused model"
-        )
+    if "m" in module:
+        raise UserError("fuse.peft_dora_embedding", name=name)
     return True
