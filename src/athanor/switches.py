@@ -7,11 +7,10 @@ Collector, threads: `freeze_objects`, `rare_collections`, `switch_threads_often`
 Signals:            `interrupt_on`
 mlx:                `limit_cache`, `wire_memory`, `release_memory`
 Other libraries:    `disable_telemetry`, `parallel_tokenizers`, `configure_mlflow`,
-                    `mlflow_timeout`, `configure_hydra`, `quiet_dvc`
+                    `mlflow_timeout`, `configure_hydra`
 """
 
 import gc
-import logging
 import os
 import signal
 import sys
@@ -133,8 +132,3 @@ def configure_hydra(optuna: bool) -> None:
         from optuna.logging import WARNING, set_verbosity
 
         set_verbosity(WARNING)
-
-
-def quiet_dvc() -> None:
-    """Keep DVC from logging what the caller reports itself."""
-    logging.getLogger("dvc").setLevel(logging.ERROR)

@@ -120,7 +120,7 @@ def test_rows_that_were_altered_are_named(
     clone.edit(TRAIN, "因为电很贵", "因为油很贵")
     code, printed = reproduce(clone, dirty)
     assert code == 1, printed
-    assert f"the data {md5} can't be restored" in printed
+    assert f"the data {md5} cannot be restored" in printed
     assert "demo" in printed
     [place] = re.findall(r"^ +(train.jsonl:\d+) .*因为油很贵", printed, re.MULTILINE)
     assert f"gone: what was {place}" in printed

@@ -437,8 +437,7 @@ def test_other_threads_are_one_line_of_a_difference(
 def test_data_comes_from_a_remote_where_the_cache_lacks_it(
     repo: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here, tree = tmp_path / "here", tmp_path / "tree"
-    tree.mkdir()
+    here = tmp_path / "here"
     shutil.copytree(repo / ".dvc/demo-remote", here / ".dvc/demo-remote")
     shutil.copyfile(repo / ".dvc/config", here / ".dvc/config")
     (here / ".dvc/config.local").write_text("[core]\nno_scm = true\n", encoding="utf-8")
@@ -447,22 +446,33 @@ def test_data_comes_from_a_remote_where_the_cache_lacks_it(
     monkeypatch.chdir(here)
     tracked = yaml.safe_load((repo / "data.dvc").read_text(encoding="utf-8"))
     md5 = tracked["outs"][0]["md5"]
-    assert list(restore.restore_data(made(tmp_path, **{"dvc.data": md5}), tree)) == []
-    assert files.digest((tree / "data").iterdir()) == files.digest(data.iterdir())
-    assert yaml.safe_load((tree / "data.dvc").read_text("utf-8"))["outs"][0]["md5"] == md5
-    # One that was edited in the cache, by way of a link to it.
+
+    def restore_data(name: str, md5: str) -> tuple[Path, list[str]]:
+        tree = tmp_path / name
+        tree.mkdir()
+        return tree / "data", list(restore.restore_data(made(tmp_path, **{"dvc.data": md5}), tree))
+
     cache = here / ".dvc/cache/files/md5"
-    first = json.loads((cache / md5[:2] / md5[2:]).read_text("utf-8"))[0]
-    kept = cache / first["md5"][:2] / first["md5"][2:]
-    kept.chmod(0o644)
-    kept.write_bytes(kept.read_bytes() + b"\n")
-    [said] = restore.restore_data(made(tmp_path, **{"dvc.data": md5}), tree)
-    assert f"{first['relpath']} was edited in DVC's cache" in said
-    (tree / "data").unlink()
-    # One that nobody has: that is said, and the rows are those of now.
-    [said] = restore.restore_data(made(tmp_path, **{"dvc.data": f"{'0' * 32}.dir"}), tree)
-    assert "in neither DVC's cache nor the remote demo" in said
-    assert [path.name for path in (tree / "data").iterdir()] == ["train.jsonl"]
+    restored, notes = restore_data("from the remote", md5)
+    assert (notes, files.digest(restored.iterdir())) == ([], files.digest(data.iterdir()))
+    tracked = yaml.safe_load((restored.parent / "data.dvc").read_text("utf-8"))
+    assert tracked["outs"][0]["md5"] == md5
+    # Without the remote the cache is all there is.
+    shutil.rmtree(here / ".dvc/demo-remote")
+    restored, notes = restore_data("from the cache", md5)
+    assert (notes, files.digest(restored.iterdir())) == ([], files.digest(data.iterdir()))
+    # A file that was edited in the cache, by way of a link to it, is not taken for the data.
+    file = json.loads((cache / md5[:2] / md5[2:]).read_text("utf-8"))[0]["md5"]
+    edited = cache / file[:2] / file[2:]
+    edited.chmod(0o644)
+    edited.write_bytes(edited.read_bytes() + b"\n")
+    restored, [note] = restore_data("edited", md5)
+    assert "edited in DVC's cache" in note
+    assert [path.name for path in restored.iterdir()] == ["train.jsonl"]
+    # Data that is nowhere is reported, and the present rows are used.
+    restored, [note] = restore_data("nowhere", f"{'0' * 32}.dir")
+    assert "in neither DVC's cache nor the remote demo" in note
+    assert [path.name for path in restored.iterdir()] == ["train.jsonl"]
 
 
 def test_worktree_goes_and_what_it_links_to_stays(
@@ -508,9 +518,6 @@ def test_what_of_the_code_can_not_be_restored_is_said(
         assert (there / "src/athanor/a.py").read_text(encoding="utf-8") == "one = 11\n"
     assert f"commit {'0' * 40} is not in {tree}" in said
     with restore.open_worktree(tree, "HEAD", keep=False) as there:
-        old = made(tmp_path, **{"git.dirty": "true"})
-        [said] = restore.restore_code(old, tree, head, there)
-        assert "keeps no patch" in said
         other = made(tmp_path, **{"code.patch": "none", "code.digest": "0"})
         [said] = restore.restore_code(other, tree, head, there)
-        assert "not the same as the run's" in said
+        assert "the code differs from the run" in said

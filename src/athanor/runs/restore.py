@@ -1,20 +1,20 @@
-"""A run's code, data and base, brought back into a worktree of git in a temporary folder.
+"""A run's code, data and base model, restored in a git worktree in a temporary folder.
 
-Nothing of the person's is changed but DVC's cache, which keeps what is fetched from a remote. Each
-function returns what can't be restored, in words, or nothing.
+Nothing in the person's repository changes but DVC's cache, which keeps what is fetched from a
+remote. The functions yield a note for each thing that cannot be restored.
 """
 
 import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from athanor import console, switches
+from athanor import console
 from athanor.errors import UserError
 from athanor.paths import Workspace
 from athanor.runs import lineage
@@ -23,20 +23,20 @@ from athanor.runs.compare import RunRecord
 
 @contextmanager
 def open_worktree(repository: Path, commit: str, keep: bool) -> Iterator[Path]:
-    """Yields a folder with a commit's files, which is removed however the block ends.
+    """Yield a folder with a commit's files, which is removed after the block unless `keep`.
 
     Raises:
-        UserError: where git can't make it.
+        UserError: if git cannot create it.
     """
     tree = Path(tempfile.mkdtemp(prefix="athanor-"))
-    # A hook of the person's, such as DVC's own, is for their folder.
+    # A person's hooks, such as DVC's own, are for their folder.
     add = ("-c", "core.hooksPath=/dev/null", "worktree", "add", "--quiet", "--detach")
     try:
-        made = subprocess.run(
+        done = subprocess.run(
             ["git", *add, str(tree), commit], cwd=repository, capture_output=True, text=True
         )
-        if made.returncode:
-            raise UserError(f"git can't make a worktree of {commit}: {made.stderr.strip()}")
+        if done.returncode:
+            raise UserError("runs.no_worktree", commit=commit, error=done.stderr.strip())
         yield tree
     finally:
         if keep:
@@ -49,168 +49,165 @@ def open_worktree(repository: Path, commit: str, keep: bool) -> Iterator[Path]:
 
 
 def find_commit(tags: dict[str, str]) -> tuple[Path, str | None]:
-    """The git repository to restore from, and the run's commit, None where none here has it.
+    """Return the git repository to restore from and the run's commit, None if it is not there.
 
     Raises:
-        UserError: where there is no repository with a commit at all.
+        UserError: if there is no repository with a commit.
     """
     top = lineage.run_git(Path.cwd(), "rev-parse", "--show-toplevel")
-    places = [place for place in (Path(top) if top else None, lineage.find_repository()) if place]
+    repositories = [
+        path for path in (Path(top) if top else None, lineage.find_repository()) if path
+    ]
     commit = tags.get("mlflow.source.git.commit")
-    for place in places:
-        if commit and lineage.run_git(place, "rev-parse", "--verify", "-q", f"{commit}^{{commit}}"):
-            return place, commit
-    for place in places:
-        if lineage.run_git(place, "rev-parse", "HEAD"):
-            return place, None
-    raise UserError(
-        f"{Path.cwd()} is in no git repository with a commit: run this in the repository's folder"
-    )
+    for path in repositories:
+        if commit and lineage.run_git(path, "rev-parse", "--verify", "-q", f"{commit}^{{commit}}"):
+            return path, commit
+    for path in repositories:
+        if lineage.run_git(path, "rev-parse", "HEAD"):
+            return path, None
+    raise UserError("runs.no_repository", folder=Path.cwd())
 
 
 def restore_code(
-    made: RunRecord, repository: Path, commit: str | None, tree: Path
+    record: RunRecord, repository: Path, commit: str | None, tree: Path
 ) -> Iterator[str]:
-    """Makes the worktree's code what the run's was: its commit is there, its patch is put on.
+    """Make the worktree's code the run's by applying its patch; yield what cannot be restored.
 
-    Without the commit it becomes the code as it is now. Yields what can't be restored.
+    Without the run's commit the code becomes the present one.
     """
     if commit is None:
-        named = made.tags.get("mlflow.source.git.commit")
+        recorded = record.tags.get("mlflow.source.git.commit")
         yield (
-            f"commit {named} is not in {repository} (`git fetch --all` brings what others have), "
-            "and the code is taken as it is now"
-            if named
-            else "the run names no commit, and the code is taken as it is now"
+            f"commit {recorded} is not in {repository} (`git fetch --all` may bring it); the "
+            "present code is used"
+            if recorded
+            else "the run has no commit; the present code is used"
         )
-        changes = lineage.make_patch(repository)
+        patch = lineage.make_patch(repository)
     else:
-        changes, why = _changes(made)
-        if why:
-            yield why
-    if changes and (why := _put_on(changes, tree)):
-        yield f"the run's {lineage.PATCH} can't be put on {commit}: {why}"
-    expected = made.tags.get("code.digest")
-    if expected and lineage.hash_code(tree / "src/athanor") != expected:
-        yield "the code is not the same as the run's (its tag code.digest)"
+        patch = b""
+        if (expected := record.tags.get("code.patch", "none")) != "none":
+            path = record.fetch_artifact(lineage.PATCH)
+            patch = path.read_bytes() if path else b""
+            if hashlib.sha256(patch).hexdigest() != expected:
+                yield f"the run's {lineage.PATCH} {'was changed' if path else 'is gone'}"
+                patch = b""
+    if patch and (error := _apply(patch, tree)):
+        yield f"the run's {lineage.PATCH} cannot be applied to {commit}: {error}"
+    digest = record.tags.get("code.digest")
+    if digest and lineage.hash_code(tree / "src/athanor") != digest:
+        yield "the code differs from the run's (tag code.digest)"
 
 
-def _changes(made: RunRecord) -> tuple[bytes, str]:
-    """What is put on the commit, and why not, where it should be."""
-    expected = made.tags.get("code.patch")
-    if expected == "none":
-        return b"", ""
-    if expected is None:
-        dirty = made.tags.get("git.dirty") == "true"
-        why = "the tree had changes, of which this older run keeps no patch: its commit is taken"
-        return b"", why if dirty else ""
-    path = made.fetch_artifact(lineage.PATCH)
-    changes = path.read_bytes() if path else b""
-    if hashlib.sha256(changes).hexdigest() != expected:
-        return b"", f"the run's {lineage.PATCH} is {'another now' if path else 'gone'}"
-    return changes, ""
-
-
-def _put_on(changes: bytes, tree: Path) -> str:
+def _apply(patch: bytes, tree: Path) -> str:
     done = subprocess.run(
         ["git", "apply", "--binary", "--whitespace=nowarn"],
         cwd=tree,
-        input=changes,
+        input=patch,
         capture_output=True,
     )
     return done.stderr.decode("utf-8", "replace").strip() if done.returncode else ""
 
 
-def restore_data(made: RunRecord, tree: Path) -> Iterator[str]:
-    """Puts the data that the run's DVC hash names into the worktree, or else data/ as it is now.
+def restore_data(record: RunRecord, tree: Path) -> Iterator[str]:
+    """Check out the data that the run's DVC hash names in the worktree, or use the present data/.
 
-    It comes from DVC's cache here, or from any of its remotes. Yields what can't be restored.
+    It comes from DVC's cache here, or from any remote. Yields what cannot be restored.
     """
-    md5 = made.tags.get("dvc.data")
-    why = "" if md5 else "the run names no hash of it"
+    md5 = record.tags.get("dvc.data")
+    error = "the run has no hash of it"
     if md5:
-        try:
-            why = _check_out(md5, Workspace(tree, tree).data)
-        except Exception as error:  # DVC and its remotes raise what they like
-            why = f"{type(error).__name__}: {error}"
-    if not why:
         text = f"outs:\n- md5: {md5}\n  hash: md5\n  path: data\n"
         (tree / "data.dvc").write_text(text, encoding="utf-8")
+        error = _check_out(tree)
+    if not error:
         return
-    shutil.rmtree(Workspace(tree, tree).data, ignore_errors=True)
+    data = Workspace(tree, tree).data
+    shutil.rmtree(data, ignore_errors=True)
     if (Workspace.here().home / "data").is_dir():
-        (Workspace(tree, tree).data).symlink_to(Workspace.here().home / "data")
-    yield f"the data {md5 or ''} can't be restored ({why}), and data/ is taken as it is now"
+        data.symlink_to(Workspace.here().home / "data")
+    yield f"the data {md5 or ''} cannot be restored ({error}); the present data/ is used"
 
 
-def _check_out(md5: str, out: Path) -> str:
-    """Copies a folder out of DVC's cache, after what lacks there was fetched; returns why not."""
-    from dvc.repo import Repo
-    from dvc_data.hashfile import load
-    from dvc_data.hashfile.hash_info import HashInfo
+def _check_out(tree: Path) -> str:
+    """Check out data.dvc with the cache and remotes of this repository; return the error.
 
-    switches.quiet_dvc()  # what is missing is reported here
-    with Repo(str(Workspace.here().home)) as repo:
-        cache = repo.cache.local
-        remotes = list(repo.config["remote"])
-        nowhere = "in neither DVC's cache nor " + (
-            f"the remote {', '.join(remotes)}" if remotes else "a remote: none is named here"
-        )
-        # The list of the folder's files first: until it is there, nobody knows what they are.
-        failures = _fetch(repo, [HashInfo("md5", md5)], remotes)
-        if not cache.exists(md5):
-            return "; ".join([nowhere, *failures])
-        tree = load(cache, HashInfo("md5", md5))
-        listed = {"/".join(key): found for key, _, found in tree}
-        failures = _fetch(repo, list(listed.values()), remotes)
-        if gone := [name for name, found in listed.items() if not cache.exists(found.value)]:
-            some = f"{', '.join(gone[:3])}{', …' if len(gone) > 3 else ''}"
-            return "; ".join([f"{some} {nowhere}", *failures])
-        for name, found in listed.items():
-            kept = cache.oid_to_path(found.value)
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(kept, out / name)
-            # A cache that is linked to data/ is edited with it.
-            with (out / name).open("rb") as file:
-                if hashlib.file_digest(file, "md5").hexdigest() != found.value:
-                    return f"{name} was edited in DVC's cache, its file {kept} is not what it was"
-    return ""
-
-
-def _fetch(repo: Any, wanted: list[Any], remotes: list[str]) -> list[str]:
-    """Brings into the cache what is not there, from the first remote that has it.
-
-    Returns what went wrong on the way.
+    The worktree is a DVC repository of its own, which gets this one's settings as local ones.
     """
-    failures = []
+    home = Workspace.here().home
+    listed = _dvc(home, "config", "--list").stdout.splitlines()
+    settings = dict(line.split("=", 1) for line in listed)
+    remotes = [
+        name.removeprefix("remote.").removesuffix(".url")
+        for name in settings
+        if name.startswith("remote.") and name.endswith(".url")
+    ]
+    sections = {
+        "core": {"no_scm": "true"},
+        "cache": {"dir": settings.get("cache.dir", str(home / ".dvc/cache")), "type": "copy"},
+        **{
+            f"'remote \"{remote}\"'": {
+                name.removeprefix(f"remote.{remote}."): value
+                for name, value in settings.items()
+                if name.startswith(f"remote.{remote}.")
+            }
+            for remote in remotes
+        },
+    }
+    (tree / ".dvc").mkdir(exist_ok=True)
+    with (tree / ".dvc/config.local").open("w", encoding="utf-8") as file:
+        for section, values in sections.items():
+            file.write(f"[{section}]\n")
+            for key, value in values.items():
+                quote = "'" if '"' in value else '"'
+                file.write(f"{key} = {quote}{value}{quote}\n")
+    done = _dvc(tree, "checkout", "data.dvc")
+    errors = []
     for remote in remotes:
-        lacking = [found for found in wanted if not repo.cache.local.exists(found.value)]
-        if not lacking:
+        if done.returncode == 0:
             break
-        try:
-            repo.cloud.pull(lacking, remote=remote)
-        except Exception as error:  # each kind of remote has its own
-            failures.append(f"{remote}: {type(error).__name__}: {error}")
-    return failures
+        done = _dvc(tree, "pull", "--remote", remote, "data.dvc")
+        errors.append(f"{remote}: {' '.join(done.stderr.split())}")
+    if done.returncode == 0:
+        # DVC trusts its cache, which a person can edit through a link; a new database does not.
+        changed = _dvc(tree, "status", "--quiet", "data.dvc", database="new").returncode
+        return "a file of it was edited in DVC's cache" if changed else ""
+    missing = f"the remote {', '.join(remotes)}" if remotes else "a remote: there is none"
+    return "; ".join([f"in neither DVC's cache nor {missing}", *errors])
+
+
+def _dvc(
+    folder: Path, *arguments: str, database: str = "tmp"
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command of DVC, whose database of known hashes is the folder's own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")}
+    ours = {"DVC_SITE_CACHE_DIR": str(folder / ".dvc" / database), "DVC_NO_ANALYTICS": "true"}
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=folder,
+        env=kept | ours,
+        capture_output=True,
+        text=True,
+    )
 
 
 def link_input(path: str, tree: Path) -> None:
-    """Links a folder that a configuration names, which is here and which git does not have."""
+    """Link a folder that a configuration names, that is here and that git does not have."""
     here, there = Workspace.here().home / path, tree / path
     if not Path(path).is_absolute() and here.is_dir() and not there.exists():
         there.parent.mkdir(parents=True, exist_ok=True)
         there.symlink_to(here)
 
 
-def build_environment(made: RunRecord, tree: Path) -> dict[str, str]:
-    """The variables for a stage in the worktree: its own code, a store of its own, the run's BLAS.
+def build_environment(record: RunRecord, tree: Path) -> dict[str, str]:
+    """Return the variables for a stage in the worktree: its own code and store, the run's BLAS.
 
-    DVC's and MLflow's own are left out: they name this repository and this store.
+    Those of DVC and MLflow are left out: they name this repository and this store.
     """
     ours = ("DVC_", "MLFLOW_", "ATHANOR_BLAS", "PYTHONPATH", "GIT_")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     path = [str(tree / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    blas = {"ATHANOR_BLAS": "wheel"} if made.tags.get("device", "").endswith("(wheel)") else {}
+    blas = {"ATHANOR_BLAS": "wheel"} if record.tags.get("device", "").endswith("(wheel)") else {}
     return (
         kept
         | blas
