@@ -27,9 +27,9 @@ from athanor.chat.contract import ASIDE, FAULT, NOTE, OK, Contract, resolve_cont
 from athanor.chat.load import load_tokenizer, load_with_tokenizer
 from athanor.chat.tokens import tokenize_row
 from athanor.config.compose import compose_config
-from athanor.errors import UserError
 from athanor.model.adapters import make_trainable
 from support import kinds
+from support.refused import refused
 from support.stages import Stages
 
 REPO = Path(__file__).parents[2]
@@ -350,7 +350,7 @@ def test_a_token_beyond_the_head_can_not_be_said(base: Path) -> None:
     found = vocabulary.find_untrained_tokens(base, 6200, [6150])
     assert found == {6150: "the head has 6144 rows, and none of it"}
     model, _ = load_with_tokenizer(base)
-    with pytest.raises(UserError, match="6144 rows"):
+    with refused("model.no_row_for_end", rows=6144, token=6150):
         make_trainable(model, compose_config(Path("conf"), []).train, 0, 6150)
 
 
@@ -407,7 +407,7 @@ def test_doctor_is_a_command(base: Path, tiny: Path, tmp_path: Path) -> None:
     assert "yes: <|im_end|> (6143)" in healthy.stdout
     ill = run(str(kinds.build("llama3-base", tiny, tmp_path / "kind")))
     assert ill.returncode == 1
-    assert "to be mended: chat template" in ill.stderr
+    assert "has faults: chat template" in ill.stderr
     reserve(base)
     assert "train.end_token=base" in " ".join(
         run(str(base), "--end-token", "template").stdout.split()

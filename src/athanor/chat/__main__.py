@@ -1,16 +1,12 @@
-"""The chat contract: how a model is asked, what ends its answers, and whether it can say that.
+"""Report the chat contract of a model: for models that do not stop, or ignore their training.
 
     uv run python -m athanor.chat                       # the model of params.yaml
     uv run python -m athanor.chat Qwen/Qwen2.5-1.5B     # any folder, or any repository of a hub
 
-prints it as a report: a doctor for models that don't stop, or that ignore what they were taught.
-`prepare` settles the contract, and writes it to artifacts/prepare/chat.json; `train`, `test` and
-`fuse` keep it. The stops have one source, the tokenizer's `eos_token_ids` as models.load_tokenizer
-sets them, from where generation, the fused folder's files and what is exported have them.
+Exits with 1 if a finding is a fault.
 """
 
 import argparse
-from typing import TYPE_CHECKING
 
 from athanor import console
 from athanor.chat.contract import AUTO, BASE, FAULT, TEMPLATE, TRAIN, resolve_contract, show_report
@@ -20,14 +16,12 @@ from athanor.errors import UserError
 from athanor.model.source import find_model
 from athanor.paths import Workspace
 
-if TYPE_CHECKING:
-    pass
-
 
 def main() -> None:
     workspace = Workspace.here()
     parser = argparse.ArgumentParser(
-        prog="python -m athanor.chat", description="How a model is asked, and whether it stops."
+        prog="python -m athanor.chat",
+        description="Report how a model is asked, and whether it stops.",
     )
     parser.add_argument("model", nargs="?", help="a folder, or owner/name of a hub")
     parser.add_argument("--revision", help="of a hub's repository")
@@ -41,7 +35,7 @@ def main() -> None:
     contract = resolve_contract(folder, load_tokenizer(folder), args.end_token)
     show_report(f"chat: {path}", contract.report)
     if faults := contract.findings(FAULT):
-        raise UserError(f"{path}: to be mended: {', '.join(fault.about for fault in faults)}")
+        raise UserError("chat.faults", model=path, faults=[fault.about for fault in faults])
 
 
 if __name__ == "__main__":

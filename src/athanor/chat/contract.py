@@ -1,15 +1,11 @@
-"""The chat contract: how a model is asked, what ends its answers, and whether it can say that.
+"""The chat contract of a model: its prompts, the token that ends answers, and the stop tokens.
 
-    uv run python -m athanor.chat                       # the model of params.yaml
-    uv run python -m athanor.chat Qwen/Qwen2.5-1.5B     # any folder, or any repository of a hub
-
-prints it as a report: a doctor for models that don't stop, or that ignore what they were taught.
-`prepare` settles the contract, and writes it to artifacts/prepare/chat.json; `train`, `test` and
-`fuse` keep it. The stops have one source, the tokenizer's `eos_token_ids` as models.load_tokenizer
-sets them, from where generation, the fused folder's files and what is exported have them.
+`prepare` resolves the contract and writes it to artifacts/prepare/chat.json; `train`, `test` and
+`fuse` keep it. The stop tokens have one source, the tokenizer's `eos_token_ids` as load_tokenizer
+sets them: generation, the fused folder's files and the exports take them from there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,21 +18,19 @@ from athanor.model.source import stated_stop_ids
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-
-# What train.end_token may be.
+# The values of train.end_token.
 AUTO, TEMPLATE, BASE, TRAIN = "auto", "template", "base", "train"
 
-
-# As it should be; so only for rows that need it; met by what is said; to be mended.
+# States of a finding: as it should be; a limit that matters for some rows only; a difference that
+# the contract handles; a fault that the user has to fix.
 OK, ASIDE, NOTE, FAULT = "ok", "aside", "note", "fault"
 
-
-Found = Callable[[str, str, str], None]
+Name = Callable[[int], str]  # a token as text and id
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what it is about, how bad it is, and what was found."""
+    """One line of the report: its subject, its state, and a text."""
 
     about: str
     state: str
@@ -45,11 +39,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Contract:
-    """What prepare settled.
+    """The chat contract that `prepare` resolved.
 
-    `end` is the token that answers are trained to end with, `trains_end` whether its rows of the
-    embedding and the head are trained too. Generation stops at each of `stops`. `report` is what
-    was found.
+    Args:
+        end: the token that answers are trained to end with.
+        trains_end: whether its rows of the embedding and the head are trained as well.
+        stops: the tokens at which generation stops.
+        report: the findings about the model.
     """
 
     end: int
@@ -59,177 +55,160 @@ class Contract:
 
     @classmethod
     def read(cls, path: Path) -> "Contract":
-        """Reads what `prepare` settled."""
+        """Read the contract that `prepare` wrote."""
         value = files.read_json(path)
         return cls(**value | {"report": [Finding(**finding) for finding in value["report"]]})
 
     def write(self, path: Path) -> None:
-        """Records the contract for the later stages."""
+        """Write the contract for the later stages."""
         files.write_json(path, asdict(self))
 
     def findings(self, *states: str) -> list[Finding]:
-        """The findings of some states."""
+        """Return the findings of some states."""
         return [finding for finding in self.report if finding.state in states]
 
 
 def resolve_contract(folder: Path, tokenizer: "TokenizerWrapper", choice: str) -> Contract:
-    """The contract of a model with a tokenizer, by `train.end_token`.
+    """Return the contract of a model and its tokenizer, by `train.end_token`.
 
-    Where the base can't say what its template ends answers with, `auto` takes another end of the
-    base's own that it can say, else has that token's rows trained too.
-    Without weights in the folder a model is taken to be able to say everything.
+    If the base was never trained to say the token that its template ends answers with, `auto` takes
+    another of the base's end tokens that it can say, or else trains the rows of that token. A model
+    without weights in the folder is assumed to be able to say every token.
     """
-    report: list[Finding] = []
-
-    def found(about: str, state: str, text: str) -> None:
-        report.append(Finding(about, state, text))
-
-    name = _names(tokenizer)
+    name = _token_name(tokenizer)
     written = templates.find_turn_end(tokenizer)
-    # Plain texts end with the tokenizer's own, and so do answers after which nothing is written.
+    # Plain texts, and answers after which the template writes nothing, end with the tokenizer's.
     usual = tokenizer.eos_token_id if written is None else written
     stops = sorted(tokenizer.eos_token_ids, key=lambda id: (id != usual, id))
-    own = [id for id in stops if id != written]
     if not stops:
-        raise UserError(
-            f"{folder}: neither the tokenizer nor the chat template has a token that ends an answer"
-        )
-    untrained = vocabulary.find_untrained_tokens(folder, _size(tokenizer), stops)
-    cannot = untrained or {}
-    sayable = [id for id in own if id not in cannot]
+        raise UserError("chat.no_end_token", folder=folder)
+    size = max(tokenizer.get_vocab().values()) + 1
+    untrained = vocabulary.find_untrained_tokens(folder, size, stops)
+    others = [id for id in stops if id != written]
+    sayable = [id for id in others if id not in (untrained or {})]
 
     end, trains_end = stops[0], False
     if choice == BASE:
-        if not own:
-            raise UserError(
-                f"train.end_token is base, and {folder} has no other end than {name(end)}: "
-                "expected auto, template or train"
-            )
-        end = (sayable or own)[0]
+        if not others:
+            raise UserError("chat.no_other_end", folder=folder, end=name(end))
+        end = (sayable or others)[0]
     elif choice == TRAIN:
         trains_end = True
-    elif choice == AUTO and end in cannot:
+    elif choice == AUTO and end in (untrained or {}):
         if sayable:
             end = sayable[0]
         else:
             trains_end = True
 
-    _report_template(tokenizer, found)
-    if written is None:
-        found("answers end with", NOTE, f"{name(end)}, put there: the template ends them with none")
-    elif end == written:
-        found("answers end with", OK, f"{name(end)}, as the template writes them")
-    else:
-        found("answers end with", NOTE, f"{name(end)} instead of the template's {name(written)}")
-    _report_saying(found, name, end, written, trains_end, untrained)
-    theirs = _own_stops(folder, tokenizer)
-    added = [name(id) for id in stops if id not in theirs]
-    listed = ", ".join(map(name, stops))
-    if added:
-        added_text = f"; the model's own files do not have {', '.join(added)}"
-        found("generation stops at", NOTE, listed + added_text)
-    else:
-        found("generation stops at", OK, listed)
+    report = [
+        *_report_template(tokenizer),
+        _report_end(name, end, written),
+        _report_saying(name, end, written, trains_end, untrained),
+        _report_stops(name, stops, _stated_stops(folder, tokenizer)),
+    ]
     return Contract(end, trains_end, stops, report)
 
 
-def _report_template(tokenizer: "TokenizerWrapper", found: Found) -> None:
+def _report_template(tokenizer: "TokenizerWrapper") -> Iterator[Finding]:
     if not tokenizer.has_chat_template:
-        found("chat template", FAULT, f"{templates.NoTemplate()}")
+        yield Finding("chat template", FAULT, str(templates.NoTemplate()))
         return
-    found("chat template", OK, "the model's own")
+    yield Finding("chat template", OK, "the model's own")
     opened = templates.find_open_thought(tokenizer)
     probe = {
         "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Answer"}]
     }
     [text] = templates.render_row(probe, tokenizer)
     if opened is not None:
-        found(
-            "asked as trained",
+        state, finding = (
             NOTE,
             f"the prompt opens a thought ({' '.join(opened.split())}) that finished answers do not "
-            "have: it is closed in what is trained on, empty where a row has none of its own",
+            "have; the training text closes it, and it is empty for rows without a thought",
         )
     elif not text.prompts_match:
-        found(
-            "asked as trained",
+        state, finding = (
             FAULT,
-            "the prompt is no beginning of what the template makes of the finished conversation: "
-            "what is learned is not what is asked; use another template",
+            "the template's text of a finished conversation does not begin with the prompt, so "
+            "training would not apply to what is asked; use another template",
         )
     elif templates.rewrites_earlier_turns(tokenizer):
-        found(
-            "asked as trained",
+        state, finding = (
             ASIDE,
-            "yes; earlier answers are written otherwise than the last, so that each answer of a "
-            "conversation is trained on as a text of its own",
+            "yes; the template writes earlier answers differently from the last one, so each "
+            "answer of a conversation is trained in a text of its own",
         )
     else:
-        found("asked as trained", OK, "yes, every answer")
-    for what, does in templates.probe_support(tokenizer).items():
-        about = f"{what} in the template"
-        if does == "kept":
-            found(about, OK, "kept")
+        state, finding = OK, "yes, every answer"
+    yield Finding("asked as trained", state, finding)
+    for part, support in templates.probe_support(tokenizer).items():
+        about = f"{part} in the template"
+        if support == "kept":
+            yield Finding(about, OK, support)
         else:
-            found(about, ASIDE, f"{does}; prepare finds the rows that need it")
+            yield Finding(about, ASIDE, f"{support}; prepare reports the rows that need it")
+
+
+def _report_end(name: Name, end: int, written: int | None) -> Finding:
+    about = "answers end with"
+    if written is None:
+        return Finding(about, NOTE, f"{name(end)}, which is added: the template has no end token")
+    if end == written:
+        return Finding(about, OK, f"{name(end)}, as the template writes them")
+    return Finding(about, NOTE, f"{name(end)} instead of the template's {name(written)}")
 
 
 def _report_saying(
-    found: Found,
-    name: Callable[[int], str],
-    end: int,
-    written: int | None,
-    trains_end: bool,
-    untrained: dict[int, str] | None,
-) -> None:
+    name: Name, end: int, written: int | None, trains_end: bool, untrained: dict[int, str] | None
+) -> Finding:
+    about = "the base can say it"
     if untrained is None:
-        found("the base can say it", ASIDE, "not known: no weights were looked at")
-        return
+        return Finding(about, ASIDE, "unknown: the folder has no weights")
     if written is not None and written != end and written in untrained:
-        found(
-            "the base can say it",
+        return Finding(
+            about,
             NOTE,
             f"not {name(written)} ({untrained[written]}), but {name(end)}; train.end_token=train "
-            "keeps the template's by training its rows too, and the model's instruct version may "
-            "say it already",
+            "keeps the template's by training its rows, and the model's instruct version may "
+            "already say it",
         )
-    elif end not in untrained:
-        found("the base can say it", OK, f"yes: {name(end)} has a row like other tokens'")
-    elif trains_end:
-        found(
-            "the base can say it",
+    if end not in untrained:
+        return Finding(about, OK, f"yes: {name(end)} has a row like other tokens'")
+    if trains_end:
+        return Finding(
+            about,
             NOTE,
-            f"not yet ({untrained[end]}): the token's rows of embedding and head are trained too",
+            f"not yet ({untrained[end]}): the token's rows of embedding and head are also trained",
         )
-    else:
-        found(
-            "the base can say it",
-            FAULT,
-            f"no ({untrained[end]}), and adapters of the layers may never teach it: choose "
-            "train.end_token=base or train (with train.method=lora), or the model's instruct "
-            "version",
-        )
+    return Finding(
+        about,
+        FAULT,
+        f"no ({untrained[end]}), and adapters of the layers may never teach it; choose "
+        "train.end_token=base or train (with train.method=lora), or the model's instruct version",
+    )
 
 
-def _names(tokenizer: "TokenizerWrapper") -> Callable[[int], str]:
+def _report_stops(name: Name, stops: list[int], stated: set[int]) -> Finding:
+    about, listed = "generation stops at", ", ".join(map(name, stops))
+    if added := [name(id) for id in stops if id not in stated]:
+        text = f"{listed}; the model's own files do not have {', '.join(added)}"
+        return Finding(about, NOTE, text)
+    return Finding(about, OK, listed)
+
+
+def _token_name(tokenizer: "TokenizerWrapper") -> Name:
     return lambda id: f"{tokenizer.convert_ids_to_tokens(id)} ({id})"
 
 
-def _size(tokenizer: "TokenizerWrapper") -> int:
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def _own_stops(folder: Path, tokenizer: "TokenizerWrapper") -> set[int]:
-    """The end tokens that the model's files name."""
+def _stated_stops(folder: Path, tokenizer: "TokenizerWrapper") -> set[int]:
+    """Return the end tokens that the model's files name."""
     from mlx_lm.utils import load_config
 
-    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return {*stated_stop_ids(load_config(folder)), *own}
+    of_tokenizer = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return {*stated_stop_ids(load_config(folder)), *of_tokenizer}
 
 
 def show_report(title: str, report: list[Finding]) -> None:
-    """Prints a report."""
+    """Print a report as a table."""
     marks = {OK: "", ASIDE: "note", NOTE: "note", FAULT: "FAULT"}
-    console.print_table(
-        title, ["", "", "found"], [[f.about, marks[f.state], f.text] for f in report]
-    )
+    rows = [[finding.about, marks[finding.state], finding.text] for finding in report]
+    console.print_table(title, ["", "", "finding"], rows)

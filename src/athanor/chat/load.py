@@ -18,10 +18,10 @@ def load_with_tokenizer(folder: Path) -> "tuple[nn.Module, TokenizerWrapper]":
 
 
 def load_tokenizer(folder: Path) -> "TokenizerWrapper":
-    """Loads a model's tokenizer; its end tokens are the model's and the chat template's own.
+    """Load a model's tokenizer, whose end tokens are those of the model and the chat template.
 
     Raises:
-        UserError: when its files or its template are broken.
+        UserError: where its files or its template are broken.
     """
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load_with_ends
@@ -30,7 +30,7 @@ def load_tokenizer(folder: Path) -> "TokenizerWrapper":
         tokenizer = load_with_ends(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
         end = templates.find_turn_end(tokenizer)
     except Exception as error:  # tokenizers and templates raise what they like
-        raise UserError(f"{folder}: the tokenizer can't be loaded: {error}") from error
+        raise UserError("chat.tokenizer_not_loaded", folder=folder, error=error) from error
     if end is not None:
         tokenizer.eos_token_ids = tokenizer.eos_token_ids | {end}
     return tokenizer

@@ -13,10 +13,10 @@ from athanor.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from athanor.config.values import flatten
 from athanor.errors import Problem, UserError, nearest, problem
 from athanor.model.source import (
-    describe_missing_folder,
     find_local_copy,
     is_hub_repo,
     is_quantized,
+    missing_folder,
     read_config,
 )
 
@@ -131,7 +131,8 @@ def model_misfits(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:
     if folder is not None:
         yield from training_misfits(read_config(folder), train)
     elif not is_hub_repo(model.path):
-        yield problem("config.no_model", "model.path", missing=describe_missing_folder(model.path))
+        error = missing_folder(model.path)
+        yield Problem(error.code, "model.path", error.facts)
 
 
 def training_misfits(config: dict[str, Any], train: TrainConfig) -> Iterator[Problem]:

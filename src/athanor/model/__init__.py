@@ -1,1 +1,1 @@
-"""Base models: where they come from, loading them, adapters, and their files."""
+"""Base models: their sources, files and adapters."""

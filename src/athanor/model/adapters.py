@@ -1,4 +1,4 @@
-"""Adapters: the weights that are trained on a base model, and their files."""
+"""Adapters: the weights that are trained on a base model, and their files in mlx-lm's format."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class AdapterOptions(Protocol):
-    """Options of adapters, under mlx-lm's names; the train section of a configuration is one."""
+    """Options of adapters under mlx-lm's names, such as the train section of a configuration."""
 
     method: str
     num_layers: int
@@ -25,13 +25,13 @@ class AdapterOptions(Protocol):
 def make_trainable(
     model: "nn.Module", train: AdapterOptions, seed: int, end: int | None = None
 ) -> None:
-    """Freezes the model and makes the last `num_layers` layers trainable by the chosen method.
+    """Freeze a model and make its last `num_layers` layers trainable by the chosen method.
 
-    lora (Hu et al. 2021) and dora (Liu et al. 2024) are mlx-lm's layers on every linear map;
-    `full` trains the layers' own weights. The new weights come from `seed` alone. Whatever is
-    trained is float32: half precision rounds small updates away, and Adam's second moment to 0.
+    lora (Hu et al. 2021) and dora (Liu et al. 2024) put mlx-lm's layers on every linear map;
+    full trains the layers' own weights. New weights come from `seed` alone. Trained weights are
+    float32: half precision rounds small updates away, and Adam's second moment to 0.
 
-    With `end`, and by lora only, this token's rows of the embedding and the head are trained too.
+    With `end`, which only lora allows, the token's rows of embedding and head are trained as well.
     """
     import mlx.core as mx
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -51,59 +51,58 @@ def make_trainable(
 
 
 def _make_row_trainable(model: "nn.Module", train: AdapterOptions, token: int) -> None:
-    """Puts LoRA on the embedding and the head that can change nothing but one token's rows.
+    """Put LoRA on the embedding and the head that can change only one token's rows.
 
-    Of its two factors the one that says which rows is fixed to this token's, and the other starts
-    at 0; so the adapters stay ones that mlx-lm loads.
+    The factor that selects rows is fixed to the token's, and the other starts at 0, so mlx-lm
+    loads these adapters like any others.
     """
     import mlx.core as mx
     import mlx.nn as nn
     from mlx.utils import tree_unflatten
     from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
-    for name in _ends_of_model(model):
+    for name in _embedding_and_head(model):
         base = dict(model.named_modules())[name]
         kind = LoRALinear if isinstance(base, (nn.Linear, nn.QuantizedLinear)) else LoRAEmbedding
         if token >= base.weight.shape[0]:
             raise UserError(
-                f"train.end_token: {name} has {base.weight.shape[0]} rows, and none of the token "
-                f"{token} that answers end with: `uv run python -m athanor.chat` says more"
+                "model.no_row_for_end", name=name, rows=base.weight.shape[0], token=token
             )
         layer = kind.from_base(base, r=train.rank, scale=train.scale, dropout=0.0)
-        # Rows of an embedding are those of A; of a head, the columns of B.
-        which, learned = ("lora_b", "lora_a") if kind is LoRALinear else ("lora_a", "lora_b")
-        rows = mx.zeros_like(layer[which])
-        place = (0, token) if kind is LoRALinear else (token, 0)
-        rows[place] = 1.0
-        layer[which] = rows
+        # Tokens are the rows of A for an embedding, and the columns of B for a head.
+        selector, learned = ("lora_b", "lora_a") if kind is LoRALinear else ("lora_a", "lora_b")
+        selection = mx.zeros_like(layer[selector])
+        selection[(0, token) if kind is LoRALinear else (token, 0)] = 1.0
+        layer[selector] = selection
         layer[learned] = mx.zeros_like(layer[learned])
-        layer.freeze(recurse=False, keys=[which])
+        layer.freeze(recurse=False, keys=[selector])
         model.update_modules(tree_unflatten([(name, layer)]))
 
 
-def _ends_of_model(model: "nn.Module") -> list[str]:
-    """The names of the embedding of tokens and, where it is not the same, of the head.
+def _embedding_and_head(model: "nn.Module") -> list[str]:
+    """Return the names of the token embedding and, where it is not tied to it, of the head.
 
-    Heads have many names. What they share is a row a token, which embeddings of places lack.
+    Heads have many names; like the token embedding, and unlike one of positions, they have a row
+    for each token.
     """
     import mlx.nn as nn
 
     inside = {id(module) for layer in model.layers for module in layer.modules()}
     embeddings = (nn.Embedding, nn.QuantizedEmbedding)
-    found = {
+    candidates = {
         name: module
         for name, module in model.named_modules()
         if id(module) not in inside
         and isinstance(module, (*embeddings, nn.Linear, nn.QuantizedLinear))
     }
-    sizes = [m.weight.shape[0] for m in found.values() if isinstance(m, embeddings)]
+    sizes = [m.weight.shape[0] for m in candidates.values() if isinstance(m, embeddings)]
     if not sizes:
-        raise UserError("train.end_token=train: this model's embedding of tokens is not known")
-    return [name for name, module in found.items() if module.weight.shape[0] == max(sizes)]
+        raise UserError("model.no_embedding")
+    return [name for name, module in candidates.items() if module.weight.shape[0] == max(sizes)]
 
 
 def lora_parameters(train: AdapterOptions) -> dict[str, Any]:
-    """The shape of LoRA and DoRA layers, under mlx-lm's names."""
+    """Return the settings of LoRA and DoRA layers, under mlx-lm's names."""
     return {"rank": train.rank, "scale": train.scale, "dropout": train.dropout}
 
 
@@ -116,17 +115,19 @@ def save_adapters(
     model: "nn.Module",
     iteration: int,
 ) -> None:
-    """Writes trained weights as adapters.safetensors and adapter_config.json, as mlx-lm does.
+    """Write trained weights as adapters.safetensors and adapter_config.json, as mlx-lm does.
 
-    `model` is the one that was trained; `iteration` the one that the weights are from.
+    Args:
+        model: the model that was trained.
+        iteration: the iteration that the weights are from.
     """
     import mlx.core as mx
 
-    fixed, beside = _around_the_layers(model)
-    weights = fixed | weights
-    parameters = lora_parameters(train) | ({"keys": beside} if beside else {})
+    selectors, keys = _outside_layers(model)
+    weights = selectors | weights
+    parameters = lora_parameters(train) | ({"keys": keys} if keys else {})
     with files.whole_folder(folder) as temporary:
-        # In one order, whatever they went through: the same weights are the same file.
+        # Sorted, so that equal weights make equal files.
         in_order = dict(sorted(weights.items()))
         mx.save_safetensors(str(temporary / "adapters.safetensors"), in_order)
         full = train.method == "full"
@@ -144,10 +145,10 @@ def save_adapters(
         )
 
 
-def _around_the_layers(model: "nn.Module") -> "tuple[dict[str, mx.array], list[str]]":
-    """What _make_row_trainable fixed, and the keys of all that has adapters, as mlx-lm wants them.
+def _outside_layers(model: "nn.Module") -> "tuple[dict[str, mx.array], list[str]]":
+    """Return the factors that _make_row_trainable fixed, and mlx-lm's keys of adapted modules.
 
-    Both are empty where the layers alone have adapters, which mlx-lm finds by itself.
+    Both are empty where only layers have adapters, which mlx-lm finds without keys.
     """
     modules = dict(model.named_modules())
     layers = [dict(layer.named_modules()) for layer in model.layers]
@@ -156,20 +157,20 @@ def _around_the_layers(model: "nn.Module") -> "tuple[dict[str, mx.array], list[s
     outside = [
         name for name, module in modules.items() if "lora_a" in module and id(module) not in known
     ]
-    fixed = {
+    selectors = {
         f"{name}.{factor}": modules[name][factor]
         for name in outside
         for factor in ("lora_a", "lora_b")
         if factor not in modules[name].trainable_parameters()
     }
-    return fixed, sorted(inside) + outside if outside else []
+    return selectors, sorted(inside) + outside if outside else []
 
 
 def load_adapters(model: "nn.Module", folder: Path) -> None:
-    """Puts adapters in mlx-lm's format onto their base model, in place."""
-    from mlx_lm.tuner.utils import load_adapters as put_on
+    """Add adapters to their base model, in place."""
+    from mlx_lm.tuner.utils import load_adapters as add_adapters
 
-    put_on(model, str(folder))
+    add_adapters(model, str(folder))
     model.eval()
 
 
@@ -190,7 +191,7 @@ def merge_adapters(model: "nn.Module", *, dequantize: bool) -> None:
 
 
 def read_adapter_names(folder: Path) -> list[str]:
-    """The names of the weights that were trained."""
+    """Return the names of the weights in an adapters folder."""
     import mlx.core as mx
 
     return list(cast("dict[str, mx.array]", mx.load(str(folder / "adapters.safetensors"))))

@@ -1,4 +1,4 @@
-"""Base models in memory."""
+"""Loading of base models."""
 
 import copy
 from pathlib import Path
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 def load_model(folder: Path) -> "nn.Module":
     """Load a model with mlx-lm, ready to compute on this machine.
 
-    On the CPU half precision is computed in float32: mlx's CPU products of float16 and bfloat16
-    take a path many times slower, and its compiler would call a C++ compiler for each kernel.
+    On a CPU half precision is converted to float32, whose products are many times faster in mlx,
+    and mlx's compiler, which calls a C++ compiler for each kernel, is turned off.
 
     Raises:
-        UserError: where mlx-lm can't load it.
+        UserError: where mlx-lm cannot load it.
     """
     import mlx.core as mx
     from mlx_lm.utils import load_model as load_with_config
@@ -28,7 +28,7 @@ def load_model(folder: Path) -> "nn.Module":
     try:
         model, _ = load_with_config(folder)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: mlx-lm can't load this model: {error}") from error
+        raise UserError("model.not_loaded", folder=folder, error=error) from error
     if on_cpu():
         model.set_dtype(mx.float32)
         mx.eval(model.parameters())
@@ -36,7 +36,7 @@ def load_model(folder: Path) -> "nn.Module":
 
 
 def copy_sharing_weights(model: "nn.Module") -> "nn.Module":
-    """A model of its own with the same weights, which are shared: arrays never change in place."""
+    """Return a copy of a model that shares its weights; arrays never change in place."""
     import mlx.core as mx
 
     arrays = (value for part in model.modules() for value in part.values())
@@ -45,7 +45,7 @@ def copy_sharing_weights(model: "nn.Module") -> "nn.Module":
 
 
 def count_parameters(model: "nn.Module") -> tuple[int, int]:
-    """The numbers of trainable and of all parameters (those of quantized weights unpacked)."""
+    """Count the trainable and all parameters, quantized weights as if they were unpacked."""
     from mlx.utils import tree_flatten
     from mlx_lm.utils import get_total_parameters
 
