@@ -185,12 +185,12 @@ CASES: dict[str, Case] = {
 }
 # llama.cpp's tekken does not know that these belong to the letter before them.
 MARKS = re.compile("[\u0900-\u0903\u093a-\u094f\u0e31-\u0e4e]")
-# Only in a chat is llama.cpp told alike where this one puts spaces.
+# Tokenizers whose spaces llama.cpp puts alike in chats only.
 CHAT_ONLY = {"metaspace"}
 
 
 def build(folder: Path, case: Case) -> None:
-    """A folder with a model of random weights, made by mlx-lm's own classes."""
+    """Make a folder with a model of random weights, of mlx-lm's own classes."""
     folder.mkdir()
     model_type, tokenizer, differs, beyond = case
     rows = tokenizer(folder) + beyond
@@ -202,7 +202,7 @@ def build(folder: Path, case: Case) -> None:
         model.sanitize({})  # its embeddings are its head, too
 
     def spread(path: str, weight: mx.array) -> mx.array:
-        """Norms and biases that are no ones and zeros, and maps that tell tokens apart."""
+        """Return norms and biases that are not ones and zeros, and maps that tell tokens apart."""
         noise = mx.random.normal(weight.shape)
         if weight.ndim == 1:
             return weight + 0.3 * noise
@@ -226,7 +226,7 @@ def stops(folder: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Llama]]:
-    """The folder of a case (or `tiny`), and llama.cpp on the f32 file made of it."""
+    """Return the folder of a case (or `tiny`), and llama.cpp on its export in f32."""
     folder = tmp_path_factory.mktemp("gguf")
     made: dict[str, tuple[Path, Llama]] = {}
 
@@ -267,7 +267,7 @@ def test_tokens_are_the_tokenizers_own(name: str, exported: Any) -> None:
 
 @pytest.mark.parametrize("pre", ["smaug-bpe", "gpt-2", "smollm"])
 def test_text_is_cut_into_words_alike(tmp_path: Path, pre: str) -> None:
-    """The ways to do it that none of the families above has."""
+    """By the pre-tokenizers that no case above has."""
     model = tmp_path / "model"
     build(model, ("llama", partial(llama3, pre=pre), {}, 0))
     path = tmp_path / "model.gguf"
@@ -291,7 +291,7 @@ def test_the_chat_template_is_rendered_alike(name: str, exported: Any) -> None:
 
 
 def logits(model: Any, ids: list[int]) -> np.ndarray[Any, Any]:
-    """The logits for each next token, float32, (tokens, vocabulary)."""
+    """Return the logits for each next token, float32 [tokens, vocabulary]."""
     return np.array(model(mx.array([ids])).astype(mx.float32))[0]
 
 
@@ -350,7 +350,7 @@ def test_it_stops_at_each_stop_token_and_at_no_other(exported: Any) -> None:
 
 
 def test_three_ordinary_tokens_can_be_stops_beside_one_known_by_its_text(tmp_path: Path) -> None:
-    """Where the model comes upon one by itself both stop, at one here and at another there."""
+    """The model reaches some of them by itself, and is made to reach each."""
     folder = tmp_path / "model"
     shutil.copytree(TINY, folder)
     tokenizer = load_tokenizer(TINY)
@@ -407,7 +407,7 @@ def test_rows_that_are_no_multiple_of_32_stay_f16_in_q8_0(tmp_path: Path) -> Non
 
 
 def test_weights_that_mlx_quantized_are_dequantized(tmp_path: Path) -> None:
-    """A matrix with settings of its own, too."""
+    """Also a matrix with settings of its own."""
     folder = tmp_path / "model"
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     model, _ = load_with_tokenizer(TINY)

@@ -142,7 +142,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make(tiny: Path, tmp_path: Path) -> Make:
-    """A model's folder: the tiny model's with another template and other settings.
+    """Make a copy of the tiny model's folder with a different template and settings.
 
     With `bos` its tokenizer puts <|endoftext|> before every text, as Llama's and Gemma's do; with
     `thinks` it has tokens for thoughts, by which mlx-lm knows models that think.
@@ -188,13 +188,13 @@ def edit(path: Path, **values: Any) -> None:
 
 
 def template_of(text: str) -> str:
-    """The TEMPLATE of a Modelfile: `read` finds the same in the tests below."""
+    """Return the TEMPLATE of a Modelfile."""
     return str(read(text)["TEMPLATE"][0])
 
 
 def read(text: str) -> dict[str, list[str]]:
-    """A Modelfile's instructions, after parser/parser.go: what it drops and where a value ends."""
-    found: dict[str, list[str]] = {}
+    """Return a Modelfile's instructions, as Ollama's parser/parser.go reads them."""
+    instructions: dict[str, list[str]] = {}
     lines = text.splitlines(keepends=True)
     while lines:
         line = lines.pop(0)
@@ -211,12 +211,12 @@ def read(text: str) -> dict[str, list[str]]:
             value += lines.pop(0)
         value = "".join(c for c in value.strip() if c.isprintable() or c in "\t\r\n")
         inside = value[len(quotes) : len(value) - len(quotes)]
-        found.setdefault(name, []).append(inside)
-    return found
+        instructions.setdefault(name, []).append(inside)
+    return instructions
 
 
 def as_ollama_passes(messages: list[dict[str, str]], **think: bool) -> dict[str, Any]:
-    """The data of template.go's Execute for a chat, an answer's thought taken out by then."""
+    """Return the data of template.go's Execute for a chat, without the thoughts of answers."""
     passed = []
     for message in messages:
         thought, _, content = message["content"].rpartition("</think>")
@@ -231,19 +231,19 @@ def as_ollama_passes(messages: list[dict[str, str]], **think: bool) -> dict[str,
 Case = tuple[dict[str, Any], str]
 
 
-def cases(folder: Path, *, bos: bool, **said: bool) -> list[Case]:
-    """What Ollama would pass for conversations, and what the chat template makes of them."""
+def cases(folder: Path, *, bos: bool, **options: bool) -> list[Case]:
+    """Return Ollama's data for conversations, and the prompts that the chat template writes."""
     tokenizer = load_tokenizer(folder)
-    found = []
+    samples = []
     for messages in sample_conversations(derive_pieces(tokenizer, str(folder))):
         text = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **said
+            messages, add_generation_prompt=True, tokenize=False, **options
         )
-        think = {"Think": said["enable_thinking"]} if said else {}
+        think = {"Think": options["enable_thinking"]} if options else {}
         expected = text.removeprefix("<|endoftext|>") if bos else text
-        found.append((as_ollama_passes(messages, **think), expected))
-    assert len(found) >= 18
-    return found
+        samples.append((as_ollama_passes(messages, **think), expected))
+    assert len(samples) >= 18
+    return samples
 
 
 @pytest.mark.parametrize("bos", [False, True], ids=["", "bos"])
@@ -287,9 +287,9 @@ def test_go_itself_writes_what_the_jinja_templates_write(make: Make, tmp_path: P
         for kind in KINDS.values():
             folder = make(kind, bos=bos)
             template = template_of(build_modelfile(folder, "."))
-            found = cases(folder, bos=bos)
-            asked.append({"Template": template, "Data": [data for data, _ in found]})
-            expected.append([text for _, text in found])
+            samples = cases(folder, bos=bos)
+            asked.append({"Template": template, "Data": [data for data, _ in samples]})
+            expected.append([text for _, text in samples])
     (tmp_path / "x.go").write_text(GO)
     done = subprocess.run(
         ["go", "run", "x.go"], cwd=tmp_path, input=json.dumps(asked), capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format, by PEFT's own arithmetic, against what mlx-lm makes of them."""
+"""Adapters in PEFT's format, by PEFT's own arithmetic, against mlx-lm's own fusing."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def written(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def by_peft(name: str, base: Any, config: dict[str, Any], weights: dict[str, Any]) -> Any:
-    """The weights of a module with its adapters merged, as PEFT's LoRA layers do it."""
+    """Return the weights of a module with its adapters merged, as PEFT's LoRA layers do it."""
     key = f"base_model.model.{name}"
     scaling = config["alpha_pattern"].get(name, config["lora_alpha"]) / config["rank_pattern"].get(
         name, config["r"]
@@ -70,16 +70,16 @@ def test_peft_gets_the_weights_that_mlx_fuses(
     used = set()
     for name, module in adapted.items():
         before = np.array(stored[f"{name}.weight"].astype(mx.float32))
-        found = by_peft(name, before, config, weights)
+        merged = by_peft(name, before, config, weights)
         expected = np.array(module.fuse().weight)
         assert np.abs(expected - before).max() > 0.01
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        np.testing.assert_allclose(merged, expected, atol=1e-5)
         used |= {key for key in weights if key.startswith(f"base_model.model.{name}.")}
     if tied:  # the head is the embedding, so it has to get the embedding's adapters
         before = np.array(stored["model.embed_tokens.weight"].astype(mx.float32))
-        found = by_peft("lm_head", before, config, weights)
+        merged = by_peft("lm_head", before, config, weights)
         expected = np.array(adapted["model.embed_tokens"].fuse().weight)
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        np.testing.assert_allclose(merged, expected, atol=1e-5)
         used |= {key for key in weights if key.startswith("base_model.model.lm_head.")}
     assert used == set(weights)
 
@@ -110,10 +110,10 @@ def test_modules_may_have_ranks_of_their_own(tiny: Path, tmp_path: Path) -> None
     weights |= {f"{name}.lora_a": mx.ones((192, 1)), f"{name}.lora_b": mx.ones((1, 384))}
     mx.save_safetensors(str(path), weights)
     write_peft(tmp_path / "adapters", tmp_path / "out", base="b", model=tiny)
-    config, found = written(tmp_path / "out")
+    config, weights = written(tmp_path / "out")
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({name: 1}, {name: 2.5})
     before = np.array(model.layers[4].mlp.up_proj.linear.weight)
-    np.testing.assert_allclose(by_peft(name, before, config, found), before + 2.5, atol=1e-5)
+    np.testing.assert_allclose(by_peft(name, before, config, weights), before + 2.5, atol=1e-5)
 
 
 def test_adapters_without_a_form_in_peft_are_refused(tiny: Path, tmp_path: Path) -> None:

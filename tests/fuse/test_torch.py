@@ -1,10 +1,10 @@
-"""transformers on torch computes from what leaves the pipeline what mlx computes. Asked for only.
+"""transformers on torch computes from our exports what mlx computes. Runs only where asked for.
 
 torch is no part of this project: give a Python of another environment that has it.
 
     python3 -m venv /tmp/torch-env
     /tmp/torch-env/bin/pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2
-    ATHANOR_TORCH=/tmp/torch-env/bin/python uv run pytest -n0 -s tests/test_torch.py
+    ATHANOR_TORCH=/tmp/torch-env/bin/python uv run pytest -n0 -s tests/fuse/test_torch.py
 
 On Linux `--extra-index-url https://download.pytorch.org/whl/cpu` spares you CUDA's libraries.
 ATHANOR_TORCH_MODEL names another base than models/tiny: a folder. With -s the differences are
@@ -49,18 +49,18 @@ def base(tiny: Path) -> Path:
 
 
 def prompts(model: Path) -> list[Any]:
-    found: list[Any] = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    answered = [*found[0], {"role": "assistant", "content": "星期八"}, *found[1]]
-    return [*found, answered]
+    asked: list[Any] = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    answered = [*asked[0], {"role": "assistant", "content": "星期八"}, *asked[1]]
+    return [*asked, answered]
 
 
 def by_mlx(model: Any, tokenizer: Any, asked: list[Any]) -> list[tuple[list[int], Any]]:
-    """The tokens of each conversation, and their logits: (tokens, vocabulary)."""
-    found = []
+    """Return the tokens of each conversation and their logits, [tokens, vocabulary]."""
+    results = []
     for messages in asked:
         ids = templates.encode_prompt({"messages": [*messages, {"role": "assistant"}]}, tokenizer)
-        found.append((ids, np.array(model(mx.array([ids]))[0].astype(mx.float32))))
-    return found
+        results.append((ids, np.array(model(mx.array([ids]))[0].astype(mx.float32))))
+    return results
 
 
 def by_torch(work: Path, asked: list[Any], *folders: Path) -> list[tuple[list[int], Any]]:
@@ -69,8 +69,8 @@ def by_torch(work: Path, asked: list[Any], *folders: Path) -> list[tuple[list[in
     paths = [script, work / "prompts.json", work / "logits.npz", *folders]
     done = subprocess.run([str(PYTHON), *map(str, paths)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    with np.load(work / "logits.npz") as found:
-        return [(found[f"ids{i}"].tolist(), found[f"logits{i}"]) for i in range(len(asked))]
+    with np.load(work / "logits.npz") as arrays:
+        return [(arrays[f"ids{i}"].tolist(), arrays[f"logits{i}"]) for i in range(len(asked))]
 
 
 def difference(ours: list[tuple[list[int], Any]], theirs: list[tuple[list[int], Any]]) -> float:
@@ -116,14 +116,14 @@ def test_torch_computes_what_mlx_computes(
     write_fused_model(base, tmp_path / "adapters", folder, end=end, dequantize=False)
     fused, tokenizer = load_with_tokenizer(folder)
     fused.set_dtype(mx.float32)
-    found = {
+    differences = {
         "fused": difference(by_mlx(fused, tokenizer, asked), by_torch(tmp_path, asked, folder))
     }
     if method != "full":
         write_peft(tmp_path / "adapters", tmp_path / "peft", base=str(base), model=base)
-        found["base + PEFT"] = difference(
+        differences["base + PEFT"] = difference(
             adapted, by_torch(tmp_path, asked, base, tmp_path / "peft")
         )
-    said = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
-    print(f"\n{request.node.callspec.id}: moved {moved:.2f}; mlx to torch: {said}")
-    assert max(found.values()) < LARGEST
+    figures = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+    print(f"\n{request.node.callspec.id}: moved {moved:.2f}; mlx to torch: {figures}")
+    assert max(differences.values()) < LARGEST

@@ -101,21 +101,18 @@ def build_modelfile(model: Path, source: str, *, system: str | None = None) -> s
             raise UserError("fuse.template_without_system", model=model, system=system)
         template = write_go_template(pieces)
     else:
-        notes.append("The model has no chat template: it goes on with the text that it is given.")
+        notes.append("The model has no chat template: it continues the text of the prompt.")
         template = "{{ .Prompt }}"
-
-    values = _sampling(generation) | {"num_ctx": _context(config)}
-    stops = stated_stop_ids(generation)
 
     lines = [f"# {note}" for note in notes]
     lines += [f"FROM {source}", f"TEMPLATE {_quoted(template)}"]
     if system is not None:
         lines.append(f"SYSTEM {_quoted(system)}")
-    lines += [f"PARAMETER {name} {json.dumps(value)}" for name, value in values.items()]
-    for token in stops:
-        lines.append(
-            f"PARAMETER stop {_quoted(tokenizer.decode([token], skip_special_tokens=False))}"
-        )
+    for name, value in (_sampling(generation) | {"num_ctx": _context(config)}).items():
+        lines.append(f"PARAMETER {name} {json.dumps(value)}")
+    for token in stated_stop_ids(generation):
+        stop = tokenizer.decode([token], skip_special_tokens=False)
+        lines.append(f"PARAMETER stop {_quoted(stop)}")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The fixed pieces of a chat template, found by asking it about conversations of known texts.
+"""The fixed pieces of a chat template, seen in conversations of known texts.
 
 The pieces between these texts have to write what the template writes for further conversations, or
 the template has no such pieces.

@@ -49,7 +49,7 @@ def tokenizer_fields(
     """Return llama.cpp's keys for a tokenizer, its chat template and the tokens that end an answer.
 
     Ids that the model has and the tokenizer has not become unused tokens; those that only the
-    tokenizer has (Gemma 3's image token) are left out, as no model can be given them.
+    tokenizer has (Gemma 3's image token) are left out, as no model can read them.
     """
     data = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = data["model"].get("type")
