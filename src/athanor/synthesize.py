@@ -1,10 +1,10 @@
-"""Made-up rows in any format that the project reads: for trying things out and for load tests.
+"""Synthetic rows in any format that the project reads, for experiments and load tests.
 
     uv run python -m athanor.synthesize data/rows.jsonl --rows 1000 --format chat --locale zh_CN
 
-Reads nothing; writes JSONL about people whom Faker invents, in Chinese, English or both, and never
-over a file that is there. The same arguments write the same bytes. Every row has an "id", about
-half of them a "source" and half a "quality_score".
+Writes JSON Lines about people whom Faker invents, in Chinese, English or both, never over an
+existing file. The same arguments write the same bytes. Every row has an "id", about half of them a
+"source" and half a "quality_score".
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from athanor import console
 from athanor.errors import UserError
 
-# A call of Faker costs 10 to 50 microseconds, a choice among what it drew before less than one.
+# A call of Faker takes 10 to 50 microseconds, a choice from a pool of its values less than one.
 POOL = 4000
 FIELDS = ("city", "job", "company", "phone_number")
 COLUMNS = ("name", *FIELDS)
@@ -31,7 +32,7 @@ Person = dict[str, str]
 
 @dataclass(frozen=True)
 class Language:
-    """What a locale says about a person: per field, its statements and its questions."""
+    """The sentences of a locale about a person: statements and questions by field."""
 
     joint: str
     columns: dict[str, str]
@@ -120,22 +121,24 @@ LANGUAGES = {
 }
 
 
-def _say(rng: Random, texts: dict[str, Texts], field: str, person: Person) -> str:
+def _sentence(rng: Random, texts: dict[str, Texts], field: str, person: Person) -> str:
     return rng.choice(texts[field]).format_map(person)
 
 
 def _exchanges(
-    rng: Random, person: Person, language: Language, asked: int
+    rng: Random, person: Person, language: Language, count: int
 ) -> tuple[str, list[tuple[str, str]]]:
-    """Facts about a person, and questions that they answer with their answers."""
-    known = rng.sample(FIELDS, max(2, asked))
-    said = (_say(rng, language.statements, field, person) for field in FIELDS if field in known)
-    facts = language.joint.join(said)
+    """Return facts about a person, and `count` questions about them with their answers."""
+    known = rng.sample(FIELDS, max(2, count))
+    statements = (
+        _sentence(rng, language.statements, field, person) for field in FIELDS if field in known
+    )
+    facts = language.joint.join(statements)
     pairs = []
-    for field in known[:asked]:
+    for field in known[:count]:
         full = rng.random() < 0.5
-        answer = _say(rng, language.statements, field, person) if full else person[field]
-        pairs.append((_say(rng, language.questions, field, person), answer))
+        answer = _sentence(rng, language.statements, field, person) if full else person[field]
+        pairs.append((_sentence(rng, language.questions, field, person), answer))
     return facts, pairs
 
 
@@ -152,19 +155,19 @@ def _instruction(rng: Random, person: Person, language: Language) -> dict[str, A
 
 
 def _chat(rng: Random, person: Person, language: Language) -> dict[str, Any]:
-    """One to three exchanges; the first question brings the facts for all of them."""
+    """Return one to three exchanges; the first question has the facts for all of them."""
     facts, pairs = _exchanges(rng, person, language, rng.randint(1, 3))
-    said = [turn for pair in pairs for turn in zip(("user", "assistant"), pair, strict=True)]
-    said[0] = ("user", facts + language.joint + pairs[0][0])
+    turns = [turn for pair in pairs for turn in zip(("user", "assistant"), pair, strict=True)]
+    turns[0] = ("user", facts + language.joint + pairs[0][0])
     if rng.random() < 0.3:
-        said.insert(0, ("system", rng.choice(language.systems)))
-    return {"messages": [{"role": role, "content": text} for role, text in said]}
+        turns.insert(0, ("system", rng.choice(language.systems)))
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
 def _sharegpt(rng: Random, person: Person, language: Language) -> dict[str, Any]:
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     messages = _chat(rng, person, language)["messages"]
-    turns = [{"from": names[said["role"]], "value": said["content"]} for said in messages]
+    turns = [{"from": names[turn["role"]], "value": turn["content"]} for turn in messages]
     return {"conversations": turns}
 
 
@@ -180,8 +183,8 @@ def _schema(field: str, language: Language) -> dict[str, Any]:
 
 def _tools(rng: Random, person: Person, language: Language) -> dict[str, Any]:
     field, hint = rng.sample(FIELDS, 2)
-    facts = _say(rng, language.statements, hint, person)
-    question = facts + language.joint + _say(rng, language.questions, field, person)
+    facts = _sentence(rng, language.statements, hint, person)
+    question = facts + language.joint + _sentence(rng, language.questions, field, person)
     values = {"name": person["name"], hint: person[hint]}
     arguments = json.dumps(values, ensure_ascii=False) if rng.random() < 0.5 else values
     function = {"name": f"get_{field}", "arguments": arguments}
@@ -189,19 +192,19 @@ def _tools(rng: Random, person: Person, language: Language) -> dict[str, Any]:
     messages: list[dict[str, Any]] = [{"role": "user", "content": question}]
     messages.append({"role": "assistant", "tool_calls": [call]})
     if rng.random() < 0.5:
-        found = json.dumps({field: person[field]}, ensure_ascii=False)
+        result = json.dumps({field: person[field]}, ensure_ascii=False)
         link = {"tool_call_id": call["id"]} if rng.random() < 0.5 else {}
-        messages.append({"role": "tool", **link, "content": found})
-        answer = _say(rng, language.statements, field, person)
+        messages.append({"role": "tool", **link, "content": result})
+        answer = _sentence(rng, language.statements, field, person)
         messages.append({"role": "assistant", "content": answer})
     offered = rng.choice(([field], [field, hint], [hint, field]))
     return {"messages": messages, "tools": [_schema(each, language) for each in offered]}
 
 
 def _text(rng: Random, person: Person, language: Language) -> dict[str, Any]:
-    told = rng.sample(FIELDS, rng.randint(3, 4))
-    said = (_say(rng, language.statements, field, person) for field in told)
-    return {"text": language.joint.join(said)}
+    fields = rng.sample(FIELDS, rng.randint(3, 4))
+    statements = (_sentence(rng, language.statements, field, person) for field in fields)
+    return {"text": language.joint.join(statements)}
 
 
 def _classification(rng: Random, person: Person, language: Language) -> dict[str, Any]:
@@ -211,12 +214,12 @@ def _classification(rng: Random, person: Person, language: Language) -> dict[str
 
 
 def _wikisql(rng: Random, person: Person, language: Language) -> dict[str, Any]:
-    asked, *given = rng.sample(COLUMNS, rng.randint(2, 3))
+    queried, *known = rng.sample(COLUMNS, rng.randint(2, 3))
     name = f"{rng.choice(language.tables)}_{rng.randrange(1000)}"
     header = [language.columns[field] for field in rng.sample(COLUMNS, len(COLUMNS))]
-    tests = [(language.columns[key], person[key]) for key in given]
+    tests = [(language.columns[key], person[key]) for key in known]
     where = language.also.join(language.where.format(*test) for test in tests)
-    column = language.columns[asked]
+    column = language.columns[queried]
     check = " AND ".join(f"{key} = '" + value.replace("'", "''") + "'" for key, value in tests)
     return {
         "question": language.select.format(table=name, column=column, where=where),
@@ -238,7 +241,7 @@ FORMATS: dict[str, Callable[[Random, Person, Language], dict[str, Any]]] = {
 
 
 def rows(format: str, count: int, locales: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:
-    """Yields `count` rows; each is about one person, in one of the locales.
+    """Yield `count` rows; each is about one person, in one of the locales.
 
     Raises:
         UserError: where Faker is missing.
@@ -246,7 +249,7 @@ def rows(format: str, count: int, locales: Sequence[str], seed: int) -> Iterator
     """
     make = FORMATS[format]
     spoken = {locale: (LANGUAGES[locale], _pools(locale, seed)) for locale in locales}
-    # Seeded with a text: of a number, Random takes the size alone, and -1 would be 1.
+    # Seeded with a text: Random ignores the sign of a number.
     rng = Random(f"{seed}")
     for number in range(count):
         language, pools = spoken[rng.choice(locales)]
@@ -260,14 +263,13 @@ def rows(format: str, count: int, locales: Sequence[str], seed: int) -> Iterator
         yield row
 
 
+@lru_cache(maxsize=8)
 def _pools(locale: str, seed: int) -> dict[str, list[str]]:
-    """What Faker invents, drawn once: up to POOL different values for each field."""
+    """Return up to POOL different values of Faker's for each field."""
     try:
         from faker import Faker
     except ImportError:
-        raise UserError(
-            "rows are made up by Faker, which is not installed: `uv sync --extra synthesize`"
-        ) from None
+        raise UserError("synthesize.faker_missing") from None
     faker = Faker(locale)
     faker.seed_instance(f"{seed} {locale}")
     drawn = {field: [getattr(faker, field)() for _ in range(POOL)] for field in COLUMNS}
@@ -275,17 +277,17 @@ def _pools(locale: str, seed: int) -> dict[str, list[str]]:
 
 
 def write(path: Path, drawn: Iterable[dict[str, Any]], count: int) -> None:
-    """Writes rows as they come to a temporary name beside `path`, flushes it and renames it.
+    """Write rows to a new file as they come; `count` is for the progress bar.
 
     Raises:
-        UserError: where `path` is there already, or its folder can't be written to.
+        UserError: where `path` exists, or its folder can't be written to.
     """
     _check_free(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{path}: can't write there ({error}); name another place") from None
+        raise UserError("synthesize.not_writable", path=path, reason=error) from None
     encode = json.JSONEncoder(ensure_ascii=False).encode
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
@@ -307,14 +309,12 @@ def write(path: Path, drawn: Iterable[dict[str, Any]], count: int) -> None:
 
 def _check_free(path: Path) -> None:
     if os.path.lexists(path):
-        raise UserError(
-            f"{path} is there already and stays as it is: name another file, or move it away first"
-        )
+        raise UserError("synthesize.exists", path=path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m athanor.synthesize")
-    parser.add_argument("out", type=Path, metavar="OUT", help="a JSONL file that is not there yet")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new JSON Lines file")
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--format", choices=FORMATS, default="completions")
     parser.add_argument("--locale", nargs="+", choices=LANGUAGES, default=list(LANGUAGES))

@@ -15,7 +15,7 @@ from athanor.chat.contract import resolve_contract
 from athanor.chat.load import load_tokenizer
 from athanor.chat.tokens import mark_supervised, tokenize_row, tokenize_rows
 from athanor.compute.arrays import pad_rows
-from athanor.prepare.check_rows import special_tokens
+from athanor.prepare.form_rows import special_tokens
 from support import kinds
 
 QUESTIONS = {

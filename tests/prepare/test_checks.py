@@ -28,10 +28,10 @@ from athanor.config.schema import DataConfig
 from athanor.config.values import to_dataclass
 from athanor.errors import UserError
 from athanor.paths import SPLITS
-from athanor.prepare import read_rows
+from athanor.prepare import origins
 from athanor.prepare.check_rows import FirstPass
 from athanor.prepare.checks import Findings
-from athanor.prepare.compare_rows import second_pass
+from athanor.prepare.compare_rows import compare_rows
 from athanor.prepare.prepare import prepare
 from athanor.prepare.tally import Tally
 
@@ -1176,7 +1176,7 @@ def through(conf: DataConfig, tiny: Path) -> Try:
             )
             with (out / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
                 findings = Findings(checks, rejected)
-                read, _ = read_rows.origins(data, count, config.article_tokens, [])
+                read, _ = origins.find_files(data, count, config.article_tokens, [])
                 first = FirstPass(
                     read,
                     config,
@@ -1187,7 +1187,7 @@ def through(conf: DataConfig, tiny: Path) -> Try:
                     end=tokenizer.eos_token_id,
                 )
                 tally = first.run(out)
-                second_pass(tally, config, findings, out)
+                compare_rows(tally, config, findings, out)
             accounted(tally, findings, out)
 
     return run
@@ -1219,7 +1219,7 @@ def test_any_json(rows: list[Any], whole: bool, through: Try) -> None:
 
 
 @fuzzed(12)
-@given(rows=LISTS, content=CONTENTS, suffix=st.sampled_from(read_rows.SUFFIXES))
+@given(rows=LISTS, content=CONTENTS, suffix=st.sampled_from(origins.SUFFIXES))
 def test_any_folder_is_prepared_or_refused(
     rows: list[Any], content: bytes, suffix: str, conf: DataConfig, tiny: Path
 ) -> None:

@@ -20,11 +20,12 @@ from athanor.config.compose import compose_config
 from athanor.config.values import to_dataclass
 from athanor.errors import UserError
 from athanor.paths import SPLITS
-from athanor.prepare import near_duplicates, read_rows
+from athanor.prepare import near_duplicates, origins, read_json
 from athanor.prepare.check_rows import CHUNKS_AHEAD, FirstPass
 from athanor.prepare.checks import Findings
+from athanor.prepare.origins import Origin
 from athanor.prepare.prepare import prepare
-from athanor.prepare.read_rows import Origin, Record
+from athanor.prepare.records import Record
 from athanor.prepare.tally import CHUNK
 
 Row = dict[str, Any]
@@ -519,9 +520,9 @@ def test_a_long_list_of_json_is_read_once(tmp_path: Path, monkeypatch: pytest.Mo
     rows = [pair(f"第{n}问", f"第{n}答") for n in range(500)]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
-    parsed = read_rows.parse
-    monkeypatch.setattr(read_rows, "parse", lambda text, start=0: parsed(Counting(text), start))
-    [origin], _ = read_rows.origins(tmp_path, len, 100, [])
+    parsed = read_json.parse
+    monkeypatch.setattr(read_json, "parse", lambda text, start=0: parsed(Counting(text), start))
+    [origin], _ = origins.find_files(tmp_path, len, 100, [])
     assert [record.value for record in origin.read(frozenset())] == rows
     assert 0 < looked_at < 3 * path.stat().st_size
 

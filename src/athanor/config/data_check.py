@@ -1,10 +1,8 @@
 """Values of conf/data: checks and their actions, formats, templates, cleaning steps.
 
-What can be wrong with rows, under a name each, and what is done about it.
-
-`stop` ends the stage with every fault named, `skip` puts the row into rejected.jsonl and goes on,
-`fix` mends it, `warn` says it and keeps the row, `ignore` does not look. conf/data/default.yaml
-chooses one for each name.
+Each check has a name, and each fault of a row is its check's. conf/data/default.yaml chooses an
+action for each: `stop` ends the stage after all faults are listed, `skip` moves the row to
+rejected.jsonl, `fix` mends it, `warn` reports it and keeps the row, `ignore` turns the check off.
 """
 
 from collections.abc import Iterator
@@ -16,55 +14,54 @@ from jinja2.sandbox import SandboxedEnvironment
 from athanor.config.schema import DataConfig
 from athanor.errors import Problem, nearest, problem
 
-# In the order in which they are done.
+# Steps in their order.
 CLEANING = ("html", "control", "full_width", "whitespace")
 
 STOP, SKIP, FIX, WARN, IGNORE = "stop", "skip", "fix", "warn", "ignore"
 
-
-# What each check means, and which actions it may have.
+# The description of each check, and the actions that it may have.
 CHECKS: dict[str, tuple[str, str]] = {
-    "unknown_file": ("a file of a kind that is not read", "stop warn"),
-    "shared_out": ("a file without a split's name beside files that have one", "stop warn"),
-    "unreadable_file": ("a file that is not what its name says", "stop warn"),
+    "unknown_file": ("a file of an unsupported type", "stop warn"),
+    "shared_out": ("a file without a split's name beside files with one", "stop warn"),
+    "unreadable_file": ("a file that does not have the format of its name", "stop warn"),
     "byte_order_mark": ("a byte order mark at the start of a file", "stop fix"),
-    "invalid_utf8": ("bytes that are no UTF-8", "stop skip"),
-    "invalid_json": ("not JSON", "stop skip"),
-    "several_objects": ("several JSON objects on a line", "stop skip fix"),
+    "invalid_utf8": ("bytes that are not UTF-8", "stop skip"),
+    "invalid_json": ("invalid JSON", "stop skip"),
+    "several_objects": ("several JSON objects on one line", "stop skip fix"),
     "split_object": ("one JSON object over several lines", "stop skip fix"),
     "duplicate_key": ("the same key twice in a JSON object", "stop skip"),
-    "not_a_number": ("NaN or an infinite number, which JSON does not have", "stop skip"),
-    "half_character": ("half a character (a lone surrogate, as of a cut emoji)", "stop skip fix"),
-    "wrong_columns": ("a CSV line that does not fit the header", "stop skip"),
-    "not_an_object": ("JSON, but no object", "stop skip"),
+    "not_a_number": ("NaN or infinity, which JSON does not have", "stop skip"),
+    "half_character": ("a lone surrogate: half a character, as of a cut emoji", "stop skip fix"),
+    "wrong_columns": ("a CSV line that does not match the header", "stop skip"),
+    "not_an_object": ("JSON that is not an object", "stop skip"),
     "image": ("a row with images, which language models do not read", "stop skip"),
     "missing_key": ("a row without the keys of any format, or of its file's", "stop skip"),
     "wrong_type": ("a value of another type than its key needs", "stop skip"),
-    "empty_prompt": ("a question without a text", "stop skip"),
-    "empty_completion": ("an answer without a text", "stop skip"),
-    "empty_text": ("a text without a character", "stop skip"),
-    "mixed_formats": ("a row of another format than its file's first", "stop skip warn"),
-    "unknown_role": ("a message of nobody known", "stop skip"),
-    "no_question": ("an answer that nothing comes before", "stop skip"),
+    "empty_prompt": ("a question without text", "stop skip"),
+    "empty_completion": ("an answer without text", "stop skip"),
+    "empty_text": ("a text without characters", "stop skip"),
+    "mixed_formats": ("a row of another format than the first of its file", "stop skip warn"),
+    "unknown_role": ("a message with an unknown role", "stop skip"),
+    "no_question": ("a conversation with an answer but no question", "stop skip"),
     "no_answer": ("a conversation that does not end with an answer", "stop skip fix"),
-    "malformed_tool_call": ("a tool, or a call of one, that can't be read", "stop skip"),
-    "unknown_label": ("a label that data.labels does not have", "stop skip"),
+    "malformed_tool_call": ("a malformed tool, or call of one", "stop skip"),
+    "unknown_label": ("a label that is not in data.labels", "stop skip"),
     "special_token": ("a special token of the model inside a text", "stop skip fix warn"),
     "template_refuses": ("a row that the model's chat template refuses", "stop skip"),
-    "left_out_by_template": ("what the chat template leaves out", "stop skip warn"),
+    "left_out_by_template": ("content that the chat template leaves out", "stop skip warn"),
     "low_quality": ("a quality_score below data.min_quality", "stop skip"),
     "nothing_to_learn": ("no supervised token within train.max_seq_length", "stop skip"),
-    "too_long": ("longer than train.max_seq_length: cut", "stop skip warn"),
-    "end_cut": ("cut before an answer's end: that answer is not learned", "stop skip warn"),
-    "answer_not_found": ("an answer that the template writes otherwise", "stop skip warn"),
-    "asked_otherwise": ("asked in other tokens than it is trained on", "stop skip warn"),
+    "too_long": ("longer than train.max_seq_length, and cut", "stop skip warn"),
+    "end_cut": ("cut before an answer's end, so that it is not learned", "stop skip warn"),
+    "answer_not_found": ("an answer that the chat template rewrites", "stop skip warn"),
+    "asked_otherwise": ("prompts that differ from the trained text", "stop skip warn"),
     "spelled_characters": ("many characters that take several tokens each", "stop skip warn"),
-    "other_script": ("in another script than almost all other rows", "stop skip warn"),
+    "other_script": ("in another script than almost all rows", "stop skip warn"),
     "duplicate": ("the same row twice in a split", "stop skip warn"),
-    "leak": ("a row that a held-out split has, too", "stop skip warn"),
-    "near_leak": ("almost a row that a held-out split has", "stop skip warn ignore"),
-    "question_leak": ("a question that a held-out split asks, too", "stop skip warn"),
-    "imbalance": ("almost all rows have one label, or one source", "stop warn"),
+    "leak": ("a row that a held-out split has as well", "stop skip warn"),
+    "near_leak": ("nearly a row of a held-out split", "stop skip warn ignore"),
+    "question_leak": ("a question that a held-out split has as well", "stop skip warn"),
+    "imbalance": ("almost all rows have the same label or source", "stop warn"),
     "too_few_rows": ("a split without rows", "stop"),
 }
 
@@ -84,24 +81,14 @@ def check_misfits(actions: dict[str, Any]) -> Iterator[Problem]:
 
 
 AUTO = "auto"
+FORMATS = ("chat", "completions", "instruction", "classification", "text", "template", "article")
 
 
-FORMATS = (
-    "chat",
-    "completions",
-    "instruction",
-    "classification",
-    "text",
-    "template",
-    "article",
-)
-
-
-def compiled(text: str) -> Template:
-    """A Jinja template that can touch nothing but the values of a row.
+def compile_template(text: str) -> Template:
+    """Return a Jinja template that can read nothing but the values of a row.
 
     Raises:
-        jinja2.TemplateSyntaxError: where it is none.
+        jinja2.TemplateSyntaxError: where the text is none.
     """
     environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(text)
@@ -130,6 +117,6 @@ def format_misfits(config: DataConfig) -> Iterator[Problem]:
 
 def _syntax(key: str, text: Any) -> Iterator[Problem]:
     try:
-        compiled(str(text))
+        compile_template(str(text))
     except TemplateError as error:
         yield problem("config.no_template", key, error=error.message)

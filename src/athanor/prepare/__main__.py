@@ -1,11 +1,11 @@
-"""Stage `prepare`: the rows in data/, checked and brought into one form, and the base model, found.
+"""Stage `prepare`: check the rows in data/, bring them into one form, and find the base model.
 
     uv run python -m athanor.prepare
 
 Reads params.yaml and data/; writes to artifacts/prepare/: train.jsonl, valid.jsonl and test.jsonl,
 which mlx_lm.lora --data reads unchanged; rejected.jsonl (the rows that were left out, whole, with
-why); report.json, report.html, metrics.json and lengths.csv (what the data looks like); model.json
-(which model, at which commit, with which digest); chat.json (what ends an answer, and where
+the reasons); report.json, report.html, metrics.json and lengths.csv (the report of the data);
+model.json (the model, its commit and its digest); chat.json (what ends an answer, and where
 generation stops).
 """
 
@@ -26,7 +26,7 @@ def main() -> None:
     cfg = load_config(sys.argv[1:])
     warn_if_params_differ_from_conf(cfg)
     refuse_model_misfits(cfg, find_model(cfg.model.path, cfg.model.revision))
-    found = prepare(
+    report = prepare(
         workspace.data,
         workspace.prepared,
         model_path=cfg.model.path,
@@ -36,46 +36,39 @@ def main() -> None:
         mask_prompt=cfg.train.mask_prompt,
         end_token=cfg.train.end_token,
     )
-    source = Source.read(workspace.prepared / "model.json")
-    _show(found)
-    rows = found["rows"]
+    _print_tables(report)
+    source, rows = Source.read(workspace.prepared / "model.json"), report["rows"]
     console.print_facts(
         "",
         {
             "rows": f"{rows['kept']:,} of {rows['read']:,}"
-            + (f", and {rows['augmented']:,} in other words" if rows["augmented"] else "")
-            + (f"; {workspace.prepared}/rejected.jsonl has the rest" if rows["rejected"] else ""),
+            + (f", and {rows['augmented']:,} augmented copies" if rows["augmented"] else "")
+            + (f"; the others: {workspace.prepared}/rejected.jsonl" if rows["rejected"] else ""),
             "model": f"{source.path} {source.commit or ''}".strip(),
             "digest": source.digest[:12],
-            "wrote": f"{workspace.prepared}/: the splits, report.html (open it), report.json, "
-            "model.json",
+            "wrote": f"{workspace.prepared}/: the splits, report.html, report.json, model.json",
         },
     )
 
 
-def _show(found: dict[str, Any]) -> None:
-    """Prints what is in the splits, and what the checks found."""
+def _print_tables(report: dict[str, Any]) -> None:
     columns = ("rows", "tokens", "supervised_tokens", "median_row", "longest_row", "rows_cut")
     console.print_table(
         "prepare",
-        ["split", "rows", "tokens", "to be learned", "median row", "longest", "cut"],
+        ["split", "rows", "tokens", "supervised", "median row", "longest", "cut"],
         [
             [name, *(f"{split[column]:,}" for column in columns)]
-            for name, split in found["splits"].items()
+            for name, split in report["splits"].items()
         ],
     )
-    if found["checks"]:
+    if report["checks"]:
         console.print_table(
             "",
-            ["check", "", "rows", "what it found, and where first"],
+            ["check", "action", "rows", "first example"],
             [
-                [
-                    check["name"],
-                    check["action"],
-                    f"{check['rows']:,}",
-                    ": ".join(check["examples"][0].values()) if check["examples"] else "",
-                ]
-                for check in found["checks"]
+                [check["name"], check["action"], f"{check['rows']:,}", ": ".join(example.values())]
+                for check in report["checks"]
+                for example in check["examples"][:1]
             ],
         )
 

@@ -1,7 +1,7 @@
-"""Articles in Markdown, cut into pieces of a few paragraphs that know their title and section.
+"""Articles in Markdown, cut into pieces of a few paragraphs that carry their title and section.
 
-Lines are taken as they are written, never rendered anew. Paragraphs and lists are cut where they
-are too long; code, tables and HTML stay whole.
+Lines are taken as written, not rendered again. Paragraphs and lists that are too long are cut;
+code, tables and HTML stay whole.
 """
 
 import re
@@ -18,11 +18,11 @@ from markdown_it.token import Token
 _MARKDOWN = MarkdownIt("commonmark").enable("table")
 _WHOLE = {"fence", "code_block", "html_block", "table_open"}
 _NESTS = {"bullet_list_open", "ordered_list_open", "list_item_open", "blockquote_open"}
-# As Pandoc has it: a rule with an empty line below it opens no front matter.
+# As in Pandoc: a rule with an empty line below it opens no front matter.
 _FRONT = re.compile(r"\A---[ \t]*\n(?![ \t]*\n)(?P<yaml>.*?)^---[ \t]*$", re.M | re.S)
 _COMMENT = re.compile(r"<!--(?:-?>|.*?(?:-->|\Z))", re.S)
 
-# Inside these no cut is made while there is another place: code, links, tags, URLs, list markers.
+# Not cut while there is another place: code, links, tags, URLs, list markers.
 _TOGETHER = r"""
     (?<!`)(?P<ticks>`++)(?s:.*?)(?<!`)(?P=ticks)(?!`)
   | \[(?:[^\[\]]++|\[[^\[\]]*+\])*+\](?:\((?:[^()]++|\([^()]*+\))*+\)|\[[^\[\]]*+\])
@@ -30,7 +30,7 @@ _TOGETHER = r"""
   | https?://[!-~]*[/\w]
   | ^(?:[ \t]*+(?:\d{1,9}[.)]|[-*+>]))++[ \t]*+
 """
-# What ends no sentence is matched too, so that a long run of dots is read once.
+# Dots that end no sentence are matched as well, so that a long run of them is read once.
 _SENTENCES = rf"""{_TOGETHER}
   | \b(?:(?i:e\.g|i\.e|cf|vs)|Mrs?|Ms|Drs?|Profs?|St|Figs?|[A-Z])\.
   | (?P<cut>[。！？；…]++[”’」』）】》]*+ | [.!?]++["'”’)\]*_]*+(?=\s))
@@ -46,10 +46,11 @@ _CUTS = tuple(
         _CLAUSES,
     )
 )
+# Not \X of `regex`: it takes quadratic time for a run of flags, and splits pairs of surrogates.
 _CHARACTER = re.compile("[\U0001f1e6-\U0001f1ff]{2}|[\ud800-\udbff][\udc00-\udfff]|.", re.S)
 
-_Span = tuple[int, int]  # from this character of the text to before that one
-_Part = tuple[str, int, int]  # what is between it and the part before it, and its span
+_Span = tuple[int, int]  # the first character, and the one behind the last
+_Part = tuple[str, int, int]  # the text between it and the part before it, and its span
 _Fits = Callable[[int, int], bool]
 _Section = tuple[tuple[str, ...], list[list[Token]]]  # its path, its blocks
 
@@ -64,16 +65,16 @@ class Piece:
 
 
 def pieces(text: str, *, name: str, count: Callable[[str], int], budget: int) -> Iterator[Piece]:
-    """The pieces of one article, in their order; blocks of a piece are a blank line apart.
+    """Yield the pieces of an article in order; a blank line separates the blocks of a piece.
 
-    Headings, front matter, comments, rules (`***`) and link definitions are no text of a piece.
+    Headings, front matter, comments, rules (`***`) and link definitions are left out.
 
     Args:
-        text: The article; any string will do.
-        name: The title where the article gives none: its file's name without the suffix.
-        count: A text's number of tokens; each part of the article is counted a few times.
-        budget: The most tokens of a piece. Only a code block, table or HTML block may have more,
-            alone in its piece, and one character that has more by itself.
+        text: The article; any string.
+        name: The title of an article without one: its file's name without the suffix.
+        count: A function from a text to its number of tokens; called a few times for each part.
+        budget: The most tokens of a piece. A code block, table or HTML block may have more, alone
+            in its piece, and so may a single character.
     """
     text = re.sub(r"\r\n?", "\n", text.removeprefix("\ufeff"))
     title, text = _front(text)
@@ -82,7 +83,7 @@ def pieces(text: str, *, name: str, count: Callable[[str], int], budget: int) ->
     def fits(start: int, end: int) -> bool:
         return count(text[start:end]) <= budget
 
-    # The parser cannot encode half a character in a link; the lines themselves keep it.
+    # The parser can not encode a lone surrogate in a link; the lines themselves keep it.
     tokens = _MARKDOWN.parse(re.sub("[\ud800-\udfff]", "\ufffd", text))
     for path, blocks in _sections(_groups(tokens), title or name):
         parts: list[_Part] = []
@@ -98,24 +99,24 @@ def pieces(text: str, *, name: str, count: Callable[[str], int], budget: int) ->
 
 
 def _front(text: str) -> tuple[str, str]:
-    """The front matter's title, or nothing, and the text with its front matter's lines emptied."""
-    found = _FRONT.match(text)
-    if not found:
+    """Return the front matter's title, or "", and the text with empty lines in its place."""
+    match = _FRONT.match(text)
+    if not match:
         return "", text
     try:
-        # All values as written: `title: 1984` is no number, `title: No` is no truth value.
-        values = yaml.load(found["yaml"], yaml.BaseLoader)  # constructs text, lists and dicts only
+        # All values as written: `title: 1984` is no number, `title: No` no boolean.
+        values = yaml.load(match["yaml"], yaml.BaseLoader)  # constructs text, lists and dicts only
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
         values = {}
     if values and not isinstance(values, dict):  # prose between two rules
         return "", text
     title = values.get("title") if values else None
     title = " ".join(title.split()) if isinstance(title, str) else ""
-    return title, "\n" * found[0].count("\n") + text[found.end() :]
+    return title, "\n" * match[0].count("\n") + text[match.end() :]
 
 
 def _groups(tokens: Sequence[Token]) -> list[list[Token]]:
-    """The outermost blocks of these tokens, each with all of its tokens."""
+    """Return the outermost blocks of these tokens, each with all of its tokens."""
     groups: list[list[Token]] = []
     for token in tokens:
         if token.level == tokens[0].level and token.nesting >= 0:
@@ -125,7 +126,7 @@ def _groups(tokens: Sequence[Token]) -> list[list[Token]]:
 
 
 def _sections(groups: list[list[Token]], title: str) -> Iterator[_Section]:
-    """The article's sections, also those without a block of text."""
+    """Yield the article's sections, including those without a block of text."""
     headings: list[tuple[int, str]] = []
     blocks: list[list[Token]] = []
     begun = False
@@ -161,7 +162,7 @@ def _plain(heading: Token) -> str:
 def _spans(
     text: str, block: list[Token], start: int, end: int, offsets: list[int], fits: _Fits
 ) -> Iterator[_Span]:
-    """A block's parts: itself where it fits or must stay whole, else its blocks or sentences."""
+    """Yield a block where it fits or must stay whole, else its inner blocks or sentences."""
     end = start + len(text[start:end].rstrip())
     inner = _groups(block[1:-1]) if block[0].type in _NESTS else []
     if start == end:
@@ -169,7 +170,7 @@ def _spans(
     if fits(start, end) or block[0].type in _WHOLE:
         yield start, end
     elif inner:
-        # From start to start: nothing between two blocks, or before the first, gets lost.
+        # From start to start, so that text between and before blocks is kept.
         starts = [start, *(offsets[(group[0].map or (0,))[0]] for group in inner[1:]), end]
         for group, (first, last) in zip(inner, pairwise(starts), strict=True):
             yield from _spans(text, group, first, last, offsets, fits)
@@ -180,7 +181,7 @@ def _spans(
 def _cut(
     text: str, start: int, end: int, cuts: tuple[re.Pattern[str], ...], fits: _Fits
 ) -> Iterator[_Span]:
-    """Prose, cut at the first kind of place that makes its parts fit."""
+    """Yield parts of prose, cut at the first kind of place that makes them fit."""
     part = text[start:end].strip()
     start += text[start:end].index(part)
     end = start + len(part)
@@ -189,14 +190,14 @@ def _cut(
     elif not cuts:
         yield from _hard(text, start, end, fits)
     else:
-        found = (match.end() for match in cuts[0].finditer(part) if match["cut"])
-        places = [0, *(at for at in found if at < len(part) and not _extends(part[at])), len(part)]
+        ends = (match.end() for match in cuts[0].finditer(part) if match["cut"])
+        places = [0, *(at for at in ends if at < len(part) and not _extends(part[at])), len(part)]
         for first, last in pairwise(places):
             yield from _cut(text, start + first, start + last, cuts[1:], fits)
 
 
 def _hard(text: str, start: int, end: int, fits: _Fits) -> Iterator[_Span]:
-    """The longest parts that fit, cut between characters as people see them."""
+    """Yield the longest parts that fit, cut between grapheme clusters."""
     places: list[int] = []
     for match in _CHARACTER.finditer(text, start, end):
         at = match.start()
@@ -216,7 +217,7 @@ def _hard(text: str, start: int, end: int, fits: _Fits) -> Iterator[_Span]:
 
 
 def _extends(character: str) -> bool:
-    """Whether it belongs to the one before it: an accent, a joiner, a skin tone, a Hangul vowel."""
+    """Return True for accents, joiners, skin tones, Hangul vowels: they extend the one before."""
     return (
         unicodedata.category(character).startswith("M")
         or character == "\u200d"
@@ -228,14 +229,14 @@ def _extends(character: str) -> bool:
 def _packed(
     text: str, parts: list[_Part], count: Callable[[str], int], budget: int
 ) -> Iterator[_Span]:
-    """Which parts make a piece: from this one to before that one."""
+    """Yield the parts of each piece, as the numbers of its first and of the one behind its last."""
     costs = [count(gap + text[start:end]) for gap, start, end in parts]
     first = 0
     while first < len(parts):
         total, last = count(_joined(text, parts[first : first + 1])), first + 1
         while last < len(parts) and (total := total + costs[last]) <= budget:
             last += 1
-        # Tokens of parts do not quite add up.
+        # The tokens of parts do not add up exactly.
         if last - first > 1 and count(_joined(text, parts[first:last])) > budget:
             begin, ends = first, range(first + 1, last)
             fitting = bisect_right(

@@ -1,33 +1,30 @@
-"""What rows are written in: which script, and which characters a tokenizer has no token for."""
+"""Characters of rows: their script, and those that a tokenizer has no token for."""
 
-import re
 from collections import Counter
 from typing import TYPE_CHECKING
+
+import regex
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-# Words where words are parted by spaces, single characters where they are not: so a Chinese
-# sentence with an English name in it is Chinese.
+# Scripts with spaces are counted by words, the others by characters: a Chinese sentence with an
+# English name in it is Chinese.
 SCRIPTS = {
-    "Han": re.compile("[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]"),
-    "Kana": re.compile("[\u3040-\u30ff]"),
-    "Hangul": re.compile("[\uac00-\ud7af]"),
-    "Latin": re.compile("[A-Za-z\u00c0-\u024f]+"),
-    "Cyrillic": re.compile("[\u0400-\u052f]+"),
-    "Greek": re.compile("[\u0370-\u03ff]+"),
-    "Arabic": re.compile("[\u0600-\u06ff]+"),
-    "Hebrew": re.compile("[\u0590-\u05ff]+"),
-    "Thai": re.compile("[\u0e00-\u0e7f]+"),
-    "Devanagari": re.compile("[\u0900-\u097f]+"),
+    "Han": regex.compile(r"\p{Han}"),
+    "Kana": regex.compile(r"[\p{Hiragana}\p{Katakana}]"),
+    "Hangul": regex.compile(r"\p{Hangul}"),
+} | {
+    name: regex.compile(rf"\p{{{name}}}+")
+    for name in ("Latin", "Cyrillic", "Greek", "Arabic", "Hebrew", "Thai", "Devanagari")
 }
-# Characters that tell a text's script.
+# The first characters of a text tell its script.
 ENOUGH = 60
 NAMES = ("none", *SCRIPTS)
 
 
 def script(text: str) -> str:
-    """The script that most of a text's beginning is in; `none` where it is in no known one."""
+    """Return the script of most of a text's beginning; `none` for a script without a name here."""
     text = text[:ENOUGH]
     if text.isascii():
         return "Latin" if SCRIPTS["Latin"].search(text) else "none"
@@ -41,7 +38,7 @@ def script(text: str) -> str:
 
 
 class Spelling:
-    """Characters that a tokenizer spells with several tokens each, most often the bytes of one."""
+    """Characters that a tokenizer spells with several tokens each, usually one a byte."""
 
     def __init__(self, tokenizer: "TokenizerWrapper") -> None:
         self.rows: Counter[str] = Counter()
@@ -50,18 +47,18 @@ class Spelling:
         self._tokenizer = tokenizer
 
     def spelled(self, text: str) -> set[str]:
-        """Which of a text's characters take several tokens, taken by themselves."""
+        """Return the characters of a text that take several tokens each by themselves."""
         if text.isascii():
-            return set()  # tokenizers that spell have a token for each byte, and so for these
+            return set()  # tokenizers that spell have a token for each byte
         characters = set(text)
         if new := characters - self._seen:
             self._seen |= new
-            self._look_at(sorted(new))
+            self._measure(sorted(new))
         return characters & self.tokens.keys()
 
-    def _look_at(self, characters: list[str]) -> None:
+    def _measure(self, characters: list[str]) -> None:
         backend = self._tokenizer.backend_tokenizer
-        # After a letter, because some tokenizers write a space before what stands first.
+        # Behind a letter, because some tokenizers put a space before the first character.
         alone = len(backend.encode("x", add_special_tokens=False))
         texts = ["x" + character for character in characters]
         for character, encoding in zip(

@@ -1,9 +1,4 @@
-"""What can be wrong with rows, under a name each, and what is done about it.
-
-`stop` ends the stage with every fault named, `skip` puts the row into rejected.jsonl and goes on,
-`fix` mends it, `warn` says it and keeps the row, `ignore` does not look. conf/data/default.yaml
-chooses one for each name.
-"""
+"""Faults of rows, and the findings of a run: faults counted, named, and acted upon."""
 
 import json
 from collections import Counter, defaultdict
@@ -11,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from athanor import console
 from athanor.config.data_check import CHECKS, FIX, SKIP, STOP, WARN
 from athanor.errors import UserError
 
-# Of each check this many rows are named; rejected.jsonl has every one.
+# Rows that are named for each check; rejected.jsonl has all of them.
 NAMED = 20
 
 
 class Fault(Exception):
-    """One thing that is wrong with one row: a name of CHECKS, and what was found."""
+    """A fault of a row: the name of its check in CHECKS, and the facts in a sentence."""
 
     def __init__(self, name: str, text: str) -> None:
         super().__init__(text)
@@ -29,14 +25,14 @@ class Fault(Exception):
 
 @dataclass(frozen=True)
 class Example:
-    """A row that a check found."""
+    """A row that failed a check."""
 
     where: str
     text: str
 
 
 class Findings:
-    """What the checks found, counted; rows that must not go on are written to `rejected`."""
+    """The faults of a run, counted; rows that are left out are written to `rejected`."""
 
     def __init__(self, actions: dict[str, str], rejected: IO[str]) -> None:
         self.actions = actions
@@ -48,16 +44,16 @@ class Findings:
         self._file = rejected
 
     def note(self, name: str, where: str, text: str) -> None:
-        """Counts a fault that concerns no row of its own."""
+        """Count a fault that is mended, or not a single row's."""
         self.counts[name] += 1
         if len(self.examples[name]) < NAMED:
             shown = text.encode(errors="backslashreplace").decode()
             self.examples[name].append(Example(where, shown))
 
     def passes(self, where: str, faults: list[Fault], row: Any, *, lost: bool = False) -> bool:
-        """Counts a row's faults; False where it may not go on, and then it was written down.
+        """Count a row's faults; return False, and write the row to rejected.jsonl, if it is out.
 
-        A row that is `lost` may not, although its faults are fixed: there was no mending it.
+        A row that is `lost` could not be mended: faults that would be fixed put it out as well.
         """
         for fault in faults:
             self.note(fault.name, where, fault.text)
@@ -71,34 +67,37 @@ class Findings:
         return not against
 
     def stop(self, where: Path) -> None:
-        """Ends the stage if anything was found that stops it.
+        """End the stage if a fault with the action `stop` was counted.
 
         Raises:
-            UserError: with the first of what every check found, and where all of it is.
+            UserError: with the first rows of each such check; `where` is the file with all of them.
         """
-        found = [name for name in self.counts if self.actions[name] == STOP]
-        if not found:
+        checks = [name for name in self.counts if self.actions[name] == STOP]
+        if not checks:
             return
         lines = []
-        for name in found:
+        for name in checks:
             shown = self.examples[name]
             lines += [f"{example.where}: {name}: {example.text}" for example in shown]
             if more := self.counts[name] - len(shown):
                 lines.append(f"… and {more:,} more of {name}")
-        count = sum(self.counts[name] for name in found)
-        problems = "1 problem" if count == 1 else f"{count:,} problems"
-        skippable = [name for name in found if SKIP in CHECKS[name][1].split()]
-        hint = (
-            f"\nthe rows are whole in {where}; to go on without such rows: "
-            + " ".join(f"data.checks.{name}=skip" for name in skippable)
-            if skippable
-            else ""
+        problems = console.counted(sum(self.counts[name] for name in checks), "problem")
+        listing = "\n  ".join(lines)
+        skips = " ".join(f"data.checks.{n}=skip" for n in checks if SKIP in CHECKS[n][1].split())
+        if not skips:
+            raise UserError("prepare.faults", problems=problems, checks=checks, listing=listing)
+        raise UserError(
+            "prepare.faults_of_rows",
+            problems=problems,
+            checks=checks,
+            listing=listing,
+            rejected=where,
+            overrides=skips,
         )
-        raise UserError(f"data: {problems}; nothing was prepared\n  " + "\n  ".join(lines) + hint)
 
 
 def as_line(value: Any) -> str:
-    """A value as a line of JSON, whatever it holds: nothing that was rejected is lost."""
+    """Return any value as a line of JSON, so that no rejected row is lost."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     if not text.isascii():
         try:

@@ -1,4 +1,4 @@
-"""Texts made cleaner, and rows said in other words: both off unless conf/data asks for them."""
+"""Cleaning of texts, and synonyms for augmentation: both off unless conf/data turns them on."""
 
 import html
 import random
@@ -14,25 +14,15 @@ FULL_WIDTH = {0x3000: " "} | {
     for code in range(0xFF01, 0xFF5F)
     if chr(code - 0xFEE0).isalnum() or chr(code - 0xFEE0) in "+-=<>%&@#*/$"
 }
-
-
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff\u00ad]")
-
-
 TAGS = (
     "a abbr article aside b big blockquote body br button center cite code col colgroup dd del div "
     "dl dt em figcaption figure font footer form h1 h2 h3 h4 h5 h6 head header hr html i iframe "
     "img input ins kbd label li link main mark meta nav ol option p pre q s samp section select "
     "small span strong style sub sup table tbody td textarea tfoot th thead title tr tt u ul var"
 )
-
-
 UNSEEN = re.compile(r"<(script|style)\b[^>]*>.*?</\1\s*>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
-
-
 BREAK = re.compile(r"<(?:br|/p|/div|/li|/tr|/h[1-6])\b[^<>]*>\n?", re.IGNORECASE)
-
-
 TAG = re.compile(rf"</?(?:{'|'.join(TAGS.split())})(?:\s[^<>]*)?/?>", re.IGNORECASE)
 
 
@@ -47,7 +37,7 @@ def _html(text: str) -> str:
     return html.unescape(text) if "&" in text else text
 
 
-# In the order in which they are done: what one leaves, the next one finds.
+# In this order: later steps work on what earlier ones leave.
 STEPS: dict[str, Callable[[str], str]] = {
     "html": _html,
     "control": lambda text: CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n")),
@@ -57,9 +47,9 @@ STEPS: dict[str, Callable[[str], str]] = {
 
 
 def every_text(value: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """A row in the one form with each of its texts changed; tools and their calls stay.
+    """Return a row in the one form with each of its texts changed; tools and calls stay.
 
-    A label is its row's answer, and is changed with it.
+    A label is its row's answer, and changes with it.
     """
     if "text" in value:
         return value | {"text": change(value["text"])}
@@ -69,7 +59,7 @@ def every_text(value: dict[str, Any], change: Callable[[str], str]) -> dict[str,
 
 
 def clean(value: dict[str, Any], steps: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """A row in the one form after the chosen steps, and the names of those that changed it."""
+    """Return a row in the one form after the chosen steps, and the steps that changed it."""
     changed = []
     for step in steps:
         after = every_text(value, STEPS[step])
@@ -79,31 +69,29 @@ def clean(value: dict[str, Any], steps: list[str]) -> tuple[dict[str, Any], list
     return value, changed
 
 
-def other_words(synonyms: dict[str, list[str]], share: float) -> Callable[[str, str], str]:
-    """Returns a function of a seed and a text: the text, some words of it said by a synonym.
+def synonym_changer(synonyms: dict[str, list[str]], share: float) -> Callable[[str, str], str]:
+    """Return a function of a seed and a text that replaces some of its words by synonyms.
 
-    Each word that `synonyms` has is replaced with the probability `share`; the seed and the text
-    alone decide which, and by which.
+    Each word in `synonyms` is replaced with the probability `share`; the seed and the text alone
+    decide which words, and by which synonyms.
 
     Raises:
-        UserError: where the library that finds Chinese words is not installed.
+        UserError: where the library that segments Chinese words is not installed.
     """
     try:
         import jieba
     except ImportError as error:
-        raise UserError(
-            "data.synonyms needs the library that finds Chinese words: `uv sync --extra augment`"
-        ) from error
+        raise UserError("prepare.jieba_missing") from error
     jieba.setLogLevel("WARNING")
     cutter = jieba.Tokenizer()
     for word in synonyms:
         cutter.add_word(word)
 
-    def say(seed: str, text: str) -> str:
+    def replace(seed: str, text: str) -> str:
         chance = random.Random(f"{seed} {text}")
         return "".join(
             chance.choice(synonyms[word]) if word in synonyms and chance.random() < share else word
             for word in cutter.lcut(text)
         )
 
-    return say
+    return replace

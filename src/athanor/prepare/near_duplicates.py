@@ -1,12 +1,12 @@
-"""Rows that are held out and trained on at once, to the letter or almost.
+"""Rows of a held-out split that are trained on as well, exactly or nearly.
 
-Two texts are compared after folding: compatibility forms (full-width letters and digits) as plain
-ones, no case, white space only between words of Latin letters, no punctuation but what tells things
-apart (C# and C, -5 and 5, 1.5 and 15). Near ones are found by MinHash (Broder 1997) over character
-trigrams: the held-out rows are indexed by bands of their signatures (locality-sensitive hashing,
-Indyk and Motwani 1998), the others are streamed against it, and a candidate counts if the Jaccard
-similarity of the trigrams themselves is reached. Trigrams that many rows have are what rows of a
-kind share, a form or a phrase, and make no two of them alike: they do not count.
+Texts are folded before they are compared: full-width letters and digits become plain ones, case is
+dropped, white space is kept between Latin words only, and punctuation is dropped unless it
+distinguishes things (C# and C, -5 and 5, 1.5 and 15). Near duplicates are found by MinHash
+(Broder 1997) over character trigrams: held-out rows are indexed by bands of their signatures
+(locality-sensitive hashing, Indyk and Motwani 1998), all others are streamed against the index, and
+a candidate counts if the Jaccard similarity of the trigrams is high enough. Trigrams that many rows
+have (a form, a phrase) do not count.
 """
 
 import hashlib
@@ -18,37 +18,35 @@ from functools import lru_cache
 import numpy as np
 
 GRAM = 3
-# 32 bands of 4, of which two have to be shared: of pairs of similarity 0.7 one in 600 is missed.
+# 32 bands of 4, two of which must be shared: one in 600 pairs of similarity 0.7 is missed.
 BANDS, ROWS, SHARED = 32, 4, 2
-# What 128 minima say of a similarity is off by 0.04 (one standard deviation): this far below what
-# is asked for, one in 5,000 of those that have it lies.
+# The estimate from 128 minima has a standard deviation of 0.04: of one in 5,000 pairs at the limit
+# it is lower by more than this.
 MARGIN = 0.14
-# The texts that share one band with a text; and those whose trigrams are compared, likest first.
+# Texts of the same band that are looked at, and those whose trigrams are compared, likeliest first.
 OF_A_BAND, CANDIDATES = 200, 20
-# Trigrams in more than this share of the texts do not count; in so few texts, all do.
+# Trigrams in more than this share of the texts do not count, unless they are in so few texts.
 COMMON, FEW = 0.05, 3
-# So many texts tell which trigrams are common.
+# Texts that are sampled for common trigrams.
 SAMPLE = 10_000
 # Pairs whose minima are compared at a time: 64 MB.
 PAIRS = 1 << 16
-
-
-# Punctuation that tells things apart: C# from C, -5 from 5, foo_bar from foobar.
-TELLING = "#%&*/@_\\-"
-# Stands for the ! of "if (!x)", which is no end of a sentence.
+# Punctuation that distinguishes things: C# from C, -5 from 5, foo_bar from foobar.
+DISTINCTIVE = "#%&*/@_\\-"
+# Stands for the ! of "if (!x)", which ends no sentence.
 NOT = "\ue000"
 
 
 @lru_cache(maxsize=1)
 def _patterns() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
-    """A telling !; white space between two words; what else is dropped."""
+    """Return patterns of a distinctive !, of space between words, and of dropped characters."""
     dropped = [
         chr(code)
         for code in range(0x10000)
         if unicodedata.category(chr(code))[0] in "PZ"
         or unicodedata.category(chr(code)) in ("Cc", "Cf")
     ]
-    dropped = [character for character in dropped if character not in TELLING]
+    dropped = [character for character in dropped if character not in DISTINCTIVE]
     both = "".join(map(re.escape, dropped))
     white = "".join(re.escape(character) for character in dropped if character.isspace())
     marks = "".join(re.escape(character) for character in dropped if not character.isspace())
@@ -60,26 +58,26 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
 
 
 def fold(text: str) -> str:
-    """A text as it is compared: see the module's docstring. One of punctuation alone stays."""
+    """Return a text as it is compared (see the module); one of punctuation alone stays."""
     if not text:
         return text
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
-    telling, between_words, dropped = _patterns()
+    negation, between_words, dropped = _patterns()
     text = text.casefold()
     if "!" in text:
-        text = telling.sub(NOT, text)
+        text = negation.sub(NOT, text)
     folded = dropped.sub("", between_words.sub(" ", text))
     return (folded or " ".join(text.split())).replace(NOT, "!")
 
 
 def digest(text: str) -> int:
-    """64 bits of a text: among a million texts two share theirs once in 37 million times."""
+    """Return 64 bits of a text; two of a million texts share theirs once in 37 million times."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def split_of(folded_digest: int, shares: dict[str, float]) -> str:
-    """The split of a row, by its digest: no other row moves it, and copies stay together.
+    """Return the split of a row by its digest: no other row moves it, and copies stay together.
 
     `shares` maps splits to shares of 1, in a fixed order.
     """
@@ -92,15 +90,18 @@ def split_of(folded_digest: int, shares: dict[str, float]) -> str:
 
 
 class NearIndex:
-    """Held-out texts, indexed to find those that are nearly another text.
+    """An index of held-out texts, to find near duplicates of other texts.
 
     Memory: 900 bytes a text and the text itself.
     """
 
     def __init__(self, texts: list[str], similarity: float, common: np.ndarray) -> None:
-        """`texts` are folded; `similarity` is the least Jaccard similarity of trigrams, 0 to 1.
+        """Index folded texts.
 
-        `common` are the trigrams that do not count.
+        Args:
+            texts: The texts, folded.
+            similarity: The least Jaccard similarity of trigrams, 0 to 1.
+            common: The trigrams that do not count, as from `common_grams`.
         """
         self.texts = texts
         self.similarity = similarity
@@ -114,7 +115,7 @@ class NearIndex:
         self._keys = np.take_along_axis(keys.T, self._order, axis=1)
 
     def nearest(self, texts: list[str]) -> Iterator[tuple[int, float] | None]:
-        """For each text, folded: the number of the nearest held-out one and its similarity."""
+        """Yield the number and similarity of the nearest indexed text of each text, or None."""
         minima = self._minima_of(texts)
         keys = _band_keys(minima)
         first = np.empty(keys.shape, np.int64)
@@ -122,29 +123,29 @@ class NearIndex:
         for band in range(BANDS):
             first[:, band] = np.searchsorted(self._keys[band], keys[:, band], "left")
             last[:, band] = np.searchsorted(self._keys[band], keys[:, band], "right")
-        asking, numbers = self._sharing(first, np.minimum(last - first, OF_A_BAND))
+        queries, numbers = self._sharing(first, np.minimum(last - first, OF_A_BAND))
         likeness = np.empty(len(numbers))
         for start in range(0, len(numbers), PAIRS):
             pairs = slice(start, start + PAIRS)
-            equal = self._minima[numbers[pairs]] == minima[asking[pairs]]
+            equal = self._minima[numbers[pairs]] == minima[queries[pairs]]
             likeness[pairs] = equal.mean(axis=1)
         likely = np.flatnonzero(likeness >= self.similarity - MARGIN)
-        bounds = np.searchsorted(asking[likely], np.arange(len(texts) + 1))
+        bounds = np.searchsorted(queries[likely], np.arange(len(texts) + 1))
         for number, text in enumerate(texts):
-            found = likely[bounds[number] : bounds[number + 1]]
-            yield self._best(text, numbers[found], likeness[found]) if len(found) else None
+            near = likely[bounds[number] : bounds[number + 1]]
+            yield self._best(text, numbers[near], likeness[near]) if len(near) else None
 
     def _sharing(self, first: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Each pair of a text that asks and one that shares bands enough with it, in order.
+        """Return the pairs of a query and an indexed text that share enough bands, in order.
 
-        `first` and `counts` say for each (text, band) where those that share it lie.
+        `first` and `counts` [queries, bands] are the places of the texts that share a band.
         """
-        asking, band = np.nonzero(counts)
-        count = counts[asking, band]
+        queries, band = np.nonzero(counts)
+        count = counts[queries, band]
         within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        place = np.repeat(first[asking, band], count) + within
+        place = np.repeat(first[queries, band], count) + within
         numbers = self._order[np.repeat(band, count), place]
-        pairs, shared = np.unique(np.repeat(asking, count) << 32 | numbers, return_counts=True)
+        pairs, shared = np.unique(np.repeat(queries, count) << 32 | numbers, return_counts=True)
         pairs = pairs[shared >= SHARED]
         return pairs >> 32, pairs & 0xFFFFFFFF
 
@@ -163,7 +164,7 @@ class NearIndex:
         return _minima([self._grams(text) for text in texts])
 
     def _grams(self, text: str) -> np.ndarray:
-        """The trigrams of a text that count; all of them, if none does."""
+        """Return the trigrams of a text that count; all of them, if none does."""
         grams = _grams(text)
         if not len(self._common):
             return grams
@@ -173,36 +174,36 @@ class NearIndex:
 
 
 def common_grams(texts: list[str]) -> np.ndarray:
-    """The trigrams that many of some texts have, sorted."""
+    """Return the trigrams that many of these texts have, sorted."""
     if not texts:
         return np.empty(0, np.uint64)
-    found, counts = np.unique(np.concatenate([_grams(text) for text in texts]), return_counts=True)
-    return found[counts > max(COMMON * len(texts), FEW)]
+    grams, counts = np.unique(np.concatenate([_grams(text) for text in texts]), return_counts=True)
+    return grams[counts > max(COMMON * len(texts), FEW)]
 
 
 def _grams(text: str) -> np.ndarray:
-    """The distinct trigrams of a text, each as one number; sorted. A short text is one gram."""
+    """Return the distinct trigrams of a text as sorted numbers; a short text is one gram."""
     padded = text if len(text) >= GRAM else text.ljust(GRAM)
     codes = np.frombuffer(padded.encode("utf-32-le"), np.uint32).astype(np.uint64)
     return np.unique(codes[:-2] << np.uint64(42) | codes[1:-1] << np.uint64(21) | codes[2:])
 
 
-def _jaccard(one: np.ndarray, other: np.ndarray) -> float:
-    shared = len(np.intersect1d(one, other, assume_unique=True))
-    return float(shared / (len(one) + len(other) - shared))
+def _jaccard(grams: np.ndarray, others: np.ndarray) -> float:
+    shared = len(np.intersect1d(grams, others, assume_unique=True))
+    return float(shared / (len(grams) + len(others) - shared))
 
 
-def _minima(grams: list[np.ndarray]) -> np.ndarray:
-    """The MinHash signatures of sets of trigrams: (sets, BANDS * ROWS), uint32."""
+def _minima(sets: list[np.ndarray]) -> np.ndarray:
+    """Return the MinHash signatures of sets of trigrams, uint32 [sets, BANDS * ROWS]."""
     from datasketch import MinHash
 
-    hashed = ((gram * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)).tolist() for gram in grams)
+    hashed = ((grams * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)).tolist() for grams in sets)
     signatures = MinHash.generator(hashed, num_perm=BANDS * ROWS, hashfunc=int)
     return np.stack([signature.hashvalues for signature in signatures])
 
 
 def _band_keys(minima: np.ndarray) -> np.ndarray:
-    """A number a band for each signature, (texts, BANDS): equal where the band's minima are."""
+    """Return a number for each band, uint64 [texts, BANDS]: equal where the band's minima are."""
     keys = np.zeros((len(minima), BANDS), np.uint64)
     for row in range(ROWS):
         keys = (keys ^ minima[:, row::ROWS]) * np.uint64(0xD6E8FEB86659FD93)

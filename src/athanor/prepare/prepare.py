@@ -1,13 +1,4 @@
-"""Stage `prepare`: the rows in data/, checked and brought into one form, and the base model, found.
-
-    uv run python -m athanor.prepare
-
-Reads params.yaml and data/; writes to artifacts/prepare/: train.jsonl, valid.jsonl and test.jsonl,
-which mlx_lm.lora --data reads unchanged; rejected.jsonl (the rows that were left out, whole, with
-why); report.json, report.html, metrics.json and lengths.csv (what the data looks like); model.json
-(which model, at which commit, with which digest); chat.json (what ends an answer, and where
-generation stops).
-"""
+"""The stage `prepare` as a function: from a folder of data and a model's name to its outputs."""
 
 import shutil
 import tempfile
@@ -21,11 +12,11 @@ from athanor.config.schema import DataConfig
 from athanor.errors import UserError
 from athanor.model.source import resolve_source
 from athanor.paths import SPLITS
-from athanor.prepare import read_rows
 from athanor.prepare.check_rows import FirstPass
 from athanor.prepare.checks import Findings
-from athanor.prepare.compare_rows import second_pass
-from athanor.prepare.report import lengths_csv, metrics, report, samples
+from athanor.prepare.compare_rows import compare_rows
+from athanor.prepare.origins import SUFFIXES, Origin, find_dataset, find_files
+from athanor.prepare.report import build_report, lengths_csv, mark_samples, metrics_of
 from athanor.prepare.report_page import page
 
 
@@ -40,10 +31,10 @@ def prepare(
     mask_prompt: bool,
     end_token: str,
 ) -> dict[str, Any]:
-    """Checks the rows of `data`, finds the model, writes both to `out` and returns the report.
+    """Check the rows of `data`, find the model, write both to `out`, and return the report.
 
     Raises:
-        UserError: for faults that stop, a model that can't be found or opened.
+        UserError: for faults that stop, and a model that can't be found or opened.
     """
     switches.parallel_tokenizers()
     source = resolve_source(model_path, revision)
@@ -55,23 +46,18 @@ def prepare(
     def count(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False))
 
+    skipped: list[tuple[str, str]] = []
     if config.dataset is not None:
-        origins = read_rows.dataset(config.dataset, config.dataset_config, config.dataset_revision)
-        passed_over: list[tuple[str, str]] = []
+        origins = find_dataset(config.dataset, config.dataset_config, config.dataset_revision)
     else:
-        origins, passed_over = read_rows.origins(
-            data, count, config.article_tokens, list(config.formats)
-        )
+        origins, skipped = find_files(data, count, config.article_tokens, list(config.formats))
     if not origins:
-        raise UserError(
-            f"data: {data} holds no rows: put {', '.join(read_rows.SUFFIXES)} files there "
-            "(`uv run dvc pull data.dvc` brings the rows that data.dvc names)"
-        )
+        raise UserError("prepare.no_rows", folder=data, suffixes=SUFFIXES)
     out.mkdir(parents=True, exist_ok=True)
-    for left in out.glob(".rows.*"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    for left in out.glob(".rejected.jsonl.*"):
-        left.unlink()
+    for stale in out.glob(".rows.*"):  # of a process that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    for stale in out.glob(".rejected.jsonl.*"):
+        stale.unlink()
     rejected = out / "rejected.jsonl"
     with (
         switches.rare_collections(),
@@ -80,13 +66,7 @@ def prepare(
     ):
         folder = Path(name)
         findings = Findings(dict(config.checks), reasons)
-        for path, text in passed_over:
-            findings.note("unknown_file", path, text)
-        if any(origin.split for origin in origins):
-            for origin in origins:
-                if origin.split is None:
-                    text = "its rows are shared out, while other files are a split by their name"
-                    findings.note("shared_out", origin.name, text)
+        _note_files(origins, skipped, findings)
         first = FirstPass(
             origins,
             config,
@@ -98,22 +78,32 @@ def prepare(
         )
         tally = first.run(folder)
         findings.stop(rejected)
-        second_pass(tally, config, findings, folder)
+        compare_rows(tally, config, findings, folder)
         findings.stop(rejected)
-        found = report(
+        report = build_report(
             tally,
             findings,
-            first.spelling,
+            first.token_checks.spelling,
             model=model_path,
             max_seq_length=max_seq_length,
-            samples=samples(folder, tally, tokenizer, mask_prompt, contract.end),
+            samples=mark_samples(folder, tally, tokenizer, mask_prompt, contract.end),
         )
-        files.write_json(out / "report.json", found)
-        files.write_text(out / "report.html", page(found))
+        files.write_json(out / "report.json", report)
+        files.write_text(out / "report.html", page(report))
         for split in SPLITS:
             files.take(folder / f"{split}.jsonl", out / f"{split}.jsonl")
-    files.write_json(out / "metrics.json", metrics(found))
-    files.write_text(out / "lengths.csv", lengths_csv(found))
+    files.write_json(out / "metrics.json", metrics_of(report))
+    files.write_text(out / "lengths.csv", lengths_csv(report))
     contract.write(out / "chat.json")
     source.write(out / "model.json")
-    return found
+    return report
+
+
+def _note_files(origins: list[Origin], skipped: list[tuple[str, str]], findings: Findings) -> None:
+    for path, text in skipped:
+        findings.note("unknown_file", path, text)
+    if any(origin.split for origin in origins):
+        for origin in origins:
+            if origin.split is None:
+                text = "its rows are distributed over the splits, but other files are splits"
+                findings.note("shared_out", origin.name, text)

@@ -1,4 +1,4 @@
-"""What the data looks like, as one dict, which the report, its tables and its plots are made of."""
+"""The report of the data as one dict, from which its page, metrics and plots are made."""
 
 import json
 from collections import Counter
@@ -26,7 +26,7 @@ SPELLED = 30
 MOST_NAMED = 100
 
 
-def report(
+def build_report(
     tally: Tally,
     findings: Findings,
     spelling: characters.Spelling,
@@ -35,9 +35,9 @@ def report(
     max_seq_length: int,
     samples: dict[str, list[dict[str, Any]]],
 ) -> dict[str, Any]:
-    """Everything that is known of the rows, in values that JSON can hold; lengths in tokens."""
+    """Return the counts of rows, checks and characters as values for JSON; lengths in tokens."""
     rows = tally.rows
-    kept = np.bincount(rows["origin"][~rows["made"]], minlength=len(tally.origins))
+    kept = np.bincount(rows["origin"][~rows["augmented"]], minlength=len(tally.origins))
     edges = _edges(rows["tokens"])
     return {
         "model": model,
@@ -46,7 +46,7 @@ def report(
             "read": sum(tally.read),
             "kept": int(kept.sum()),
             "rejected": findings.rejected,
-            "augmented": int(rows["made"].sum()),
+            "augmented": int(rows["augmented"].sum()),
         },
         "files": [
             {
@@ -71,38 +71,38 @@ def report(
     }
 
 
-def samples(
+def mark_samples(
     folder: Path, tally: Tally, tokenizer: "TokenizerWrapper", mask_prompt: bool, end: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """The first rows of each split as the model's template writes them, in pieces."""
-    found = {}
+    """Return the first rows of each split, rendered, in pieces that are supervised or not."""
+    samples = {}
     for i, split in enumerate(SPLITS):
         places = tally.rows[tally.rows["split"] == i][:SAMPLES]
         with (folder / f"{split}.jsonl").open(encoding="utf-8") as file:
-            found[split] = [
+            samples[split] = [
                 {
                     "where": tally.where(place),
                     "pieces": mark_supervised(json.loads(line), tokenizer, mask_prompt, end),
                 }
                 for place, line in zip(places, islice(file, SAMPLES), strict=True)
             ]
-    return found
+    return samples
 
 
-def metrics(found: dict[str, Any]) -> dict[str, Any]:
-    """The counts that `dvc metrics` compares: of rows, tokens, and of what the checks found."""
+def metrics_of(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the counts of rows, tokens and faults, which `dvc metrics` compares."""
     counts = ("rows", "tokens", "supervised_tokens", "longest_row", "rows_cut")
     return {
-        "rows": found["rows"],
-        **{name: {key: split[key] for key in counts} for name, split in found["splits"].items()},
-        "checks": {check["name"]: check["rows"] for check in found["checks"]},
+        "rows": report["rows"],
+        **{name: {key: split[key] for key in counts} for name, split in report["splits"].items()},
+        "checks": {check["name"]: check["rows"] for check in report["checks"]},
     }
 
 
-def lengths_csv(found: dict[str, Any]) -> str:
+def lengths_csv(report: dict[str, Any]) -> str:
     """Return the histogram of lengths as CSV, for `dvc plots`: a line a bin of a split."""
     rows = []
-    for name, split in found["splits"].items():
+    for name, split in report["splits"].items():
         width = max((len(str(bar["to"])) for bar in split["lengths"]), default=1)
         rows += [
             (name, f"{bar['from']:0{width}}-{bar['to'] - 1:0{width}}", bar["rows"])
@@ -112,7 +112,7 @@ def lengths_csv(found: dict[str, Any]) -> str:
 
 
 def _edges(lengths: np.ndarray) -> np.ndarray:
-    """Bins of equal width, a multiple of 4 tokens, that hold all lengths."""
+    """Return the edges of equal bins, a multiple of 4 tokens wide, for all lengths."""
     longest = int(lengths.max()) if len(lengths) else 0
     width = 4 * max(1, -(-(longest + 1) // (4 * BINS)))
     return np.arange(0, longest + width + 1, width)
@@ -145,21 +145,24 @@ def _split(
     }
 
 
-def _counts(numbers: np.ndarray, names: list[str], without: str | None) -> dict[str, int]:
-    """How often each name is there, most often first; {} where no row has one."""
-    found = Counter(
+def _counts(numbers: np.ndarray, names: list[str], missing: str | None) -> dict[str, int]:
+    """Return the count of each name, the largest first; {} where no row has a name.
+
+    Rows without a name are counted as `missing`, unless that is None.
+    """
+    counts = Counter(
         {names[i]: int(n) for i, n in enumerate(np.bincount(numbers[numbers >= 0])) if n}
     )
-    if rest := sum(count for _, count in found.most_common()[MOST_NAMED:]):
-        found = Counter(dict(found.most_common(MOST_NAMED)))
-        found["(others)"] += rest
-    if found and without and (rest := int((numbers < 0).sum())):
-        found[without] = rest
-    return dict(found.most_common())
+    if rest := sum(count for _, count in counts.most_common()[MOST_NAMED:]):
+        counts = Counter(dict(counts.most_common(MOST_NAMED)))
+        counts["(others)"] += rest
+    if counts and missing and (rest := int((numbers < 0).sum())):
+        counts[missing] = rest
+    return dict(counts.most_common())
 
 
 def _checks(findings: Findings) -> list[dict[str, Any]]:
-    found = [
+    checks = [
         {
             "name": name,
             "action": findings.actions[name],
@@ -172,4 +175,4 @@ def _checks(findings: Findings) -> list[dict[str, Any]]:
         }
         for name, count in findings.counts.items()
     ]
-    return sorted(found, key=lambda check: (SEVERITY.index(check["action"]), -check["rows"]))
+    return sorted(checks, key=lambda check: (SEVERITY.index(check["action"]), -check["rows"]))

@@ -1,7 +1,7 @@
-"""The data report as one web page, for a person to see what their training data looks like.
+"""The report of the data as one web page.
 
-The page needs nothing but itself: no script, no font and no picture from elsewhere. Rows are data
-of strangers, so everything is escaped, and the page's own policy forbids scripts besides.
+The page loads nothing: no script, no font and no picture from elsewhere. Rows are untrusted, so
+everything is escaped, and the page's own policy forbids scripts as well.
 """
 
 from itertools import pairwise
@@ -15,7 +15,7 @@ from athanor import console
 
 LARGEST = 12  # labels, sources and scripts shown by name
 ACTIONS = {
-    "stop": "nothing is prepared until it is mended",
+    "stop": "nothing is prepared until it is fixed",
     "skip": "the row is left out",
     "fix": "the row is changed",
     "warn": "the row is kept as it is",
@@ -23,7 +23,7 @@ ACTIONS = {
 
 
 def page(report: dict[str, Any]) -> str:
-    """The page that shows `report`."""
+    """Return the report as HTML."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -41,15 +41,15 @@ def page(report: dict[str, Any]) -> str:
         report=report,
         share=console.share,
         actions=ACTIONS,
-        all=_all(list(splits.values())),
+        all=_total(list(splits.values())),
         plot=_plot(splits, report["max_seq_length"]),
         groups={
-            name: found
+            name: group
             for name in ("labels", "sources", "scripts")
-            if (found := _group({split: of[name] for split, of in splits.items()}))
+            if (group := _group({split: of[name] for split, of in splits.items()}))
         },
     )
-    # JSON can hold half a surrogate pair, and no file can: it is shown as JSON writes it.
+    # JSON can hold a lone surrogate, a file of UTF-8 can't: it is shown as JSON writes it.
     return html.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -58,11 +58,11 @@ def _number(value: float | None) -> str:
 
 
 def _control(text: str) -> str:
-    """Control characters as their pictures; a browser hides them or takes them for line breaks."""
+    """Replace control characters, which a browser would hide, by their pictures."""
     return text.translate({code: 0x2400 + code for code in range(32) if code not in (9, 10)})
 
 
-def _all(splits: list[dict[str, Any]]) -> dict[str, Any]:
+def _total(splits: list[dict[str, Any]]) -> dict[str, Any]:
     sums = ("rows", "tokens", "supervised_tokens", "rows_cut", "tokens_cut", "ends_cut")
     return {name: sum(split[name] for split in splits) for name in sums} | {
         "shortest_row": min(
@@ -74,10 +74,10 @@ def _all(splits: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _group(counts: dict[str, dict[str, int]]) -> dict[str, Any] | None:
-    """Per split the counts of the same names in the same order, the largest first."""
+    """Return counts by split, with the same names in the same order, the largest first."""
     totals: dict[str, int] = {}
-    for found in counts.values():
-        for name, rows in found.items():
+    for by_name in counts.values():
+        for name, rows in by_name.items():
             totals[name] = totals.get(name, 0) + rows
     if not totals:
         return None
@@ -85,32 +85,32 @@ def _group(counts: dict[str, dict[str, int]]) -> dict[str, Any] | None:
     named, others = names[:LARGEST], names[LARGEST:]
     splits = {}
     longest = 0.0
-    for split, found in counts.items():
-        bars = [(name, found.get(name, 0), False) for name in named]
+    for split, by_name in counts.items():
+        bars = [(name, by_name.get(name, 0), False) for name in named]
         if others:
-            rest = sum(found.get(name, 0) for name in others)
+            rest = sum(by_name.get(name, 0) for name in others)
             bars.append((f"others ({len(others):,})", rest, True))
-        whole = sum(found.values())
+        whole = sum(by_name.values())
         splits[split] = {"bars": bars, "rows": whole}
         longest = max([longest] + [rows / whole for _, rows, _ in bars if whole])
     return {"splits": splits, "longest": longest}
 
 
 def _plot(splits: dict[str, Any], limit: int) -> dict[str, Any] | None:
-    """The lengths' axes, which all splits share, with bars in fractions of the plot.
+    """Return the axes of lengths, shared by all splits, and bars as fractions of the plot.
 
-    Bins are drawn equally wide: also bins that grow stay readable, and every edge drawn is named.
+    Bins are drawn equally wide, so that bins of growing width stay readable.
     """
     bins: list[dict[str, int]] = next((s["lengths"] for s in splits.values() if s["lengths"]), [])
     if not bins:
         return None
-    edges = [found["from"] for found in bins] + [bins[-1]["to"]]
+    edges = [bin["from"] for bin in bins] + [bins[-1]["to"]]
     shares = {
-        name: [found["rows"] / max(split["rows"], 1) for found in split["lengths"]]
+        name: [bin["rows"] / max(split["rows"], 1) for bin in split["lengths"]]
         for name, split in splits.items()
         if split["lengths"]
     }
-    highest = max(max(found) for found in shares.values())
+    highest = max(map(max, shares.values()))
     steps = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
     top = next((step for step in steps if highest <= step), 1.0)
     step = ceil(len(bins) / 5)
@@ -120,7 +120,7 @@ def _plot(splits: dict[str, Any], limit: int) -> dict[str, Any] | None:
             at = (number + (limit - low) / (high - low)) / len(bins)
             break
     return {
-        "splits": {name: [share / top for share in found] for name, found in shares.items()},
+        "splits": {name: [share / top for share in bars] for name, bars in shares.items()},
         "bins": bins,
         "top": top,
         "ticks": [(i / len(bins), edges[i]) for i in range(0, len(edges), step)],

@@ -1,4 +1,4 @@
-"""What `prepare` left, as trainings and tests read it: a base model, a contract, rows as tokens."""
+"""The output of `prepare` for later stages: the base model, its contract, and rows as tokens."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-# What its keys begin with on which `prepare` depends: its params in dvc.yaml.
+# Prefixes of the keys that `prepare` depends on: its params in dvc.yaml.
 DECIDED_BY = ("model.", "data.", "train.max_seq_length", "train.mask_prompt", "train.end_token")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The base model that was found, and what ends its answers."""
+    """The base model, its folder, and the contract that ends its answers."""
 
     source: Source
     contract: Contract
@@ -37,29 +37,32 @@ class Prepared:
 
     @classmethod
     def read(cls, cfg: Config, workspace: Workspace) -> "Prepared":
-        """Reads what `prepare` recorded, and finds the model's folder.
+        """Read the record of `prepare`, and find the model's folder.
 
         Raises:
-            UserError: where it was run for another model, or this one can't be trained as is asked.
+            UserError: where it is of another model, or this one can't be trained with this config.
         """
         source = Source.read(workspace.prepared / "model.json")
         if (source.path, source.revision) != (cfg.model.path, cfg.model.revision):
             raise UserError(
-                f"prepare was run for {source.path} at {source.revision}, and now the model is "
-                f"{cfg.model.path} at {cfg.model.revision}: `uv run dvc repro prepare`"
+                "prepare.other_model",
+                prepared=source.path,
+                prepared_revision=source.revision,
+                model=cfg.model.path,
+                revision=cfg.model.revision,
             )
         folder = source.folder()
         refuse_model_misfits(cfg, folder)
         return cls(source, Contract.read(workspace.prepared / "chat.json"), folder, workspace)
 
     def load(self) -> "tuple[nn.Module, TokenizerWrapper]":
-        """Loads the base model."""
+        """Load the base model and its tokenizer."""
         return load_with_tokenizer(self.folder)
 
     def tokens(
         self, rows: list[Row], tokenizer: "TokenizerWrapper", cfg: Config
     ) -> list[TokenizedText]:
-        """The rows as tokens, those without one to learn left out."""
+        """Return rows as tokens, without those that have none to learn."""
         train = cfg.train
         return tokenize_rows(
             rows, tokenizer, train.mask_prompt, train.max_seq_length, self.contract.end
@@ -67,5 +70,5 @@ class Prepared:
 
 
 def read_rows(workspace: Workspace, splits: Iterable[str]) -> dict[str, list[Row]]:
-    """The prepared rows of some splits."""
+    """Return the prepared rows of these splits."""
     return {split: files.read_jsonl(workspace.rows(split)) for split in splits}

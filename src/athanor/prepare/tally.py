@@ -1,4 +1,4 @@
-"""What is known of each row that goes on: numbers, in memory while the rows themselves are not."""
+"""The numbers of each row that passed, which stay in memory while the rows do not."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from athanor.prepare.read_rows import Origin
+from athanor.prepare.origins import Origin
 
-# Rows that are looked at together: enough for the tokenizer to share out among the cores.
+# Rows that are handled together: enough for the tokenizer to use every core.
 CHUNK = 1000
 
-# What is known of each row that goes on; `record` numbers the records as they were read, from 0;
-# `made` says that augmentation made the row of its record.
+# `record` numbers the records in the order of reading, from 0; augmented rows have the number of
+# theirs. `whole`, `folded` and `question` are hashes of the row, its folded text and its question.
 COLUMNS = np.dtype(
     [
         ("record", np.int64),
-        ("made", np.bool_),
+        ("augmented", np.bool_),
         ("origin", np.int32),
         ("line", np.int32),
         ("split", np.int8),
@@ -38,7 +38,7 @@ COLUMNS = np.dtype(
 
 @dataclass
 class Tally:
-    """What both passes counted. `rows` has a row of COLUMNS for each that is still in."""
+    """The counts of both passes. `rows` has a line of COLUMNS for each row that is still in."""
 
     rows: np.ndarray
     origins: list[Origin]
@@ -49,12 +49,12 @@ class Tally:
     cleaned: Counter[str] = field(default_factory=Counter)
 
     def where(self, row: np.void) -> str:
-        """A row's place."""
+        """Return a row's place."""
         return f"{self.origins[row['origin']].name}:{row['line']}"
 
 
 def chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
-    """Items in lists of CHUNK, the last one shorter."""
+    """Yield items in lists of CHUNK, the last one shorter."""
     iterator = iter(items)
     while chunk := list(islice(iterator, CHUNK)):
         yield chunk

@@ -1,0 +1,227 @@
+"""From a record to a row in the one form: mended, cleaned, and written as a line of JSON."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from athanor.config.schema import DataConfig
+from athanor.errors import UserError
+from athanor.prepare.chats import without_end
+from athanor.prepare.checks import Fault
+from athanor.prepare.cleaning import STEPS, clean
+from athanor.prepare.formats import Formats, Row, label_of, without_nulls
+from athanor.prepare.origins import Origin
+from athanor.prepare.records import Record
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+CLASSES = "classification"
+# More different labels are texts of another kind.
+MOST_LABELS = 100
+
+
+class RowBuilder:
+    """Brings records into the one form, and counts formats and cleaned rows."""
+
+    def __init__(
+        self,
+        origins: list[Origin],
+        config: DataConfig,
+        tokenizer: "TokenizerWrapper",
+        fixes: frozenset[str],
+    ) -> None:
+        """Read the label set of a classification; `fixes` names the faults that are mended."""
+        self.config = config
+        self.formats: list[Counter[str]] = [Counter() for _ in origins]
+        self.cleaned: Counter[str] = Counter()
+        self._fixes = fixes
+        self._formats = Formats(config, label_set(origins, config, fixes))
+        self._configured = [self._formats.of_file(origin.name) for origin in origins]
+        self._first: dict[int, tuple[str, int]] = {}
+        self._steps = [step for step in STEPS if config.clean.get(step)]
+        self._special = special_tokens(tokenizer)
+        self._ends = tuple(tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids)))
+
+    def build(self, record: Record, origin: int, faults: list[Fault]) -> Row:
+        """Return the row of a record; add faults that leave it a row to `faults`.
+
+        Raises:
+            Fault: where it can't be one.
+        """
+        value = without_nulls(record.value)
+        kind = self._formats.kind(value, self._configured[origin])
+        self._check_quality(value)
+        row = self._row(value, kind, record)
+        first, line = self._first.setdefault(origin, (kind, record.line))
+        if kind != first:
+            text = f"{kind}, but line {line} is {first}; a file must have one format"
+            faults.append(Fault("mixed_formats", text))
+        if self._steps:
+            row.value, changed = clean(row.value, self._steps)
+            if row.subject is not None:
+                row.subject = clean({"text": row.subject}, self._steps)[0]["text"]
+            self.cleaned.update(changed)
+            if changed:
+                _check_texts_left(row)
+        self.formats[origin][row.format] += 1
+        return row
+
+    def encode(self, row: Row, record: Record, faults: list[Fault]) -> str:
+        """Return a row as a line of JSON, without special tokens and surrogates if they are fixed.
+
+        Raises:
+            Fault: where it can't be written.
+        """
+        line = self._line(row, record)
+        if self._special is None or self._special.search(line) is None:
+            return line
+        written = line
+        if "text" in row.value:
+            written = row.value["text"]
+            for end in self._ends:  # a text may end with an end token
+                written = written.removesuffix(end)
+        if (match := self._special.search(written)) is None:
+            return line
+        fault = Fault("special_token", f"a text contains the model's special token {match[0]}")
+        if fault.name not in self._fixes:
+            faults.append(fault)
+            return line
+        row.value = _map_strings(row.value, self._without_tokens)
+        if row.subject is not None:
+            row.subject = self._without_tokens(row.subject)
+        _check_texts_left(row)
+        record.fixed.append(fault)
+        return self._line(row, record)
+
+    def _row(self, value: dict[str, Any], kind: str, record: Record) -> Row:
+        try:
+            return self._formats.row(value, kind)
+        except Fault as fault:
+            if fault.name not in self._fixes or fault.name != "no_answer":
+                raise
+            row = self._formats.row(without_end(value, kind, self.config), kind)
+            record.fixed.append(fault)
+            return row
+
+    def _line(self, row: Row, record: Record) -> str:
+        try:
+            return msgspec.json.encode(row.value).decode()
+        except UnicodeEncodeError:
+            fault = Fault("half_character", "a lone surrogate: half a character, as of a cut emoji")
+            if fault.name not in self._fixes:
+                raise fault from None
+            record.fixed.append(fault)
+            row.value = _map_strings(row.value, replace_surrogates)
+            row.subject = None if row.subject is None else replace_surrogates(row.subject)
+            return msgspec.json.encode(row.value).decode()
+        except (TypeError, ValueError) as error:
+            raise Fault("wrong_type", f"a value that JSON does not have: {error}") from None
+
+    def _check_quality(self, value: dict[str, Any]) -> None:
+        least = self.config.min_quality
+        quality = None if least is None else metadata_of(value, "quality_score")
+        if least is None or quality is None:
+            return
+        try:
+            score = float(quality)
+        except (TypeError, ValueError, OverflowError):
+            text = f"expected a number as quality_score, found {quality!r:.60}"
+            raise Fault("wrong_type", text) from None
+        if not score >= least:
+            raise Fault("low_quality", f"quality_score {score:g} is below {least:g}")
+
+    def _without_tokens(self, text: str) -> str:
+        assert self._special is not None
+        while (shorter := self._special.sub("", text)) != text:
+            text = shorter  # the parts around a token may form another
+        return text
+
+
+def label_set(origins: list[Origin], config: DataConfig, fixes: frozenset[str]) -> list[str]:
+    """Return the labels of all rows of a classification, sorted; data.labels, where it is set.
+
+    Raises:
+        UserError: where there are too many for labels.
+    """
+    if config.labels is not None:
+        return [str(label) for label in config.labels]
+    labels: set[str] = set()
+    formats = Formats(config, [])
+    for origin in origins:
+        configured = formats.of_file(origin.name)
+        first = None
+        for record in origin.read(fixes):
+            try:
+                value = without_nulls(record.value)
+                kind = formats.kind(value, configured)
+                label = label_of(value, config.label_feature) if kind == CLASSES else ""
+            except Fault:
+                continue
+            first = first or kind
+            if first != CLASSES:
+                break  # a file has one format, which its first row tells
+            if kind == CLASSES:
+                labels.add(label)
+            if len(labels) > MOST_LABELS:
+                raise UserError(
+                    "prepare.too_many_labels",
+                    file=origin.name,
+                    most=MOST_LABELS,
+                    key=config.label_feature,
+                )
+    return sorted(labels)
+
+
+def special_tokens(tokenizer: "TokenizerWrapper") -> re.Pattern[str] | None:
+    """Return a pattern of a tokenizer's special tokens and end tokens; None if it has none."""
+    added, ends = tokenizer.added_tokens_decoder, tokenizer.eos_token_ids
+    special = (str(token) for id, token in added.items() if token.special or id in ends)
+    texts = sorted(special, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+
+def metadata_of(value: Any, key: str) -> Any:
+    """Return a record's value under a key, else the one under that key of its metadata."""
+    if not isinstance(value, dict):
+        return None
+    metadata = value.get("metadata")
+    return value.get(key, metadata.get(key) if isinstance(metadata, dict) else None)
+
+
+def source_of(value: Any) -> str | None:
+    """Return the source that a record names; None where it names none."""
+    source = metadata_of(value, "source")
+    return replace_surrogates(source) if isinstance(source, str) and source else None
+
+
+def replace_surrogates(text: str) -> str:
+    """Return a text with the replacement character instead of lone surrogates."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _check_texts_left(row: Row) -> None:
+    """Raise a Fault where mending left a question or an answer without a text."""
+    if "text" in row.value:
+        if not row.value["text"].strip():
+            raise Fault("empty_text", "cleaning left nothing of the text")
+        return
+    for message in row.value["messages"]:
+        is_empty = not message["content"].strip() and "tool_calls" not in message
+        if is_empty and message["role"] in ("user", "assistant"):
+            check = "empty_completion" if message["role"] == "assistant" else "empty_prompt"
+            raise Fault(check, f"cleaning left nothing of the {message['role']}'s message")
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a value with each of its strings changed, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_map_strings(item, change) for item in value]
+    if isinstance(value, dict):
+        return {change(key): _map_strings(item, change) for key, item in value.items()}
+    return value
