@@ -1,4 +1,4 @@
-"""Made-up rows: every format in every locale, the same bytes again, nothing overwritten."""
+"""Synthetic rows: every format in every locale, the same bytes again, nothing overwritten."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.naive_bayes import MultinomialNB
 
 from athanor import synthesize
-from athanor.errors import UserError
+from support.refused import refused
 
 KEYS = {
     "chat": {"messages"},
@@ -85,29 +85,35 @@ def test_locales_are_mixed_row_by_row() -> None:
 
 
 def test_same_arguments_same_bytes_whatever_the_hash_seed(tmp_path: Path) -> None:
-    def written(name: str, seed: int, hashes: str) -> bytes:
+    def written(hash_seed: str) -> bytes:
+        out = tmp_path / f"{hash_seed}.jsonl"
         subprocess.run(
-            [sys.executable, "-m", "athanor.synthesize", name, "--seed", str(seed)],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONHASHSEED": hashes},
+            [sys.executable, "-m", "athanor.synthesize", str(out), "--seed", "1"],
+            env=os.environ | {"PYTHONHASHSEED": hash_seed},
             check=True,
             capture_output=True,
         )
-        return (tmp_path / name).read_bytes()
+        return out.read_bytes()
 
-    first = written("a.jsonl", 1, "1")
+    first = written("1")
     assert first.count(b"\n") == 100
-    assert written("b.jsonl", 1, "2") == first
-    for other in (2, -1):
-        prompts = {json.loads(line)["prompt"] for line in first.splitlines()}
-        again = written(f"c{other}.jsonl", other, "1").splitlines()
-        assert len(prompts & {json.loads(line)["prompt"] for line in again}) < 5
+    assert written("2") == first
+
+
+def test_another_seed_makes_other_rows() -> None:
+    prompts = [
+        {row["prompt"] for row in synthesize.rows("completions", 100, LOCALES, seed)}
+        for seed in (0, 2, -2)
+    ]
+    assert len(prompts[0] & prompts[1]) < 5
+    assert len(prompts[0] & prompts[2]) < 5
+    assert len(prompts[1] & prompts[2]) < 5  # a sign is part of a seed
 
 
 @pytest.mark.parametrize("format", KEYS)
 def test_rows_differ_from_one_another(format: str) -> None:
-    values = [{key: row[key] for key in KEYS[format]} for row in draw(format, 20_000)]
-    assert len({json.dumps(value, sort_keys=True) for value in values}) > 0.99 * 20_000
+    values = [{key: row[key] for key in KEYS[format]} for row in draw(format, 10_000)]
+    assert len({json.dumps(value, sort_keys=True) for value in values}) > 0.99 * 10_000
 
 
 @pytest.mark.parametrize("locale", LOCALES)
@@ -212,7 +218,8 @@ def test_sql_runs_on_its_table() -> None:
 
 def test_a_quote_in_a_value_is_doubled_in_sql() -> None:
     person = dict.fromkeys(synthesize.COLUMNS, "O'Hara")
-    row = synthesize._wikisql(synthesize.Random(0), person, synthesize.LANGUAGES["en_US"])
+    language = synthesize.LANGUAGES["en_US"]
+    row = synthesize.FORMATS["wikisql"](synthesize.Random(0), person, language)
     assert "= 'O''Hara'" in row["sql"]
     assert "O'Hara" in row["question"]
 
@@ -222,7 +229,7 @@ def test_an_existing_file_is_left_untouched(
 ) -> None:
     out = tmp_path / "rows.jsonl"
     out.write_text("mine\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"rows\.jsonl is there already .* name another file"):
+    with refused("synthesize.exists", path=out):
         command(monkeypatch, out)
     assert out.read_text(encoding="utf-8") == "mine\n"
     assert names(tmp_path) == ["rows.jsonl"]
@@ -235,7 +242,7 @@ def test_a_file_that_appears_meanwhile_is_left_untouched(tmp_path: Path) -> None
         out.write_text("mine\n", encoding="utf-8")
         yield {"text": "made up"}
 
-    with pytest.raises(UserError, match="is there already"):
+    with refused("synthesize.exists", path=out):
         synthesize.write(out, drawn(), 1)
     assert out.read_text(encoding="utf-8") == "mine\n"
     assert names(tmp_path) == ["rows.jsonl"]
@@ -253,14 +260,15 @@ def test_a_stopped_run_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(UserError, match="can't write there"):
-        synthesize.write(tmp_path / "file" / "rows.jsonl", [], 0)
+    out = tmp_path / "file" / "rows.jsonl"
+    with refused("synthesize.not_writable", path=out):
+        synthesize.write(out, [], 0)
 
 
 def test_a_missing_faker_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faker", None)
-    with pytest.raises(UserError, match="uv sync --extra synthesize"):
-        next(synthesize.rows("text", 1, LOCALES, 0))
+    with refused("synthesize.faker_missing"):
+        next(synthesize.rows("text", 1, LOCALES, seed=99))  # of a seed that no test has drawn
 
 
 def test_no_rows_are_refused_before_a_file_is_there(

@@ -34,6 +34,7 @@ from athanor.prepare.checks import Findings
 from athanor.prepare.compare_rows import compare_rows
 from athanor.prepare.prepare import prepare
 from athanor.prepare.tally import Tally
+from support.refused import refused
 
 Object = dict[str, Any]
 Files = dict[str, str | bytes]
@@ -947,8 +948,9 @@ def test_the_wikisql_template_is_the_one_in_conf(
 )
 def test_a_list_ends_where_its_file_does(text: str, shop: Shop) -> None:
     shop.write({"train.json": text})
-    with pytest.raises(UserError, match="invalid_json"):
+    with refused("prepare.faults_of_rows") as caught:
         shop.prepare()
+    assert "invalid_json" in caught.value.facts["checks"]
 
 
 def test_a_header_that_cannot_be_read_ends_its_file(shop: Shop) -> None:
