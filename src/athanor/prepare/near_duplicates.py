@@ -68,6 +68,8 @@ def fold(text: str) -> str:
     if "!" in text:
         text = negation.sub(NOT, text)
     folded = dropped.sub("", between_words.sub(" ", text))
+    if not folded.isascii():  # an accent may stand behind another letter than before
+        folded = unicodedata.normalize("NFKC", folded)
     return (folded or " ".join(text.split())).replace(NOT, "!")
 
 
