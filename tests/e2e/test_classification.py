@@ -1,4 +1,4 @@
-"""Rows of a classification through the stages, and the figures of their answers."""
+"""Rows of a classification through the stages."""
 
 import csv
 import shutil
@@ -11,16 +11,7 @@ import pytest
 
 from athanor import files, synthesize
 from athanor.paths import Workspace
-from athanor.test import scores, tables
-from athanor.test.examine import Outcome
-from athanor.test.figures import (
-    OTHER,
-    confusion_table,
-    figures,
-    label_of,
-    labels_csv,
-    numbered,
-)
+from athanor.test.predictions import OTHER
 from support import mlflow_store
 from support.stages import Stages
 
@@ -49,17 +40,6 @@ def counted(lines: list[dict[str, Any]], who: str) -> dict[str, float]:
         right[line["label"]] += said == line["label"]
     f1 = [2 * right[label] / (asked[label] + given[label]) for label in asked]
     return {"accuracy": right.total() / asked.total(), "macro_f1": sum(f1) / len(f1)}
-
-
-def answered(label: str, text: str, stopped: bool = True, split: str = "test") -> dict[str, Any]:
-    """A line of predictions.jsonl: what the base said; the tuned model is right."""
-    return {
-        "split": split,
-        "reference": label,
-        "label": label,
-        "base": {"text": text, "stopped": stopped},
-        "tuned": {"text": label, "stopped": True},
-    }
 
 
 def test_a_classification_gets_its_figures(
@@ -119,7 +99,7 @@ def test_a_classification_gets_its_figures(
         (label, said): pairs[label, said] for label in LABELS for said in (*LABELS, OTHER)
     }
     printed = capfd.readouterr().out
-    assert "what the tuned model said to the test rows" in printed
+    assert "answers of the tuned model to the test rows" in printed
     assert "macro F1" in printed
 
 
@@ -144,71 +124,3 @@ def test_other_rows_have_nothing_of_it(
     names = {Path(file.path).name for file in kept}
     assert names == {"predictions.jsonl", "answers.json", "params.yaml"}
     assert "macro F1" not in capfd.readouterr().out
-
-
-def test_what_is_no_label_is_other_and_wrong() -> None:
-    lines = [
-        answered("positive", " positive\n"),
-        answered("positive", "negative"),
-        answered("negative", "Negative"),
-        answered("negative", "negative\nbecause"),
-        answered("negative", "negative", stopped=False),
-        answered("negative", "<think>\npositive?\n</think>\n\nnegative"),
-    ]
-    given, expected = numbered(lines, LABELS, "base")
-    assert (given, expected) == ([2, 0, 3, 3, 3, 0], [2, 2, 0, 0, 0, 0])
-    assert scores.confusion(given, expected, 3) == [[1, 0, 0, 3], [0, 0, 0, 0], [1, 0, 1, 0]]
-    found = scores.label_figures(given, expected)
-    # negative: 1 of 2 said, 1 of 4 there; positive: 1 of 1 said, 1 of 2 there.
-    assert found == pytest.approx({"accuracy": 2 / 6, "macro_f1": (2 / 6 + 2 / 3) / 2})
-    assert found == pytest.approx(counted([*lines[:5], answered("negative", "negative")], "base"))
-    # The tuned model is right; that no row is neutral takes nothing from it.
-    right = scores.label_figures(*numbered(lines, LABELS, "tuned"))
-    assert right == {"accuracy": 1, "macro_f1": 1}
-    assert labels_csv(lines, LABELS).splitlines()[1:4] == [
-        "test,positive,positive,positive",
-        "test,positive,negative,positive",
-        "test,negative,(other),negative",
-    ]
-
-
-def test_figures_are_named_by_split_and_model() -> None:
-    lines = [answered("positive", "negative"), answered("positive", "", split="valid")]
-    outcomes = {name: Outcome(1.0, []) for name in ("train", "valid", "test")}
-    found = figures(outcomes, lines, "base", LABELS)
-    found |= figures(outcomes, lines, "tuned", LABELS)
-    assert {key for key in found if key.endswith(FIGURES)} == {
-        f"test_{split}{who}{figure}"
-        for split in ("", "valid_")
-        for who in ("", "base_")
-        for figure in FIGURES
-    }
-    assert found["test_base_accuracy"] == found["test_valid_base_macro_f1"] == 0
-    assert found["test_accuracy"] == found["test_valid_macro_f1"] == 1
-
-
-def test_table_is_of_the_test_rows_else_of_the_valid_ones() -> None:
-    valid = answered("[b]", "x", split="valid")
-    lines = [valid, answered("c", "c", split="train")]
-    assert confusion_table(lines, ["[b]", "c"], "base") == (
-        "valid",
-        ["expected", "[b]", "c", OTHER],
-        [["[b]", "0", "0", "1"], ["c", "0", "0", "0"]],
-    )
-
-
-@pytest.mark.parametrize(("many", "shown"), [(20, True), (21, False)])
-def test_table_of_many_labels_is_not_printed(
-    many: int, shown: bool, capfd: pytest.CaptureFixture[str]
-) -> None:
-    labels = [f"[/{number}]" for number in range(many)]
-    lines = [answered(label, "x") for label in labels]
-    tables._show_labels(figures({}, lines, "tuned", labels), lines, labels)
-    assert ("said to the test rows" in capfd.readouterr().out) == shown
-
-
-def test_label_is_what_is_learned_after_cleaning() -> None:
-    row = {"messages": [{"role": "assistant", "content": "A 1"}], "label": "Ａ 1"}
-    assert label_of(row) == "A 1"
-    row["messages"] = [{"role": "assistant", "content": "<think>\nA or B\n</think>\n\nA"}]
-    assert label_of(row) == "A"

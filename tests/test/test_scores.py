@@ -27,8 +27,8 @@ IDS = st.lists(st.integers(0, 3), max_size=20)
         ("", ""),
     ],
 )
-def test_what_is_compared_follows_a_thought(text: str, compared: str) -> None:
-    assert scores.compared(text) == compared
+def test_an_answer_is_compared_without_its_thought(text: str, compared: str) -> None:
+    assert scores.normalize_answer(text) == compared
 
 
 def test_exact_is_to_the_character_and_ended() -> None:
@@ -103,7 +103,7 @@ def test_of_no_answers_there_are_no_figures() -> None:
         scores.stop_rate([]),
         scores.mean_length([]),
         scores.repetition_rate([]),
-        *scores.label_figures([], []).values(),
+        *scores.score_labels([], []).values(),
     ]
     assert all(map(math.isnan, found))
 
@@ -123,5 +123,5 @@ def test_answers_and_references_are_as_many() -> None:
 
 def test_labels_are_places() -> None:
     answers, stopped = [" yes\n", "no", "no", "perhaps"], [True, True, False, True]
-    assert scores.label_places(answers, stopped, ["no", "yes"]) == [1, 0, 2, 2]
+    assert scores.find_labels(answers, stopped, ["no", "yes"]) == [1, 0, 2, 2]
     assert scores.confusion([1, 0, 2], [1, 1, 0], 2) == [[0, 0, 1], [1, 1, 0]]

@@ -16,7 +16,7 @@ from athanor.config.schema import Config
 from athanor.paths import SPLITS, Workspace
 from athanor.prepare import result
 from athanor.prepare.result import Prepared
-from athanor.test.examine import Split, build_splits, examine, examine_options
+from athanor.test.examine import Split, build_splits, examine
 from athanor.test.figures import Outcome
 from athanor.train.build import build_frozen
 from athanor.train.fit import warn_of_rows_without_targets
@@ -73,9 +73,7 @@ def load_shared(folder: Path) -> Shared:
         for split in TESTED_SPLITS:
             warn_of_rows_without_targets(base.workspace, split, len(rows[split]), tokens[split])
         forward = Forward(model, frozen.parts)
-        outcomes = examine(
-            model, tokenizer, splits, who="base", forward=forward, **examine_options(cfg)
-        )
+        outcomes = examine(cfg, model, tokenizer, splits, "base", forward)
         files.write_json(path, msgspec.to_builtins(outcomes))
     return Shared(cfg, base, model, frozen, tokenizer, tokens, splits, outcomes)
 

@@ -43,8 +43,8 @@ from athanor.sweep.description import Sweep, trials_folder
 from athanor.sweep.recording import fail, read_trial, record_failure
 from athanor.sweep.shared import TESTED_SPLITS, Shared, load_shared
 from athanor.sweep.trial_record import TrialRecord, TrialStatus
-from athanor.test.examine import Examined, examine, examine_options
-from athanor.test.figures import as_columns
+from athanor.test.examine import Examination, examine
+from athanor.test.predictions import as_columns, read_predictions
 from athanor.train import checkpoints
 from athanor.train.fit import fit
 from athanor.train.identity import training_identity
@@ -221,7 +221,7 @@ def _train(
 
 def _examine(
     cfg: Config, shared: Shared, folder: Path, tested: Path, names: tuple[str, ...]
-) -> Examined:
+) -> Examination:
     """Test the adapters of a trial on some splits, or read the results of that."""
     if not (tested / "metrics.json").exists():
         model = copy_sharing_weights(shared.model)
@@ -232,12 +232,11 @@ def _examine(
         trained = read_adapter_names(folder / "adapters")
         cut = frozen.choose_cut(trained) if frozen is not None else 0
         forward = Forward(model, shared.frozen.parts, frozen, cut)
-        tuned = examine(
-            model, shared.tokenizer, splits, who="tuned", forward=forward, **examine_options(cfg)
-        )
-        Examined.of(splits, base, tuned, shared.tokenizer, shared.labels).write(tested)
-    lines = files.read_jsonl(tested / "predictions.jsonl")
-    return Examined(lines, files.read_json(tested / "metrics.json"), sorted(shared.labels))
+        tuned = examine(cfg, model, shared.tokenizer, splits, "tuned", forward)
+        Examination.compare(splits, base, tuned, shared.tokenizer, shared.labels).write(tested)
+    predictions = read_predictions(tested / "predictions.jsonl")
+    metrics = files.read_json(tested / "metrics.json")
+    return Examination(predictions, metrics, sorted(shared.labels))
 
 
 def examine_chosen(sweep: Sweep, record: TrialRecord) -> choice.Trial:
@@ -252,7 +251,8 @@ def examine_chosen(sweep: Sweep, record: TrialRecord) -> choice.Trial:
     )
     seen = _examine(cfg, shared, folder, tested, TESTED_SPLITS)
     last = _examine(cfg, shared, folder, chosen, ("test",))
-    both = Examined(seen.lines + last.lines, seen.metrics | last.metrics, last.labels)
+    predictions = seen.predictions + last.predictions
+    both = Examination(predictions, seen.metrics | last.metrics, last.labels)
     both.write(together)
     iteration = int(files.read_json(folder / "metrics.json")["kept_iteration"])
     with resume_run(record.run, None) as run:  # by our name: it has an id in each store
@@ -269,11 +269,11 @@ def name_test_folder(cfg: Config) -> str:
     return "test-" + hashlib.sha256(json.dumps([options, rows, code]).encode()).hexdigest()[:8]
 
 
-def _record_test(run: Run, folder: Path, examined: Examined, iteration: int) -> None:
+def _record_test(run: Run, folder: Path, examination: Examination, iteration: int) -> None:
     """Add the results of a test to the run of its trial, where they are not there yet."""
-    answers = as_columns(examined.lines)
-    confusion = examined.confusion()
-    record_test(run, folder, examined.metrics, answers, confusion, iteration, once=True)
+    answers = as_columns(examination.predictions)
+    confusion = examination.confusion_csv()
+    record_test(run, folder, examination.metrics, answers, confusion, iteration, once=True)
 
 
 def _print_result(sweep: Sweep, number: int, label: str, folder: Path, how: str) -> None:

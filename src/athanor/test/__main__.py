@@ -1,11 +1,11 @@
-"""Stage `test`: base and tuned model side by side, on every row that `prepare` left.
+"""Stage `test`: compare base and tuned model on every prepared row.
 
     uv run python -m athanor.test
 
 Reads params.yaml, artifacts/prepare/ and artifacts/train/; writes artifacts/test/metrics.json,
-predictions.jsonl and labels.csv (a line a row of a classification), and adds them to the training's
-MLflow run, the answers also as a table. What the figures mean is in scores.py. The training
-questions are asked too: whether they were learned by heart is what `test_train_*` say.
+predictions.jsonl and labels.csv (a line for each row of a classification), and adds them to the
+training's MLflow run, the answers also as a table. scores.py defines the figures. The training
+questions are asked, too: `test_train_*` show if they were learned by heart.
 """
 
 import sys
@@ -21,12 +21,13 @@ from athanor.prepare import result
 from athanor.prepare.result import Prepared
 from athanor.runs.run import resume_run
 from athanor.runs.stage_records import record_test
-from athanor.test.examine import Examined, as_trained, build_splits, examine, examine_options
-from athanor.test.figures import as_columns
-from athanor.test.tables import show
+from athanor.test.examine import Examination, build_splits, examine, forward_as_trained
+from athanor.test.predictions import as_columns
+from athanor.test.tables import print_examination
 
 
 def main() -> None:
+    """Examine both models, record the results and print them."""
     workspace = Workspace.here()
     cfg = load_config(sys.argv[1:])
     blas.use_threads(cfg.train.blas_threads)
@@ -35,29 +36,26 @@ def main() -> None:
         base = Prepared.read(cfg, workspace)
         model, tokenizer = base.load()
         splits = build_splits(cfg, base, tokenizer, result.read_rows(workspace, SPLITS))
-        before = examine(model, tokenizer, splits, who="base", **examine_options(cfg))
+        base_outcomes = examine(cfg, model, tokenizer, splits, "base")
         load_adapters(model, workspace.trained / "adapters")
-        forward = as_trained(
-            model, workspace, [row for split in splits.values() for row in split.tokens]
-        )
-        after = examine(
-            model, tokenizer, splits, who="tuned", forward=forward, **examine_options(cfg)
-        )
+        rows = [row for split in splits.values() for row in split.tokens]
+        forward = forward_as_trained(model, workspace, rows)
+        tuned_outcomes = examine(cfg, model, tokenizer, splits, "tuned", forward)
         labels = set[str]().union(*(split.labels for split in splits.values()))
-        examined = Examined.of(splits, before, after, tokenizer, labels)
-        examined.write(workspace.tested)
+        examination = Examination.compare(splits, base_outcomes, tuned_outcomes, tokenizer, labels)
+        examination.write(workspace.tested)
         run.log_text(
             OmegaConf.to_yaml(cfg), f"test/{workspace.params.name}"
-        )  # it may run again with others
+        )  # those of this test: the stage may run again with other values
         record_test(
             run,
             workspace.tested,
-            examined.metrics,
-            as_columns(examined.lines),
-            examined.confusion(),
+            examination.metrics,
+            as_columns(examination.predictions),
+            examination.confusion_csv(),
             trained["iteration"],
         )
-    show(workspace, examined.metrics, examined.lines, examined.labels)
+    print_examination(workspace, examination)
 
 
 if __name__ == "__main__":

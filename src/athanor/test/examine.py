@@ -1,18 +1,9 @@
-"""Stage `test`: base and tuned model side by side, on every row that `prepare` left.
-
-    uv run python -m athanor.test
-
-Reads params.yaml, artifacts/prepare/ and artifacts/train/; writes artifacts/test/metrics.json,
-predictions.jsonl and labels.csv (a line a row of a classification), and adds them to the training's
-MLflow run, the answers also as a table. What the figures mean is in scores.py. The training
-questions are asked too: whether they were learned by heart is what `test_train_*` say.
-"""
+"""The examination of a model: its loss on rows, and its answers to their questions."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -28,20 +19,20 @@ from athanor.config.schema import Config
 from athanor.model.adapters import read_adapter_names
 from athanor.paths import Workspace
 from athanor.prepare.result import Prepared, Row
-from athanor.test.figures import (
-    Line,
-    Outcome,
-    confusion_table,
-    figures,
-    label_of,
+from athanor.test.figures import Outcome, compute_metrics, tabulate_confusion
+from athanor.test.predictions import (
+    Prediction,
+    Reply,
     labels_csv,
-    with_labels,
+    select_labelled,
+    write_predictions,
 )
+from athanor.test.scores import normalize_answer
 
 
 @dataclass(frozen=True)
 class Split:
-    """What is asked of a model on one split: the loss on `tokens`, answers to `questions`.
+    """The rows of a split: its loss is measured on `tokens`, answers are given to `questions`.
 
     `labels` are those of a classification's rows.
     """
@@ -52,23 +43,20 @@ class Split:
 
 
 def examine(
+    cfg: Config,
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     splits: dict[str, Split],
-    *,
-    batch_size: int,
-    max_tokens: int,
-    temp: float,
-    seed: int,
-    who: str,
+    name: str,
     forward: Forward | None = None,
 ) -> dict[str, Outcome]:
-    """Measures the loss over every row once, and asks every question once.
+    """Return the outcome of a model, `base` or `tuned`, on each split.
 
-    `forward` computes the losses, if it has a part of them already.
+    `forward` computes the losses, if it has computed a part of them already.
     """
+    batch_size = cfg.test.batch_size
     rows = [row for split in splits.values() for row in split.tokens]
-    through = forward or Forward.from_model(model, rows)
+    forward = forward or Forward.from_model(model, rows)
     prompts = [
         templates.encode_prompt(row, tokenizer)
         for split in splits.values()
@@ -76,64 +64,62 @@ def examine(
     ]
     with console.progress() as bar:
         batches = sum(-(-len(split.tokens) // batch_size) for split in splits.values())
-        reading = bar.add_task(f"loss of the {who}", total=batches)
-        asking = bar.add_task(f"ask the {who}", total=len(prompts))
+        reading = bar.add_task(f"loss of the {name}", total=batches)
+        asking = bar.add_task(f"ask the {name}", total=len(prompts))
         losses = [
-            measure_loss(through, split.tokens, batch_size, lambda: bar.advance(reading))[0]
+            measure_loss(forward, split.tokens, batch_size, lambda: bar.advance(reading))[0]
             for split in splits.values()
         ]
-        given = iter(
+        replies = iter(
             generate_answers(
                 model,
                 tokenizer,
                 prompts,
-                max_tokens=max_tokens,
+                max_tokens=cfg.test.max_tokens,
                 batch_size=batch_size,
-                temp=temp,
-                seed=seed,
+                temp=cfg.test.temp,
+                seed=cfg.seed,
                 on_step=lambda answered: bar.update(asking, completed=answered),
             )
         )
     return {
-        name: Outcome(loss, list(islice(given, len(split.questions))))
-        for (name, split), loss in zip(splits.items(), losses, strict=True)
+        split_name: Outcome(loss, list(islice(replies, len(split.questions))))
+        for (split_name, split), loss in zip(splits.items(), losses, strict=True)
     }
 
 
-def predictions(
+def build_predictions(
     splits: dict[str, Split],
     base: dict[str, Outcome],
     tuned: dict[str, Outcome],
     tokenizer: TokenizerWrapper,
-) -> list[Line]:
-    """A line a question: what was asked, what was expected, and what both models said.
-
-    Lines of a classification's rows have a "label" too.
-    """
-    lines = []
-    for name, split in splits.items():
-        for row, *pair in zip(
+) -> list[Prediction]:
+    """Return a prediction for each question, with both models' answers."""
+    return [
+        Prediction(
+            split=name,
+            prompt=row["messages"][:-1],
+            reference=templates.find_expected_answer(row, tokenizer),
+            label=read_label(row) if "label" in row else None,
+            base=Reply(templates.decode_answer(by_base.ids, tokenizer), by_base.stopped),
+            tuned=Reply(templates.decode_answer(by_tuned.ids, tokenizer), by_tuned.stopped),
+        )
+        for name, split in splits.items()
+        for row, by_base, by_tuned in zip(
             split.questions, base[name].answers, tuned[name].answers, strict=True
-        ):
-            texts = (templates.decode_answer(answer.ids, tokenizer) for answer in pair)
-            said = {
-                who: {"text": text, "stopped": answer.stopped}
-                for who, answer, text in zip(("base", "tuned"), pair, texts, strict=True)
-            }
-            lines.append(
-                {
-                    "split": name,
-                    "prompt": row["messages"][:-1],
-                    "reference": templates.find_expected_answer(row, tokenizer),
-                    **({"label": label_of(row)} if "label" in row else {}),
-                    **said,
-                }
-            )
-    return lines
+        )
+    ]
 
 
-def as_trained(model: nn.Module, workspace: Workspace, rows: list[TokenizedText]) -> Forward:
-    """The model as its training computes it: what is frozen, a row at a time."""
+def read_label(row: Row) -> str:
+    """Return the label of a classification's row, which is the answer that the model learned."""
+    return normalize_answer(str(row["messages"][-1]["content"])).strip()
+
+
+def forward_as_trained(
+    model: nn.Module, workspace: Workspace, rows: list[TokenizedText]
+) -> Forward:
+    """Return the forward pass of a training: its frozen layers run on a row at a time."""
     frozen = FrozenLayers(Parts.find(model, probe_tokens(rows)), Budget(0, 0, workspace.tested))
     cut = frozen.choose_cut(read_adapter_names(workspace.trained / "adapters"))
     return Forward(model, frozen.parts, frozen, cut)
@@ -142,60 +128,51 @@ def as_trained(model: nn.Module, workspace: Workspace, rows: list[TokenizedText]
 def build_splits(
     cfg: Config, base: Prepared, tokenizer: TokenizerWrapper, rows: dict[str, list[Row]]
 ) -> dict[str, Split]:
-    """What is asked on each split: the loss on all of its rows, answers to test.max_rows."""
+    """Return the rows of each split: all for the loss, test.max_rows as questions."""
     count = None if cfg.test.max_rows == -1 else cfg.test.max_rows
     return {
         name: Split(
-            base.tokens(found, tokenizer, cfg),
-            [row for row in found if "text" not in row][:count],
-            {label_of(row) for row in found if "label" in row},
+            base.tokens(split_rows, tokenizer, cfg),
+            [row for row in split_rows if "text" not in row][:count],
+            {read_label(row) for row in split_rows if "label" in row},
         )
-        for name, found in rows.items()
-    }
-
-
-def examine_options(cfg: Config) -> dict[str, Any]:
-    """How models are examined, for `examine`."""
-    return {
-        "batch_size": cfg.test.batch_size,
-        "max_tokens": cfg.test.max_tokens,
-        "temp": cfg.test.temp,
-        "seed": cfg.seed,
+        for name, split_rows in rows.items()
     }
 
 
 @dataclass(frozen=True)
-class Examined:
-    """What came out: a line a question with both models' answers, the figures, the labels."""
+class Examination:
+    """The result of a test: a prediction for each question, the metrics, and all labels."""
 
-    lines: list[Line]
+    predictions: list[Prediction]
     metrics: dict[str, float]
     labels: list[str]
 
     @classmethod
-    def of(
+    def compare(
         cls,
         splits: dict[str, Split],
         base: dict[str, Outcome],
         tuned: dict[str, Outcome],
         tokenizer: TokenizerWrapper,
         labels: Iterable[str],
-    ) -> "Examined":
-        """Base and tuned model side by side on the same splits; `labels` are all that there are."""
+    ) -> "Examination":
+        """Compare base and tuned model on the same splits; `labels` are those of all rows."""
         labels = sorted(labels)
-        lines = predictions(splits, base, tuned, tokenizer)
-        metrics = figures(base, lines, "base", labels) | figures(tuned, lines, "tuned", labels)
-        return cls(lines, metrics, labels)
+        predictions = build_predictions(splits, base, tuned, tokenizer)
+        metrics = compute_metrics(base, predictions, "base", labels)
+        metrics |= compute_metrics(tuned, predictions, "tuned", labels)
+        return cls(predictions, metrics, labels)
 
-    def confusion(self) -> str | None:
+    def confusion_csv(self) -> str | None:
         """Return the confusion matrix of the tuned model as CSV, None without labels."""
-        if not with_labels(self.lines):
+        if not select_labelled(self.predictions):
             return None
-        _, head, counts = confusion_table(self.lines, self.labels, "tuned")
+        _, head, counts = tabulate_confusion(self.predictions, self.labels, "tuned")
         return files.csv_text(head, counts)
 
-    def write(self, out: Path) -> None:
-        """Writes predictions.jsonl, labels.csv and, last, metrics.json."""
-        files.write_jsonl(out / "predictions.jsonl", self.lines)
-        files.write_text(out / "labels.csv", labels_csv(self.lines, self.labels))
-        files.write_json(out / "metrics.json", self.metrics)
+    def write(self, folder: Path) -> None:
+        """Write predictions.jsonl, labels.csv and, last, metrics.json."""
+        write_predictions(folder / "predictions.jsonl", self.predictions)
+        files.write_text(folder / "labels.csv", labels_csv(self.predictions, self.labels))
+        files.write_json(folder / "metrics.json", self.metrics)

@@ -1,8 +1,8 @@
-"""How good answers are: figures of texts and of tokens, which read and write nothing.
+"""The scores of answers, of texts and of tokens: pure functions.
 
-What is compared is what a person would read: `compared` takes away a reasoning model's thought, and
-gives canonically equivalent characters one form. The functions below take texts as they are given.
-A figure of no answers is nan, as is one for which the references hold nothing to divide by.
+Answers are compared as a person reads them: `normalize_answer` removes a reasoning model's thought
+and gives canonically equivalent characters one form. The other functions take texts as they are. A
+score of no answers is nan, and so is one whose references leave nothing to divide by.
 """
 
 import math
@@ -20,35 +20,35 @@ Ids = Sequence[int]
 NGRAM = 4
 
 
-def compared(text: str) -> str:
-    """The part of a text that is compared: what follows a thought, in Unicode's form NFC.
+def normalize_answer(text: str) -> str:
+    """Return the part of a text after a thought, in Unicode's form NFC.
 
-    A thought ends with `</think>` or the like; where it begins is often in the prompt. One that
-    never ends is followed by nothing. Of other texts every character counts, white space too.
+    A thought ends with `</think>` or the like; its beginning is often in the prompt. After one that
+    never ends nothing follows. In other texts every character counts, white space included.
     """
-    said = strip_thought(text)
-    if said == text and OPENER.match(text.lstrip()):
-        said = ""
-    return unicodedata.normalize("NFC", said)
+    answer = strip_thought(text)
+    if answer == text and OPENER.match(text.lstrip()):
+        answer = ""
+    return unicodedata.normalize("NFC", answer)
 
 
 def exact_match(
     answers: Sequence[str], references: Sequence[str], stopped: Sequence[bool]
 ) -> float:
-    """The share of answers that are their reference to the character and ended by themselves.
+    """Return the share of answers, 0 to 1, that equal their reference and ended by themselves.
 
-    From 0 to 1. An answer that was cut off is none: nobody knows what would have followed.
+    An answer that was cut off does not count: its continuation is unknown.
     """
     triples = zip(answers, references, stopped, strict=True)
     return _mean(ended and answer == reference for answer, reference, ended in triples)
 
 
 def character_error_rate(answers: Sequence[str], references: Sequence[str]) -> float:
-    """sum(Levenshtein distance of answer and reference) / sum(length of reference), in characters.
+    """Return sum(Levenshtein distance) / sum(length of references), in characters.
 
-    0 where all answers are their references, with no upper end: an answer may be longer than its
-    reference. Characters are Unicode code points; an insertion, a deletion and a substitution cost
-    1 each (Levenshtein 1966). nan where all references are empty.
+    0 where all answers are their references, without an upper limit: an answer may be longer than
+    its reference. Characters are Unicode code points; an insertion, a deletion and a substitution
+    cost 1 each (Levenshtein 1966). nan where all references are empty.
     """
     pairs = zip(answers, references, strict=True)
     distance = sum(Levenshtein.distance(answer, reference) for answer, reference in pairs)
@@ -57,11 +57,11 @@ def character_error_rate(answers: Sequence[str], references: Sequence[str]) -> f
 
 
 def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
-    """chrF of all answers together, from 0 to 100 (Popović 2015), as sacrebleu counts it.
+    """Return chrF of all answers together, 0 to 100 (Popović 2015), as sacrebleu computes it.
 
     F-score of character n-grams of 1 to 6 with recall weighted twice as much as precision
-    (beta = 2), averaged over those n that both sides have; case counts, white space does not. In
-    sacrebleu's words `case:mixed|eff:yes|nc:6|nw:0|space:no`. nan where no reference has anything
+    (beta = 2), averaged over those n that both sides have; case counts, white space does not:
+    sacrebleu's `case:mixed|eff:yes|nc:6|nw:0|space:no`. nan where no reference has anything
     but white space.
     """
     pairs = list(zip(answers, references, strict=True))
@@ -73,17 +73,17 @@ def chrf(answers: Sequence[str], references: Sequence[str]) -> float:
 
 
 def stop_rate(stopped: Sequence[bool]) -> float:
-    """The share of answers that ended by themselves before they were cut off, from 0 to 1."""
+    """Return the share of answers, 0 to 1, that ended by themselves before they were cut off."""
     return _mean(stopped)
 
 
 def mean_length(answers: Sequence[Ids]) -> float:
-    """The mean number of tokens in an answer, a thought's included."""
+    """Return the mean number of tokens in an answer, a thought's included."""
     return _mean(map(len, answers))
 
 
 def repetition_rate(answers: Sequence[Ids], n: int = NGRAM) -> float:
-    """The mean over answers of 1 - |different n-grams| / |n-grams| in tokens, from 0 to below 1.
+    """Return the mean over answers of 1 - |distinct n-grams| / |n-grams| in tokens, 0 to below 1.
 
     seq-rep-n of Welleck et al. 2019, "Neural Text Generation with Unlikelihood Training". An answer
     of fewer than n tokens repeats nothing: 0.
@@ -96,14 +96,13 @@ def _repeats(ids: Ids, n: int) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def label_places(
+def find_labels(
     answers: Sequence[str], stopped: Sequence[bool], labels: Sequence[str]
 ) -> list[int]:
-    """The place in `labels` of the label that each answer is; len(labels) for none of them.
+    """Return the place in `labels` of each answer; len(labels) for an answer that is no label.
 
-    An answer is a label if it ended by itself and is that label to the character, white space
-    around it aside. One that never ended is none: what uses the model would have read more than
-    the label.
+    An answer is a label if it ended by itself and equals the label, white space around it aside.
+    One that never ended is none: a program that uses the model would read more than the label.
     """
     places = {label: place for place, label in enumerate(labels)}
     none = len(labels)
@@ -111,31 +110,33 @@ def label_places(
     return [places.get(answer.strip(), none) if ended else none for answer, ended in pairs]
 
 
-def label_figures(given: Sequence[int], expected: Sequence[int]) -> dict[str, float]:
-    """`accuracy` and `macro_f1` of labels by their places, both from 0 to 1.
+def score_labels(predicted: Sequence[int], expected: Sequence[int]) -> dict[str, float]:
+    """Return `accuracy` and `macro_f1`, 0 to 1, of labels by their places.
 
-    The F1 is the mean over the labels that are expected here: one that few rows have may be missing
-    in a split, and would count as 0 however good the answers are.
+    The F1 is the mean over the labels that are expected here: a rare one may be missing in a split,
+    and would count as 0 however good the answers are.
     """
     if not expected:
         return {"accuracy": math.nan, "macro_f1": math.nan}
-    from sklearn.metrics import accuracy_score, f1_score  # costs a second, which few data need
+    from sklearn.metrics import accuracy_score, f1_score  # takes a second, for few data sets
 
-    f1 = f1_score(expected, given, labels=sorted(set(expected)), average="macro", zero_division=0)
-    return {"accuracy": float(accuracy_score(expected, given)), "macro_f1": float(f1)}
+    f1 = f1_score(
+        expected, predicted, labels=sorted(set(expected)), average="macro", zero_division=0
+    )
+    return {"accuracy": float(accuracy_score(expected, predicted)), "macro_f1": float(f1)}
 
 
-def confusion(given: Sequence[int], expected: Sequence[int], labels: int) -> list[list[int]]:
-    """How often each of so many labels, a row, was answered with each, a column.
+def confusion(predicted: Sequence[int], expected: Sequence[int], labels: int) -> list[list[int]]:
+    """Return the confusion matrix, [labels, labels + 1]: a row for each expected label.
 
-    labels × (labels + 1): the last column is what is no label.
+    The last column counts answers that are no label.
     """
     counts = [[0] * (labels + 1) for _ in range(labels)]
-    for place, right in zip(given, expected, strict=True):
+    for place, right in zip(predicted, expected, strict=True):
         counts[right][place] += 1
     return counts
 
 
 def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found) if found else math.nan
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else math.nan

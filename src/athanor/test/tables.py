@@ -1,27 +1,19 @@
-"""Stage `test`: base and tuned model side by side, on every row that `prepare` left.
-
-    uv run python -m athanor.test
-
-Reads params.yaml, artifacts/prepare/ and artifacts/train/; writes artifacts/test/metrics.json,
-predictions.jsonl and labels.csv (a line a row of a classification), and adds them to the training's
-MLflow run, the answers also as a table. What the figures mean is in scores.py. The training
-questions are asked too: whether they were learned by heart is what `test_train_*` say.
-"""
-
-from typing import Any
+"""The tables at the end of a test: figures, answers side by side, the confusion of labels."""
 
 from rich.markup import escape
 
 from athanor import console
 from athanor.paths import SPLITS, Workspace
-from athanor.test import scores
-from athanor.test.figures import Line, confusion_table, metric_prefix, with_labels
+from athanor.test.examine import Examination
+from athanor.test.figures import metric_prefix, tabulate_confusion
+from athanor.test.predictions import MODELS, Prediction, Reply, select_labelled
+from athanor.test.scores import normalize_answer
 
-# More of them make a table that no terminal is wide enough for.
+# A table of more labels is too wide for a terminal.
 LABELS_SHOWN = 20
+ANSWERS_SHOWN = 12
 
-
-# Figures in the closing tables: their heads, and how a value is written. `count` is a share's.
+# Headers and formats of the figures; `count` is the number of answers that a share stands for.
 OF_ANSWERS = {
     "loss": ("loss", "{value:.4f}"),
     "perplexity": ("perplexity", "{value:.4g}"),
@@ -32,54 +24,57 @@ OF_ANSWERS = {
     "mean_length": ("tokens", "{value:.1f}"),
     "repetition_rate": ("repeats", "{value:.3f}"),
 }
-
-
 OF_LABELS = {"accuracy": ("accuracy", "{value:.4f}"), "macro_f1": ("macro F1", "{value:.4f}")}
-
-
 NONE = "–"
 
 
-def show(
-    workspace: Workspace, metrics: dict[str, float], lines: list[Line], labels: list[str]
-) -> None:
-    console.print_table("test", *_table("rows, model", OF_ANSWERS, metrics, lines))
+def print_examination(workspace: Workspace, examination: Examination) -> None:
+    """Print the figures, the first answers, and the labels of a classification."""
+    predictions, metrics = examination.predictions, examination.metrics
+    console.print_table("test", *_tabulate("rows, model", OF_ANSWERS, metrics, predictions))
     console.print_table(
         "",
-        ["asked", "expected", "base", "tuned"],
+        ["asked", "expected", *MODELS],
         [
             [
-                _clip(line["prompt"][-1]["content"] or ""),
-                _clip(line["reference"]),
-                *(_clip(_shown(line[who])) for who in ("base", "tuned")),
+                _clip(prediction.prompt[-1]["content"] or ""),
+                _clip(prediction.reference),
+                *(_clip(_show_reply(prediction.reply(model))) for model in MODELS),
             ]
-            for line in lines[:12]
+            for prediction in predictions[:ANSWERS_SHOWN]
         ],
     )
-    if with_labels(lines):
-        _show_labels(metrics, lines, labels)
+    if select_labelled(predictions):
+        print_labels(examination)
     console.print_facts(
         "", {"wrote": f"{workspace.tested}/: metrics.json, predictions.jsonl, labels.csv"}
     )
 
 
-def _show_labels(metrics: dict[str, float], lines: list[Line], labels: list[str]) -> None:
-    console.print_table("", *_table("labels of, model", OF_LABELS, metrics, lines))
+def print_labels(examination: Examination) -> None:
+    """Print the figures of labels, and the confusion of the tuned model if it is narrow enough."""
+    predictions, labels = examination.predictions, examination.labels
+    console.print_table(
+        "", *_tabulate("labels of, model", OF_LABELS, examination.metrics, predictions)
+    )
     if len(labels) <= LABELS_SHOWN:
-        split, head, counts = confusion_table(lines, labels, "tuned")
-        title = f"what the tuned model said to the {split} rows"
+        split, head, counts = tabulate_confusion(predictions, labels, "tuned")
+        title = f"answers of the tuned model to the {split} rows"
         console.print_table(title, [escape(name) for name in head], counts)
 
 
-def _table(
-    first: str, columns: dict[str, tuple[str, str]], metrics: dict[str, float], lines: list[Line]
+def _tabulate(
+    first: str,
+    columns: dict[str, tuple[str, str]],
+    metrics: dict[str, float],
+    predictions: list[Prediction],
 ) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of figures, a row a split and model; what no row has is left out."""
+    """Return header and rows of figures, a row for each split and model, without empty columns."""
     rows = []
     for name in SPLITS:
-        asked = sum(line["split"] == name for line in lines)
-        for who in ("base", "tuned"):
-            prefix = metric_prefix(name, who)
+        asked = sum(prediction.split == name for prediction in predictions)
+        for model in MODELS:
+            prefix = metric_prefix(name, model)
             cells = [
                 form.format(value=value, count=value * asked, asked=asked)
                 if (value := metrics.get(prefix + figure)) is not None
@@ -87,15 +82,15 @@ def _table(
                 for figure, (_, form) in columns.items()
             ]
             if any(cell != NONE for cell in cells):
-                rows.append([f"{name}, {who}", *cells])
+                rows.append([f"{name}, {model}", *cells])
     table = [[first, *(head for head, _ in columns.values())], *rows]
     kept = [column for column in zip(*table, strict=True) if set(column[1:]) != {NONE}]
     head, *rows = map(list, zip(*kept, strict=True))
     return head, rows
 
 
-def _shown(said: dict[str, Any]) -> str:
-    return (scores.compared(said["text"]) or said["text"]) + ("" if said["stopped"] else " …")
+def _show_reply(reply: Reply) -> str:
+    return (normalize_answer(reply.text) or reply.text) + ("" if reply.stopped else " …")
 
 
 def _clip(text: str, width: int = 24) -> str:
