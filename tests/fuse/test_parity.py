@@ -23,6 +23,7 @@ from athanor.config.schema import TrainConfig
 from athanor.config.values import to_dataclass
 from athanor.errors import UserError
 from athanor.fuse import parity
+from athanor.fuse.compare_files import TEXT
 from athanor.fuse.parity import TrainedModel, ask_trained_model, compare_with_trained
 from athanor.fuse.weights import fuse_and_compare, write_fused_model
 from athanor.model.adapters import make_trainable, save_adapters
@@ -396,5 +397,5 @@ def test_plain_texts_are_cut_and_long_questions_are_not_asked(train: Train) -> N
     )
     assert len(trained.rows) == len(parity.FIXED) + 2
     assert len(trained.replies) == len(parity.FIXED) + 1
-    assert trained.replies[-1].prompt_length == parity.TEXT
+    assert trained.replies[-1].prompt_length == TEXT
     assert all(len(reply.logits) <= parity.POSITIONS for reply in trained.replies)

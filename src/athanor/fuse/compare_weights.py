@@ -156,6 +156,8 @@ def _stored_forms(model: nn.Module) -> dict[str, _Form]:
 
 def _plain_weights(model: nn.Module) -> dict[str, mx.array]:
     """Return all weights, unpacked and with the adapters in them; nothing is computed yet."""
-    model.set_dtype(mx.float32)
+    for module in model.modules():
+        if hasattr(module, "fuse") or "scales" in module:
+            module.set_dtype(mx.float32)  # all others are converted as they are compared
     merge_adapters(model, dequantize=True)
     return dict(tree_flatten(dequantize_model(model).parameters()))

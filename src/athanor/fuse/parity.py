@@ -3,36 +3,37 @@
 Both are asked the same questions. They have to read the same tokens and to stop at the same ones.
 Their logits, along the ends of the questions and the trained model's greedy answers, may differ by
 a share of what the training itself changed there, plus what rounding to the stored dtype does. Each
-weight has to be the trained one, as well as its stored form can hold it (compare_weights.py).
+weight has to be the trained one, as well as its stored form can hold it (compare_weights.py), and
+the files the base's (compare_files.py).
 
 Reads a base's folder, its adapters and a fused folder. One model is in memory at a time.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from athanor import files
-from athanor.chat import templates
-from athanor.chat.load import load_tokenizer, load_with_tokenizer
+from athanor.chat.load import load_with_tokenizer
 from athanor.chat.templates import Message
 from athanor.compute import evaluation
 from athanor.device.backend import on_cpu
 from athanor.errors import UserError
+from athanor.fuse.compare_files import (
+    describe_question,
+    find_file_differences,
+    tokenize_questions,
+)
 from athanor.fuse.compare_weights import EPSILON, compare_weights, explain_rounding, find_damage
 from athanor.model.adapters import load_adapters
-from athanor.model.source import read_config, stated_stop_ids
 from athanor.model.stored import read_dtypes
 
-# At most so many tokens of a question, of a plain text that is one, and of a greedy answer; and how
-# many last positions of both are compared: with 150,000 tokens each is 0.6 MB of logits.
-LONGEST, TEXT, ANSWER, POSITIONS = 512, 64, 24, 32
+# At most so many tokens of a question and of a greedy answer; so many last positions of both are
+# compared: with a vocabulary of 150,000 each is 0.6 MB of logits.
+LONGEST, ANSWER, POSITIONS = 512, 24, 32
 # Rounding may move a logit by so many of the stored dtype's steps, which are its epsilon times the
 # largest logit: where the weights alone are rounded, as on a CPU, which computes in float32, and
 # where every result is. Measured: at most 0.7 of them (the tiny model and a random one of 0.5 B, in
@@ -147,7 +148,7 @@ def ask_trained_model(base: Path, adapters: Path, rows: list[Message]) -> Traine
         for turns in FIXED
     ]
     rows = [*fixed, *rows]
-    prompts = list(_tokenize(rows, tokenizer))
+    prompts = list(tokenize_questions(rows, tokenizer))
     asked = [(row, ids) for row, ids in zip(rows, prompts, strict=True) if 0 < len(ids) <= LONGEST]
     answers = evaluation.generate_answers(
         model,
@@ -159,7 +160,7 @@ def ask_trained_model(base: Path, adapters: Path, rows: list[Message]) -> Traine
     replies = []
     for (row, ids), answer in zip(asked, answers, strict=True):
         logits = _compute_logits(model, ids + answer.ids)
-        replies.append(Reply(_question(row), ids + answer.ids, len(ids), logits))
+        replies.append(Reply(describe_question(row), ids + answer.ids, len(ids), logits))
     del model
     mx.clear_cache()
     model, _ = load_with_tokenizer(base)
@@ -195,7 +196,7 @@ def compare_with_trained(trained: TrainedModel, folder: Path, max_difference: fl
     del model
     mx.clear_cache()
     share = difference / trained.change if trained.change > rounding else None
-    cause = next(_differences_of_files(trained, folder, tokenizer), None)
+    cause = next(find_file_differences(trained.base, folder, trained.rows, tokenizer), None)
     if cause is None:
         changes = list(compare_weights(trained.base, trained.adapters, folder))
         cause = find_damage(changes)
@@ -232,56 +233,3 @@ def _compare_answer(reply: Reply, logits: np.ndarray, tolerance: float) -> Answe
     at = int(parted[0])
     margin = own[at].max() - own[at][tokens[at]]
     return Answer(reply.question, at, bool(margin <= tolerance))
-
-
-def _question(row: Message) -> str:
-    """Return a question in words, for people."""
-    if "text" in row:
-        return str(row["text"])[:40]
-    asked = [turn["content"] for turn in row["messages"] if turn["role"] == "user"]
-    return str(asked[-1])[:40] if asked else ""
-
-
-def _tokenize(rows: list[Message], tokenizer: TokenizerWrapper) -> Iterator[list[int]]:
-    """Yield each question's tokens; none of a question that the template refuses."""
-    for row in rows:
-        try:
-            if "text" in row:
-                yield list(tokenizer.encode(row["text"]))[:TEXT]
-            else:
-                yield templates.encode_prompt(row, tokenizer)
-        except Exception:  # chat templates raise what they like
-            yield []
-
-
-def _differences_of_files(
-    trained: TrainedModel, folder: Path, tokenizer: TokenizerWrapper
-) -> Iterator[UserError]:
-    """Yield an error for each way in which the fused folder's files differ from the base's."""
-    own = load_tokenizer(trained.base)
-    questions = zip(_tokenize(trained.rows, own), _tokenize(trained.rows, tokenizer), strict=True)
-    for row, (expected, ids) in zip(trained.rows, questions, strict=True):
-        if ids != expected:
-            same = own.chat_template == tokenizer.chat_template
-            pairs = enumerate(zip(expected, ids, strict=False))
-            at = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(ids)))
-            yield UserError(
-                "fuse.questions_read_differently",
-                part="tokenizer" if same else "chat template",
-                question=_question(row),
-                position=at,
-                text=templates.decode_answer(ids[at : at + 8], own),
-                expected=templates.decode_answer(expected[at : at + 8], own),
-            )
-    ends = {
-        name: set(stated_stop_ids(files.read_json(folder / name)))
-        for name in ("config.json", "generation_config.json")
-    }
-    for name, stops in (ends | {"the tokenizer": tokenizer.eos_token_ids}).items():
-        if stops != own.eos_token_ids:
-            yield UserError("fuse.stops_differ", part=name, stops=stops, expected=own.eos_token_ids)
-    before, after = read_config(trained.base), read_config(folder)
-    keys = {key for key in before | after if before.get(key) != after.get(key)}
-    keys -= {"eos_token_id", "quantization", "quantization_config"}  # those that fusing changes
-    if keys:
-        yield UserError("fuse.config_differs", keys=sorted(keys))
