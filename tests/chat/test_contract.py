@@ -348,7 +348,7 @@ def test_untrained_tokens_are_told_from_others(base: Path) -> None:
 
 def test_a_token_beyond_the_head_can_not_be_said(base: Path) -> None:
     found = vocabulary.find_untrained_tokens(base, 6200, [6150])
-    assert found == {6150: "the head has 6144 rows, and none of it"}
+    assert found == {6150: "the head has 6144 rows, and none for it"}
     model, _ = load_with_tokenizer(base)
     with refused("model.no_row_for_end", rows=6144, token=6150):
         make_trainable(model, compose_config(Path("conf"), []).train, 0, 6150)

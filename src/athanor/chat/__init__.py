@@ -1,1 +1,1 @@
-"""The chat contract: how a model is asked, what ends an answer, which tokens are learned."""
+"""The chat contract: prompts, ends of answers, and the tokens that are learned."""

@@ -129,7 +129,7 @@ def _report_template(tokenizer: "TokenizerWrapper") -> Iterator[Finding]:
         state, finding = (
             FAULT,
             "the template's text of a finished conversation does not begin with the prompt, so "
-            "training would not apply to what is asked; use another template",
+            "training would not apply to prompts; use another template",
         )
     elif templates.rewrites_earlier_turns(tokenizer):
         state, finding = (

@@ -1,9 +1,9 @@
-"""Which tokens a base model can say: what the rows of its head tell of their training.
+"""Tokens that a base model was never trained to say, judged by the rows of its head.
 
-A token that was never trained on keeps the row that it was initialised with, or is where weight
-decay and the other tokens' gradients have pushed all unused rows (Land and Bartolo 2024, "Fishing
-for Magikarp"). Adapters of the layers may not make a model say such a token, and where another
-token has the very same row they can't.
+A token without training keeps its initial row, or has a row like all unused ones, where weight
+decay and the gradients of other tokens have pushed it (Land and Bartolo 2024, "Fishing for
+Magikarp"). Adapters of the layers may not make a model say such a token, and cannot if another
+token has the same row.
 """
 
 import re
@@ -19,17 +19,17 @@ from athanor.model.stored import dequantize, read_weights
 if TYPE_CHECKING:
     import mlx.core as mx
 
-# Rows as short as this share of the usual one, or as near to the mean of all, say nothing.
+# A row with less than this share of the usual length, or distance from the mean, is untrained.
 SHORT = 0.25
-# Rows that belong to no token show where the unused ones are, if there are so many of them.
+# At least so many rows without a token show where unused rows are.
 ENOUGH = 16
-# How far from their middle a row still is one of them, in distances of their farthest.
+# A row within this multiple of their largest distance from their mean is like them.
 NEAR = 1.25
-# Where more than this share of the tokens look unused, looks tell nothing.
+# If more than this share of the tokens look unused, the comparison means nothing.
 AT_MOST = 0.05
 ROWS_AT_A_TIME = 16384
 
-# The head, else the embedding that serves as one, by the ends of their names.
+# Ends of names of the head, and of the embedding that serves as a tied head.
 HEADS = (
     *("lm_head", "embed_out", "output"),
     *("embed_tokens", "wte", "word_embeddings", "tok_embeddings"),
@@ -37,10 +37,10 @@ HEADS = (
 
 
 def find_untrained_tokens(folder: Path, size: int, tokens: Iterable[int]) -> dict[int, str] | None:
-    """Those of `tokens` that the base was never trained to say, each with what shows it.
+    """Return the tokens that the base was never trained to say, each with the evidence.
 
-    `size` is the number of the tokenizer's tokens: rows beyond it belong to none. None where the
-    folder has no weights, or none under a known name.
+    `size` is the number of the tokenizer's tokens; rows beyond belong to none. None if the folder
+    has no weights, or no head under a known name.
     """
     head = _head(folder)
     if head is None:
@@ -51,36 +51,36 @@ def find_untrained_tokens(folder: Path, size: int, tokens: Iterable[int]) -> dic
     middle = sum(block[: max(size - start, 0)].sum(axis=0) for start, block in _blocks(head)) / size
     from_middle = _distances(head, middle)
     unused = _like_unused(head, size)
-    found = {}
+    untrained = {}
     for token in tokens:
         if token >= head.shape[0]:
-            found[token] = f"the head has {head.shape[0]} rows, and none of it"
+            untrained[token] = f"the head has {head.shape[0]} rows, and none for it"
             continue
         length = lengths[token] / np.median(lengths[:size])
         distance = from_middle[token] / np.median(from_middle[:size])
         if length < SHORT:
-            found[token] = f"its row of the head has {length:.2g} of the usual length"
+            untrained[token] = f"its row of the head has {length:.2g} of the usual length"
         elif distance < SHORT:
-            found[token] = f"its row of the head is the mean of all, but for {distance:.2g}"
+            untrained[token] = f"its row of the head is the mean of all, but for {distance:.2g}"
         elif (twin := _twin(head, lengths[:size], token)) is not None:
-            found[token] = f"its row of the head is that of token {twin}, to the bit"
+            untrained[token] = f"its row of the head is that of token {twin}, to the bit"
         elif unused is not None and unused[token]:
-            found[token] = "its row of the head is among those that belong to no token"
-    return found
+            untrained[token] = "its row of the head is among those that belong to no token"
+    return untrained
 
 
 def _head(folder: Path) -> "mx.array | None":
-    """The matrix that gives the logits, tokens × width; weights in few bits are unpacked."""
+    """Return the matrix [tokens, width] that gives the logits, dequantized; None if unknown."""
     if not list(folder.glob("model*.safetensors")):
         return None
-    found = read_weights(folder)
+    weights = read_weights(folder)
     for head in HEADS:
         name = next(
-            (name for name in found if re.fullmatch(rf"(\D*\.)?{head}\.weight", name)), None
+            (name for name in weights if re.fullmatch(rf"(\D*\.)?{head}\.weight", name)), None
         )
         if name is None:
             continue
-        return dequantize(found, name, read_config(folder))
+        return dequantize(weights, name, read_config(folder))
     return None
 
 
@@ -92,12 +92,12 @@ def _blocks(head: "mx.array") -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _distances(head: "mx.array", place: np.ndarray) -> np.ndarray:
-    """Each row's distance from a place, float32."""
+    """Return each row's distance from a point, in float32."""
     return np.concatenate([np.linalg.norm(rows - place, axis=1) for _, rows in _blocks(head)])
 
 
 def _like_unused(head: "mx.array", size: int) -> np.ndarray | None:
-    """For each row whether it is among those beyond `size`; None where they tell nothing."""
+    """Return which rows are like those from `size` on; None if these are no evidence."""
     beyond = np.concatenate([rows[max(size - start, 0) :] for start, rows in _blocks(head)])
     if len(beyond) < ENOUGH:
         return None
@@ -108,7 +108,7 @@ def _like_unused(head: "mx.array", size: int) -> np.ndarray | None:
 
 
 def _twin(head: "mx.array", lengths: np.ndarray, token: int) -> int | None:
-    """Another token with the very same row: training never makes two alike."""
+    """Return another token with the same row, which training never produces."""
     for other in np.flatnonzero(lengths == lengths[token]).tolist():
         if other != token and bool((head[other] == head[token]).all()):
             return int(other)

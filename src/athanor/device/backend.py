@@ -25,14 +25,14 @@ def compile_kernels(on: bool) -> None:
 
 
 def on_cpu() -> bool:
-    """Whether mlx computes on the CPU here."""
+    """Return whether mlx computes on the CPU."""
     import mlx.core as mx
 
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
 def describe_device() -> str:
-    """The device in words, for the record: what computes, and with which BLAS on Linux's CPU."""
+    """Describe the device for the record: its name, and the BLAS and its threads on Linux's CPU."""
     import platform
 
     import mlx.core as mx
@@ -51,7 +51,7 @@ def blas_threads() -> int | None:
 
 
 def memory_limit() -> int:
-    """The bytes that a model may use here: what Metal recommends, or what mlx allows itself."""
+    """Return the bytes that a model may use: Metal's recommendation, or mlx's own limit."""
     import mlx.core as mx
 
     recommended = mx.device_info().get("max_recommended_working_set_size")

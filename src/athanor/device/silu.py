@@ -1,4 +1,4 @@
-"""SiLU for Linux's CPU, where mlx takes 12 ns for an exponential and 4 for a power.
+"""A faster SiLU for Linux's CPU, where mlx takes 12 ns for an exponential and 4 ns for a power.
 
 Every layer of a Llama-like model has one for each of its widest activations: with mlx's own they
 take more time than the products around them. x·sigmoid(x) with sigmoid(x) = 1 / (1 + (1/e)^x);
@@ -26,7 +26,7 @@ def _(primals: Any, cotangents: Any, outputs: Any) -> mx.array:
 
 
 def silu(x: mx.array) -> mx.array:
-    """As mlx.nn.silu, to 2e-6 of the largest; other dtypes than float32 are left to that."""
+    """Compute mlx.nn.silu to 2e-6 of the largest value; other dtypes than float32 by mlx itself."""
     if x.dtype != mx.float32:
         return cast(mx.array, activations.silu(x))
     return cast("tuple[mx.array, mx.array]", _with_sigmoid(x))[0]
