@@ -11,7 +11,7 @@ from athanor import errors
 CODE = re.compile(r"[a-z_]+\.[a-z0-9_]+")
 # Rooms that still write their sentences where they raise them.
 SENTENCES = {
-    "diff", "files", "reproduce", "runs", "ui",
+    "diff", "reproduce", "runs", "ui",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Errors that a person can act on; messages.toml has their sentences."""
+"""Errors that a user can fix; messages.toml has their sentences."""
 
 import tomllib
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can fix; its text says how.
+    """An error that the user can fix; its text tells how.
 
     Args:
         code: the name of the message in messages.toml, `<room>.<name>`.

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and their digests."""
+"""Files that are either whole or absent, their locks and their digests."""
 
 import csv
 import errno
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 @contextmanager
 def writing(path: Path) -> Iterator[IO[str]]:
-    """Yields a file of UTF-8 text under a temporary name, which takes `path`'s place at the end.
+    """Yield a file of UTF-8 text under a temporary name, and rename it to `path` at the end.
 
-    What was written by then is kept also where the block ends with a UserError: it is what that
-    error points at. Any other exception leaves `path` as it was.
+    The file is kept where the block ends with a UserError, which points at its lines. Any other
+    exception leaves `path` as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
-    refused: UserError | None = None
+    user_error: UserError | None = None
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
             try:
                 yield file
             except UserError as error:
-                refused = error
+                user_error = error
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)
@@ -43,29 +43,29 @@ def writing(path: Path) -> Iterator[IO[str]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if refused is not None:
-        raise refused
+    if user_error is not None:
+        raise user_error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text to a temporary name beside `path`, flushes it and renames it."""
+    """Write UTF-8 text under a temporary name, flush it to the disk, and rename it to `path`."""
     with writing(path) as file:
         file.write(text)
 
 
 def take(finished: Path, path: Path) -> None:
-    """Flushes a file that was written elsewhere on the same disk, and gives it its name."""
+    """Flush a file that was written elsewhere on the same disk, and rename it to `path`."""
     _flush(finished)
     finished.replace(path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON, Chinese as Chinese."""
+    """Write indented JSON, Chinese as Chinese."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """Writes one JSON value a line."""
+    """Write a JSON value on each line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -79,39 +79,39 @@ def csv_text(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file that an earlier stage wrote to artifacts/<stage>/."""
-    return json.loads(_written(path).read_text(encoding="utf-8"))
+    """Read a JSON file that an earlier stage wrote."""
+    return json.loads(_existing(path).read_text(encoding="utf-8"))
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """Reads a JSONL file that an earlier stage wrote to artifacts/<stage>/."""
-    return list(lines_of_jsonl(path))
+    """Read a JSON Lines file that an earlier stage wrote."""
+    return list(iterate_jsonl(path))
 
 
-def lines_of_jsonl(path: Path) -> Iterator[Any]:
-    """Reads such a file a line at a time: training rows may be more than memory holds."""
-    with _written(path).open(encoding="utf-8") as file:
+def iterate_jsonl(path: Path) -> Iterator[Any]:
+    """Yield the values of such a file one at a time: memory may not hold all training rows."""
+    with _existing(path).open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
 
 
 def count_lines(path: Path) -> int:
-    """The number of lines of such a file: its rows."""
-    with _written(path).open("rb") as file:
+    """Return the number of lines of such a file."""
+    with _existing(path).open("rb") as file:
         return sum(1 for _ in file)
 
 
-def _written(path: Path) -> Path:
+def _existing(path: Path) -> Path:
     if not path.exists():
-        raise UserError(f"{path} is not there: `uv run dvc repro {path.parent.name}` writes it")
+        raise UserError("files.absent", path=path, stage=path.parent.name)
     return path
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty temporary folder that takes `path`'s place when the block ends well.
+    """Yield an empty temporary folder, and rename it to `path` when the block succeeds.
 
-    Its files are flushed to the disk first, so that what has its name is whole.
+    Its files are flushed to the disk first, so that a folder of that name is whole.
 
     Raises:
         OSError: with errno.ENOSPC also where mlx could not write.
@@ -132,7 +132,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         if isinstance(error, UserError):  # of files that nobody finds under their temporary name
             error.rename(temporary, path)
         if isinstance(error, RuntimeError) and "Unable to write" in str(error):
-            # All that mlx's writer says of a full disk.
+            # mlx's writer gives no other sign of a full disk.
             raise OSError(errno.ENOSPC, str(error), str(path)) from error
         raise
 
@@ -167,7 +167,7 @@ def try_lock(path: Path) -> "FileLock | None":
 
 
 def digest(paths: Iterable[Path]) -> str:
-    """sha256 over names and contents of files, in the order of their names."""
+    """Return the sha256 of the names and contents of files, in the order of their names."""
     total = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):
         with path.open("rb") as file:

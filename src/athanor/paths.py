@@ -1,4 +1,4 @@
-"""Where everything lies: each stage writes to artifacts/<stage>/ of the workspace."""
+"""The folders and files of a project: each stage writes to artifacts/<stage>/."""
 
 import os
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class Workspace:
 
     @property
     def checkpoints(self) -> Path:
-        """Checkpoints of trainings. DVC deletes a stage's outs before it runs it: none of these."""
+        """Checkpoints of trainings. DVC deletes a stage's outs before it runs, and not these."""
         return self.home / "artifacts/train/checkpoints"
 
     @property

@@ -40,7 +40,7 @@ def main() -> None:
         source = Source.read(workspace.prepared / "model.json")
         base = source.folder()
         refuse_model_misfits(cfg, base)  # the exports may have changed since the training
-        rows = list(islice(files.lines_of_jsonl(workspace.rows("train")), QUESTIONS))
+        rows = list(islice(files.iterate_jsonl(workspace.rows("train")), QUESTIONS))
         with files.whole_folder(workspace.fused) as folder:
             report, dequantized = fuse_and_compare(
                 base,

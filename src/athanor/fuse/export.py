@@ -35,7 +35,7 @@ def export_all(
     if cfg.fuse.modelfile:
         system = cfg.fuse.system
         if system is None:
-            system = common_system_message(files.lines_of_jsonl(workspace.rows("train")))
+            system = common_system_message(files.iterate_jsonl(workspace.rows("train")))
         try:
             if cfg.fuse.gguf is not None:
                 text = build_modelfile(model, f"./{gguf.name}", system=system)

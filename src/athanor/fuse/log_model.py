@@ -56,6 +56,6 @@ def log_model(
 
 def _first_question(workspace: Workspace) -> str:
     """Return the first question of the first training rows, the model's input example."""
-    rows = islice(files.lines_of_jsonl(workspace.rows("train")), ROWS)
+    rows = islice(files.iterate_jsonl(workspace.rows("train")), ROWS)
     turns = (turn for row in rows for turn in row.get("messages", ()))
     return next((str(turn["content"]) for turn in turns if turn["role"] == "user"), "?")
