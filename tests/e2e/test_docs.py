@@ -4,7 +4,6 @@ import ast
 import importlib.util
 import json
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -83,7 +82,9 @@ def ran(repo: Path, blocks: list[Block], tmp_path_factory: pytest.TempPathFactor
     for name, text in (("uv", UV), ("pip", PIP)):
         (programs / name).write_text(text, encoding="utf-8")
         (programs / name).chmod(0o755)
-    rows = [{"prompt": f"Where is box {n}?", "completion": f"On shelf {n % 7}."} for n in range(24)]
+    # Few rows, of which `prepare` puts two into valid and two into test.
+    boxes = range(4, 14)
+    rows = [{"prompt": f"Where is box {n}?", "completion": f"On shelf {n % 7}."} for n in boxes]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (clone.folder / "my-rows.jsonl").write_text(lines, encoding="utf-8")
 
@@ -93,7 +94,7 @@ def ran(repo: Path, blocks: list[Block], tmp_path_factory: pytest.TempPathFactor
     for block in blocks:
         if block.needs or set(block.commands()) <= done:
             continue
-        start, before = time.perf_counter(), processor_seconds()
+        start = time.perf_counter()
         text = block.text
         if runs:
             text = text.replace(FIRST_RUN, runs[0]).replace(LATEST_RUN, runs[-1])
@@ -107,7 +108,7 @@ def ran(repo: Path, blocks: list[Block], tmp_path_factory: pytest.TempPathFactor
             text=True,
         )
         seconds = time.perf_counter() - start
-        print(f"{seconds:5.1f} s, of a processor {processor_seconds() - before:5.1f}  {block}")
+        print(f"{seconds:5.1f} s  {block}")
         results.append(Ran(block, process.returncode, process.stdout, seconds))
         done |= set(block.commands())
         trained = clone.folder / "artifacts/train/run.json"
@@ -115,12 +116,6 @@ def ran(repo: Path, blocks: list[Block], tmp_path_factory: pytest.TempPathFactor
             runs.append(run_id)
     print(f"{sum(one.seconds for one in results):5.1f} s  all")
     return results
-
-
-def processor_seconds() -> float:
-    """Return the seconds that processors spent on the commands that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def test_every_command_runs(ran: list[Ran]) -> None:
