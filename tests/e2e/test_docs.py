@@ -304,7 +304,7 @@ def settings_of_checks(repo: Path) -> list[str]:
 
 def test_errors_of_troubleshooting_are_the_codes(repo: Path, pages: list[Page]) -> None:
     """Each title is a message in src, or one of those below; what is code, or `…`, varies."""
-    others = {
+    of_programs = {
         "missing data 'source': data",
         "Unable to acquire lock",
         "'artifacts/prepare/rejected.jsonl' is empty",
@@ -318,7 +318,7 @@ def test_errors_of_troubleshooting_are_the_codes(repo: Path, pages: list[Page]) 
     titles = re.findall(r"^### (.+)$", page.text, re.MULTILINE)
     assert len(titles) > 30
     lost = [title for title in titles if not any(re.search(pattern(title), text) for text in texts)]
-    assert set(lost) == others
+    assert set(lost) == of_programs
 
 
 def strings(path: Path) -> Iterator[str]:
