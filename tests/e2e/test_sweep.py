@@ -30,7 +30,7 @@ from support import mlflow_store, warm
 from support.refused import refused
 from support.stages import run_stages
 
-# Answers of so few tokens that a point is mostly its training.
+# Answers of so few tokens that a trial is mostly its training.
 SHORT = "test.max_tokens=4"
 GRID = ("train.learning_rate=1e-4,2e-4,4e-4", "train.num_layers=1,2,-1", "train.iters=4", SHORT)
 
@@ -121,7 +121,7 @@ def states(folder: Path) -> Counter[str]:
     return Counter(note["status"] for note in notes(folder))
 
 
-def test_a_killed_sweep_goes_on_and_trains_no_point_twice(prepared: Path, store: str) -> None:
+def test_a_killed_sweep_goes_on_and_trains_no_trial_twice(prepared: Path, store: str) -> None:
     process = start(*GRID)
     wait_for(lambda: states(prepared)["FINISHED"] >= 4 and states(prepared)["RUNNING"] > 0, process)
     for leader in (process.pid, worker_of(process)):
@@ -165,7 +165,7 @@ def test_a_killed_sweep_goes_on_and_trains_no_point_twice(prepared: Path, store:
     assert "summary.html" in {path.name for path in prepared.glob("artifacts/sweep/*/*")}
 
 
-def test_points_that_fail_are_named_and_the_rest_goes_on(prepared: Path, store: str) -> None:
+def test_trials_that_fail_are_named_and_the_rest_goes_on(prepared: Path, store: str) -> None:
     """One learning rate at which the training diverges, one rank for which there is no memory."""
     printed = run("train.learning_rate=1e-4,1e3", "train.rank=4,300000000", "train.iters=10")
     assert states(prepared) == {"FINISHED": 1, "FAILED": 3}
@@ -188,7 +188,7 @@ def test_points_that_fail_are_named_and_the_rest_goes_on(prepared: Path, store: 
     assert "train.learning_rate=0.0001 -S train.rank=4" in printed
 
 
-def test_a_process_that_is_killed_costs_its_point(prepared: Path, store: str) -> None:
+def test_a_process_that_is_killed_costs_its_trial(prepared: Path, store: str) -> None:
     """As Linux ends one that takes too much memory, and Metal one whose batch does not fit."""
     command = ("train.learning_rate=1e-4,2e-4", "train.iters=40", "train.save_every=5", SHORT)
     process = start(*command)
@@ -223,7 +223,7 @@ def test_ctrl_c_ends_a_sweep_that_the_same_command_goes_on_with(prepared: Path, 
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed
-    assert "the same command goes on" in printed
+    assert "the same command continues" in printed
     parent, children = recorded(store)
     assert {parent.info.status} | {child.info.status for child in children} <= {
         "KILLED",
@@ -249,7 +249,7 @@ def test_a_search_by_optuna_is_the_same_by_its_seed(prepared: Path, store: str) 
     assert tried() == first[:11]  # the eleventh is the first that the ten before it decide
 
 
-def test_points_side_by_side_are_the_same_points(
+def test_trials_side_by_side_are_the_same_trials(
     prepared: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By each launcher, whatever number of BLAS threads the caller's environment asks for."""
@@ -278,7 +278,7 @@ def adapters(folder: Path) -> dict[str, bytes]:
 def test_a_wider_sweep_trains_only_what_is_new(
     prepared: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And loads the base once, and reads every row once, however many points there are."""
+    """And loads the base once, and reads every row once, however many trials there are."""
     import mlx_lm.utils
 
     calls: Counter[str] = Counter()

@@ -1,15 +1,15 @@
-"""A sweep: many trainings on what `prepare` left, compared by their validation loss.
+"""A sweep: many trainings on the rows that `prepare` wrote, compared by their validation loss.
 
     uv run python -m athanor.sweep -m train.learning_rate=1e-4,3e-4 train.num_layers=2,4,-1
-    uv run python -m athanor.sweep sweep=grid                 # named ones are in conf/sweep/
-    uv run python -m athanor.sweep sweep=search               # chosen by Optuna
+    uv run python -m athanor.sweep sweep=grid                 # named sweeps are in conf/sweep/
+    uv run python -m athanor.sweep sweep=search               # trials chosen by Optuna
     uv run python -m athanor.sweep sweep=grid hydra/launcher=joblib hydra.launcher.n_jobs=2
 
-Composes conf/ with Hydra's multirun; reads artifacts/prepare/; writes to MLflow a run for the sweep
-and one below it for each point, and to artifacts/sweep/ a summary and the adapters. Nothing of the
-pipeline is touched. Points that were trained before are not trained again, so the same command goes
-on where it was interrupted. A point that fails is noted, and the rest goes on: also where its
-process was killed, since the work is done in a process that this one watches.
+Composes conf/ with Hydra's multirun and reads artifacts/prepare/. Writes to MLflow a run for the
+sweep and a child run for each trial, and to artifacts/sweep/ a summary and the adapters; the
+pipeline's outputs stay as they are. Trained trials are never trained again, so the same command
+resumes an interrupted sweep. A trial that fails is recorded and the sweep goes on, even where its
+process was killed: a second process does the work, and this one starts it again.
 """
 
 import os
@@ -27,14 +27,14 @@ def main() -> None:
     elif COMMAND in os.environ:
         from athanor.sweep import worker
 
-        _end_with_the_one_who_watches()
+        exit_with_supervisor()
         worker.main([text for text in sys.argv[1:] if text not in ("-m", "--multirun")])
     else:
         sys.exit(supervise([sys.executable, "-m", "athanor.sweep", *sys.argv[1:]]))
 
 
-def _end_with_the_one_who_watches() -> None:
-    """Ends this process as SIGTERM does when the one that watches it is gone, and so its pipe."""
+def exit_with_supervisor() -> None:
+    """End this process as SIGTERM does once its supervisor, and so its pipe, is gone."""
 
     def wait() -> None:
         os.read(0, 1)
