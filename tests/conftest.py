@@ -66,6 +66,16 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def runs_store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The database of a store without runs."""
+    path = tmp_path / "store.db"
+    shutil.copyfile(empty_store, path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+@pytest.fixture
 def stages(
     repo: Path, data: Path, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> Stages:

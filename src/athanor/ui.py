@@ -1,12 +1,12 @@
-"""MLflow's UI on the store that runs are recorded in, for this machine alone.
+"""MLflow's UI on the tracking store of the runs, for this machine alone.
 
     uv run python -m athanor.ui                 # all runs
-    uv run python -m athanor.ui 3f2a            # one, by its id or the beginning of it; or a sweep
+    uv run python -m athanor.ui 3f2a            # a run or sweep, by the beginning of its id
     uv run python -m athanor.ui 3f2a 77b1       # several side by side
 
-Serves the store in mlruns/, or the database in MLFLOW_TRACKING_URI, on the loopback address until
-Ctrl-C, after what waits in mlruns/outbox/ was sent there. Where MLFLOW_TRACKING_URI is a server's
-address, its link is all that is needed.
+Sends the journals waiting in mlruns/outbox/, then serves the store in mlruns/, or the database in
+MLFLOW_TRACKING_URI, on the loopback address until Ctrl-C. If MLFLOW_TRACKING_URI is a server's
+address, prints its link only.
 """
 
 import argparse
@@ -34,39 +34,37 @@ PORT = 5199
 SECONDS_TO_START = 120
 
 
-def page(base: str, beginnings: Sequence[str]) -> str:
-    """The link to what a person asked for, on the server at `base`.
+def find_page(base: str, prefixes: Sequence[str]) -> str:
+    """Return the link to the page of the runs with these ids, on the server at `base`.
 
     Raises:
-        UserError: where the store has no runs, or not one that begins so, or several.
+        UserError: if the store has no runs, or no run or several have a prefix.
     """
     client = tracking_store.connect()
     experiment = client.get_experiment_by_name(tracking_store.EXPERIMENT)
     if experiment is None:
-        raise UserError(
-            f"{tracking_store.shown_uri()} has no runs yet: `uv run dvc repro --pull` makes one"
-        )
-    found = [tracking_store.find_run(beginning) for beginning in beginnings]
-    if not found:
-        query = mlflow_views.runs_view(client, experiment.experiment_id)
-        return mlflow_views.link(base, experiment.experiment_id, query=query)
-    place = found[0].info.experiment_id
-    if len(found) > 1:
-        return mlflow_views.compare_link(base, place, [run.info.run_id for run in found])
-    run_id = found[0].info.run_id
-    if "athanor.sweep" in found[0].data.tags:
-        return mlflow_views.link(base, place, query=mlflow_views.sweep_query(run_id))
-    return mlflow_views.link(base, place, run_id)
+        raise UserError("ui.no_runs", store=tracking_store.shown_uri())
+    if not prefixes:
+        query = mlflow_views.save_runs_view(client, experiment.experiment_id)
+        return mlflow_views.link_runs(base, experiment.experiment_id, query=query)
+    runs = [tracking_store.find_run(prefix) for prefix in prefixes]
+    run_ids, experiment_id = [run.info.run_id for run in runs], runs[0].info.experiment_id
+    if len(runs) > 1:
+        return mlflow_views.link_comparison(base, experiment_id, run_ids)
+    if "athanor.sweep" in runs[0].data.tags:
+        query = mlflow_views.build_sweep_query(run_ids[0])
+        return mlflow_views.link_runs(base, experiment_id, query=query)
+    return mlflow_views.link_runs(base, experiment_id, run_ids[0])
 
 
 @contextmanager
-def free_port(first: int) -> Iterator[int]:
-    """Yields the first port from there on that nothing on this machine listens at, nor will.
+def hold_free_port(first: int) -> Iterator[int]:
+    """Yield the first free port from `first` on.
 
-    A server binds it seconds after this has looked, so another of these is told by a lock.
+    The server binds it seconds later, so a lock keeps other processes of this command off it.
 
     Raises:
-        UserError: where a hundred of them are taken.
+        UserError: if a hundred ports are taken.
     """
     for port in range(first, min(first + 100, 65536)):
         try:
@@ -81,24 +79,24 @@ def free_port(first: int) -> Iterator[int]:
                 return
         finally:
             lock.release()
-    raise UserError(f"no port from {first} on is free: `--port` chooses another")
+    raise UserError("ui.no_free_port", first=first)
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket() as tried, suppress(OSError):
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        tried.bind(("127.0.0.1", port))
+    with socket.socket() as probe, suppress(OSError):
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
         return True
     return False
 
 
-def serve(port: int, log: Path) -> "subprocess.Popen[bytes]":
-    """Starts MLflow's server on the store, and waits until it answers.
+def start_server(port: int, log: Path) -> "subprocess.Popen[bytes]":
+    """Start MLflow's server on the store, and wait until it answers.
 
     Raises:
-        UserError: with the end of its log, where it does not start.
+        UserError: with the end of its log, if it does not start.
     """
-    # By variables, because anyone on this machine can read a command.
+    # In variables, because all users of the machine can read a command.
     env = os.environ | {
         "MLFLOW_BACKEND_STORE_URI": tracking_store.uri(),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -112,7 +110,7 @@ def serve(port: int, log: Path) -> "subprocess.Popen[bytes]":
             env=env,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for us, who stop it
+            start_new_session=True,  # Ctrl-C is for this process, which stops it
         )
     deadline = time.monotonic() + SECONDS_TO_START
     try:
@@ -122,16 +120,16 @@ def serve(port: int, log: Path) -> "subprocess.Popen[bytes]":
                 return server
             time.sleep(0.1)
     except BaseException:
-        stop(server)
+        stop_server(server)
         raise
-    stop(server)
-    said = tracking_store.hide_passwords(log.read_text("utf-8", errors="replace"))
-    end = "\n".join(said.splitlines()[-15:])
-    raise UserError(f"MLflow's server did not start on {tracking_store.shown_uri()}:\n{end}")
+    stop_server(server)
+    lines = log.read_text("utf-8", errors="replace").splitlines()[-15:]
+    end = tracking_store.hide_passwords("\n".join(lines))
+    raise UserError("ui.not_started", store=tracking_store.shown_uri(), log=end)
 
 
-def stop(server: "subprocess.Popen[bytes]") -> None:
-    """Ends the server and all that it started."""
+def stop_server(server: "subprocess.Popen[bytes]") -> None:
+    """End the server and all processes that it started."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(server.pid, number)
@@ -139,12 +137,12 @@ def stop(server: "subprocess.Popen[bytes]") -> None:
             server.wait(timeout=5)
 
 
-def opens_a_browser() -> bool:
-    """Whether there is a browser to open, and a person who sees it open."""
+def has_browser() -> bool:
+    """Return whether there is a browser to open, and a person to see it."""
     if not sys.stdout.isatty():
         return False
     if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
-        return False  # what Python finds there would take the terminal
+        return False  # Python would open a browser in the terminal
     try:
         webbrowser.get()
     except webbrowser.Error:
@@ -152,16 +150,16 @@ def opens_a_browser() -> bool:
     return True
 
 
-def show(link: str, browser: bool) -> None:
-    """Prints a link, and opens it where that can be done."""
+def show_link(link: str, browser: bool) -> None:
+    """Print a link, and open it if `browser` and there is one."""
     console.out.print(link, soft_wrap=True, highlight=False, markup=False)
-    if browser and opens_a_browser():
+    if browser and has_browser():
         webbrowser.open(link)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m athanor.ui", description="MLflow's UI on the store of the runs."
+        prog="python -m athanor.ui", description="Serve MLflow's UI on the store of the runs."
     )
     parser.add_argument("runs", nargs="*", metavar="run", help="an id, or the beginning of one")
     parser.add_argument("--port", type=int, default=PORT, help=f"or the next free one; {PORT}")
@@ -174,24 +172,24 @@ def main() -> None:
     with tracking_store.report_errors():
         send_left_journals()
         if tracking_store.is_server():
-            show(page(tracking_store.shown_uri(), args.runs), not args.no_browser)
+            show_link(find_page(tracking_store.shown_uri(), args.runs), not args.no_browser)
             return
-    with free_port(args.port) as port, tempfile.TemporaryDirectory() as folder:
+    with hold_free_port(args.port) as port, tempfile.TemporaryDirectory() as folder:
         with tracking_store.report_errors():
-            link = page(f"http://127.0.0.1:{port}", args.runs)
+            link = find_page(f"http://127.0.0.1:{port}", args.runs)
         try:
-            server = serve(port, Path(folder) / "log")
+            server = start_server(port, Path(folder) / "log")
             try:
                 console.out.print(
                     f"{tracking_store.shown_uri()}, until Ctrl-C:", soft_wrap=True, markup=False
                 )
-                show(link, not args.no_browser)
+                show_link(link, not args.no_browser)
                 server.wait()
             finally:
-                stop(server)
+                stop_server(server)
         except KeyboardInterrupt:
             return
-    raise UserError(f"MLflow's server ended by itself, with status {server.returncode}")
+    raise UserError("ui.ended", status=server.returncode)
 
 
 if __name__ == "__main__":

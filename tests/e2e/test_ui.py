@@ -106,9 +106,9 @@ def test_two_at_a_time_take_two_ports() -> None:
     with socket.socket() as tried:
         tried.bind(("127.0.0.1", 0))
         first = tried.getsockname()[1]
-    with ui.free_port(first) as one, ui.free_port(first) as other:
+    with ui.hold_free_port(first) as one, ui.hold_free_port(first) as other:
         assert first <= one < other
-    with ui.free_port(one) as again:
+    with ui.hold_free_port(one) as again:
         assert again == one
 
 
@@ -132,13 +132,13 @@ def test_the_link_is_to_what_was_asked_for(runs: dict[str, str]) -> None:
     experiment = tracking_store.connect().get_experiment_by_name("athanor").experiment_id
     [one, *_] = runs.values()
     page = f"{base}/#/experiments/{experiment}/runs"
-    assert ui.page(base, [one[:10]]).startswith(f"{page}/{one}?")
-    assert "viewStateShareKey=runs" in ui.page(base, [])
-    assert ui.page(base, list(runs.values())).startswith(f"{base}/#/compare-runs?runs=")
+    assert ui.find_page(base, [one[:10]]).startswith(f"{page}/{one}?")
+    assert "viewStateShareKey=runs" in ui.find_page(base, [])
+    assert ui.find_page(base, list(runs.values())).startswith(f"{base}/#/compare-runs?runs=")
     with refused("runs.no_such_run", prefix="0" * 32):
-        ui.page(base, ["0" * 32])
+        ui.find_page(base, ["0" * 32])
     with refused("runs.no_such_run", prefix="lr=1e-4"):
-        ui.page(base, ["lr=1e-4"])
+        ui.find_page(base, ["lr=1e-4"])
 
 
 def test_a_sweeps_view_is_set_up_once_and_says_what_is_shown(runs: dict[str, str]) -> None:
@@ -148,7 +148,7 @@ def test_a_sweeps_view_is_set_up_once_and_says_what_is_shown(runs: dict[str, str
     keys = ["train.learning_rate", "train.num_layers"]
 
     def set_up() -> tuple[str, str]:
-        query = mlflow_views.sweep_view(client, experiment, parent, keys, "kept_val_loss")
+        query = mlflow_views.save_sweep_view(client, experiment, parent, keys, "kept_val_loss")
         key = parse_qs(query)["viewStateShareKey"][0]
         return query, client.get_experiment(experiment).tags[f"mlflow.sharedViewState.{key}"]
 
@@ -160,7 +160,7 @@ def test_a_sweeps_view_is_set_up_once_and_says_what_is_shown(runs: dict[str, str
     assert client.get_run(children[0]).data.tags["mlflow.runColor"] == "#000000"
     assert "compareRunsMode=CHART" in query
 
-    name, state = mlflow_views.decoded(value)
+    name, state = mlflow_views.decode_view(value)
     assert name == "lr=1e-4"
     shown = client.search_runs([experiment], state["searchFilter"])
     assert {run.info.run_id for run in shown} == set(children)
@@ -183,9 +183,11 @@ def test_a_sweep_over_one_setting_has_no_contour(runs: dict[str, str]) -> None:
     client = tracking_store.connect()
     experiment = client.get_experiment_by_name("athanor").experiment_id
     parent = runs["lr=1e-4"]
-    mlflow_views.sweep_view(client, experiment, parent, ["train.learning_rate"], "kept_val_loss")
+    mlflow_views.save_sweep_view(
+        client, experiment, parent, ["train.learning_rate"], "kept_val_loss"
+    )
     tags = client.get_experiment(experiment).tags
-    _, state = mlflow_views.decoded(tags[f"mlflow.sharedViewState.sweep-{parent}"])
+    _, state = mlflow_views.decode_view(tags[f"mlflow.sharedViewState.sweep-{parent}"])
     kinds = [chart["type"] for chart in state["compareRunCharts"]]
     assert kinds == ["PARALLEL", "LINE", "LINE", "SCATTER"]
 

@@ -1,6 +1,5 @@
 """Processes that write to one SQLite store at once, and a store that fails for a moment."""
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,53 +10,22 @@ from typing import Any
 import pytest
 
 from athanor.paths import Workspace
+from athanor.runs import compare, tracking_store
 from athanor.runs import run as run_module
-from athanor.runs import tracking_store
 from athanor.runs.entries import AnyEntry, Dataset, EndRun
 from athanor.runs.outbox import Journal
 from athanor.runs.run import start_run
-
-PROCESSES, ROUNDS, STEPS = 8, 5, 30
-KEYS = ("train_loss", "val_loss")
-
-
-def record(number: int, folder: Path, barrier: Any) -> None:
-    """Record a run in each round's store, which none of the processes finds there."""
-    rows = Dataset("train.jsonl", "training", "0" * 64, 6)
-    params = {f"train.key_{i}": i for i in range(30)}
-    for stored in range(ROUNDS):
-        os.chdir(folder / f"round {stored}")
-        barrier.wait()
-        with start_run(f"run {number}", params, {"number": number}, [rows]) as run:
-            for step in range(1, STEPS + 1):
-                run.log_metrics(step, dict.fromkeys(KEYS, number * 1000 + step), once=True)
-                if step == STEPS // 2:
-                    run.set_tags({"half": "way"})
-            run.log_text(f"seed: {number}", "params.yaml")
-
-
-def record_together(folder: Path) -> int:
-    """Fork the processes from one that has imported MLflow; return how many failed."""
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
-
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(PROCESSES)
-    workers = [
-        context.Process(target=record, args=(number, folder, barrier))
-        for number in range(PROCESSES)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return sum(worker.exitcode != 0 for worker in workers)
+from support import concurrent_runs, mlflow_store
+from support.concurrent_runs import KEYS, PROCESSES, ROUNDS, STEPS
+from support.records import create_run, make_record
+from support.refused import refused
 
 
 def test_eight_processes_at_once_on_a_store_that_is_not_there(tmp_path: Path) -> None:
     for number in range(ROUNDS):
         (tmp_path / f"round {number}").mkdir()
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
+        [sys.executable, concurrent_runs.__file__, str(tmp_path)],
         env=os.environ | {"MLFLOW_LOGGING_LEVEL": "WARNING"},  # as tracking_store sets it
         capture_output=True,
         text=True,
@@ -68,8 +36,6 @@ def test_eight_processes_at_once_on_a_store_that_is_not_there(tmp_path: Path) ->
 
 
 def assert_complete(folder: Path) -> None:
-    from support import mlflow_store
-
     assert list((folder / "mlruns/outbox").iterdir()) == []
     client = mlflow_store.connect(folder)
     assert {one.name for one in client.search_experiments()} == {"Default", "athanor"}
@@ -127,5 +93,57 @@ def test_a_run_that_was_just_created_when_its_store_failed_gets_the_rest(
     assert not any(Workspace.here().outbox.glob("*"))
 
 
-if __name__ == "__main__":
-    sys.exit(record_together(Path(sys.argv[1])))
+def test_a_run_is_found_by_the_beginning_of_its_id(runs_store: Path, tmp_path: Path) -> None:
+    empty = runs_store.rename(tmp_path / "empty.db")
+    with refused("runs.no_store"):
+        compare.load_record("a", tmp_path)
+    assert not runs_store.exists()
+    empty.rename(runs_store)
+    with refused("runs.no_runs"):
+        compare.load_record("a", tmp_path)
+    ids = [create_run(run_name=f"run {i}") for i in range(17)]
+    assert compare.load_record(ids[0][:12], tmp_path).name == "run 0"
+    with refused("runs.no_such_run", prefix="zz") as refusal:
+        compare.load_record("zz", tmp_path)
+    assert "run 16 (RUNNING)" in refusal.value.facts["runs"]
+    # Of 17 ids in hexadecimal two have the same first digit.
+    shared = next(x[0] for x in ids if [y[0] for y in ids].count(x[0]) > 1)
+    with refused("runs.ambiguous_run", prefix=shared):
+        compare.load_record(shared, tmp_path)
+    with refused("runs.no_such_run", prefix="%"):
+        compare.load_record("%", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "postgresql://me:secret@host/db",
+        "postgresql://me:sec/secret@host/db",
+        "mysql+pymysql://me:p@secret@host:1/db is away",
+        "postgresql://host/db?user=me&password=secret&sslmode=require",
+        "http://host?TOKEN=secret",
+        "failed to resolve host 'secret@host'",
+    ],
+)
+def test_no_password_is_shown(text: str) -> None:
+    shown = tracking_store.hide_passwords(text)
+    assert "secret" not in shown
+    assert "host" in shown
+
+
+@pytest.mark.parametrize(
+    "uri", ["foo://me:secret@host/db", "postgresql://me:secret@127.0.0.1:9/db"]
+)
+def test_a_store_that_is_away_is_reported_in_a_line(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    run = make_record(tmp_path)
+    for load in (
+        lambda: compare.load_record("ab", tmp_path),
+        lambda: run.fetch_artifact("params.yaml"),
+    ):
+        with refused("runs.store_failed") as caught:
+            load()
+        assert "secret" not in str(caught.value)
+        assert "\n" not in str(caught.value)

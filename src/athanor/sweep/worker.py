@@ -126,7 +126,7 @@ def _show_link(run_id: str, space: Space) -> None:
     try:
         client = tracking_store.connect()
         experiment = client.get_run(run_id).info.experiment_id
-        query = mlflow_views.sweep_view(client, experiment, run_id, keys, "kept_val_loss")
+        query = mlflow_views.save_sweep_view(client, experiment, run_id, keys, "kept_val_loss")
     except Exception as error:  # the store may be away by now
         console.warn(f"MLflow's pages can't be set up: {tracking_store.summarize_error(error)}")
         return
@@ -134,7 +134,7 @@ def _show_link(run_id: str, space: Space) -> None:
     base = tracking_store.shown_uri() if served else f"http://127.0.0.1:{ui.PORT}"
     if not served:
         console.out.print(f"`uv run python -m athanor.ui {run_id[:8]}` opens MLflow's charts of it")
-    link = mlflow_views.link(base, experiment, query=query)
+    link = mlflow_views.link_runs(base, experiment, query=query)
     console.out.print(link, soft_wrap=True, highlight=False)
 
 
