@@ -86,7 +86,7 @@ def test_older_commit_other_rows_and_another_configuration_match(
     kept = (clone.folder / "artifacts/train/adapters/adapters.safetensors").read_bytes()
     before = clone.run("git", "status", "--porcelain")
     variables = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # not what the run had
-    code, printed = reproduce(clone, then[:8], **variables)
+    code, printed = reproduce(clone.cold(), then[:8], **variables)
     assert code == 0, printed
     assert printed.splitlines()[-1] == "match: the same bytes, the same metrics"
     assert row(printed, "adapters")[2] == "the same bytes"

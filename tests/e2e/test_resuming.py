@@ -75,10 +75,12 @@ class Place:
         assert done.returncode == 0, done.stdout
         return done.stdout
 
-    def begin(self, *overrides: str, before: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+    def begin(
+        self, *overrides: str, before: tuple[str, ...] = (), python: str = sys.executable
+    ) -> "subprocess.Popen[str]":
         """Starts a training and waits for its first figures."""
         process = subprocess.Popen(
-            [*before, sys.executable, "-m", "athanor.train", *overrides],
+            [*before, python, "-m", "athanor.train", *overrides],
             cwd=self.folder,
             env=self.env,
             text=True,
@@ -191,7 +193,7 @@ def test_interrupted_training_saves_and_goes_on_in_its_run(
     place: Callable[..., Place], number: signal.Signals
 ) -> None:
     one = place("one", 40, "train.save_every=1000")
-    process = one.begin()
+    process = one.begin(python=warm.python())
     Place.wait_for(process, "iteration     9 ")
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
