@@ -67,7 +67,7 @@ def test_both_models_answer_as_in_the_stage_test(stages: Stages) -> None:
     files.write_json(record, files.read_json(record) | {"digest": "0" * 64})
     with refused("generate.other_base", record=record):
         generate.read_base(Workspace.here())
-    with pytest.raises(UserError, match=r"test\.max_tokens .*expected 1 or more, found 0"):
+    with pytest.raises(UserError, match=r"test\.max_tokens .*expected 1 or more, got 0"):
         stages("generate", overrides=("--max-tokens", "0", moon))
 
 
@@ -91,7 +91,7 @@ def test_a_model_of_plain_texts_goes_on_with_one(stages: Stages, tiny: Path) -> 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(
     stages: Stages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"params\.yaml is not there: .*uv run dvc repro"):
+    with pytest.raises(UserError, match=r"params\.yaml does not exist; .*uv run dvc repro"):
         stages("generate", overrides=("月亮哪天最圆",))
     stages("config")
     with refused("generate.not_trained", path=Path("artifacts/prepare/model.json")):

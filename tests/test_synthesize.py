@@ -276,7 +276,7 @@ def test_no_rows_are_refused_before_a_file_is_there(
 ) -> None:
     with pytest.raises(SystemExit):
         command(monkeypatch, tmp_path / "rows.jsonl", "--rows", 0)
-    assert "above 0, found 0" in capsys.readouterr().err
+    assert "above 0, got 0" in capsys.readouterr().err
     assert names(tmp_path) == []
 
 

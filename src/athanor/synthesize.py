@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.rows < 1:
-        parser.error(f"--rows: expected a number above 0, found {args.rows}")
+        parser.error(f"--rows: expected a number above 0, got {args.rows}")
     write(args.out, rows(args.format, args.rows, args.locale, args.seed), args.rows)
     console.print_facts(
         "synthesize",

@@ -93,7 +93,7 @@ def test_all_problems_are_reported_together_with_their_places(conf: Path) -> Non
     assert problems["train.num_layers"].facts["layers"] == 6
     text = str(caught.value)
     assert text.startswith("config: 8 problems; nothing was run\n  ")
-    assert "\n  seed (command line: seed=-1): expected 0 or more, found -1" in text
+    assert "\n  seed (command line: seed=-1): expected 0 or more, got -1" in text
 
 
 @pytest.mark.parametrize(

@@ -419,7 +419,7 @@ def test_a_space_that_no_sweep_can_search_is_refused(
     ("argument", "problem"),
     [
         ("train.rnk=1,2", "did you mean train.rank?"),
-        ("train.learning_rate=1e-4,-1", "expected a finite number above 0, found -1.0"),
+        ("train.learning_rate=1e-4,-1", "expected a finite number above 0, got -1.0"),
         ("train.rank=4,", "command line: train.rank=4,"),
         ("sweep=gird", "conf/sweep/ has no such file; it has grid, search, seeds"),
     ],
