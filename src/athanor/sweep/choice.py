@@ -259,7 +259,7 @@ def _certainty(lead: float, spread: float | None, pooled: int) -> str:
     if spread is None:
         return (
             "No configuration finished with two seeds, so it is not known whether this is more "
-            "than chance; a sweep of the first few over seed=0,1,2 tells."
+            "than chance; sweep the first few over seed=0,1,2 to find out."
         )
     over = "of one configuration" if pooled == 1 else f"pooled over {pooled} configurations"
     deviation = f"{format_loss(spread)} (the standard deviation of the loss over seeds, {over})"

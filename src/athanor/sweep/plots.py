@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -78,8 +78,7 @@ def curves(choice: Choice) -> str | None:
         return None
     looks, legends = _looks(choice)
     tips, starts, values = {}, [], []
-    with _style():
-        figure = _figure(11.2, 4.8)
+    with _figure(11.2, 4.8) as figure:
         axes = figure.subplots(1, 2, sharey=True)
         for axis, (name, title) in zip(axes, lines, strict=True):
             for candidate, trial in trials:
@@ -108,7 +107,7 @@ def curves(choice: Choice) -> str | None:
             x = chosen.metrics["kept_iteration"]
             axes[0].plot(x, chosen.loss, "o", color=INK, markersize=8, zorder=6, gid="kept")
             side = "right" if x > 0.9 * axes[0].get_xlim()[1] else "center"
-            _annotate(axes[0], x, chosen.loss, f"kept: {format_loss(chosen.loss)}", side=side)
+            _annotate(axes[0], x, chosen.loss, f"kept: {format_loss(chosen.loss)}", ha=side)
         for (title, entries), place in zip(legends, ("left", "right"), strict=False):
             handles = [axes[0].plot([], [], label=label, **look)[0] for label, look in entries]
             loc = f"outside lower {place}"
@@ -124,15 +123,11 @@ def _draw_cells(choice: Choice, grid: Grid) -> str:
         [_shorten(key, value) for value in values]
         for key, values in ((grid.across, grid.columns), (grid.down, grid.rows))
     )
-    wide = 1.06 if len(columns) <= 6 else 0.86
-    left = 1.6 + 0.085 * max(map(len, rows))
+    width = 1.6 + 0.085 * max(map(len, rows)) + len(columns) * (1.06 if len(columns) <= 6 else 0.86)
     tips = {}
-    with _style():
-        figure = _figure(max(left + len(columns) * wide, 3.6), 0.95 + len(rows) * 0.66)
+    with _figure(max(width, 3.6), 0.95 + len(rows) * 0.66) as figure:
         axis = figure.subplots()
-        for row, column in (
-            (row, column) for row in range(len(rows)) for column in range(len(columns))
-        ):
+        for row, column in product(range(len(rows)), range(len(columns))):
             candidate = grid.cells.get((row, column))
             best = candidate is not None and candidate is choice.best
             missing = candidate is None or not candidate.losses
@@ -177,8 +172,7 @@ def _draw_dots(choice: Choice, across: str, down: str | None = None) -> str:
     room = (high - low) or abs(high) or 1.0
     top = high + 0.15 * room
     tips = {}
-    with _style():
-        figure = _figure(7.2, 4.4 if down else 3.9)
+    with _figure(7.2, 4.4 if down else 3.9) as figure:
         axis = figure.subplots()
         axis.set_title(LOSS_TITLE)
         xs = _scale(axis.xaxis, choice, across)
@@ -303,36 +297,23 @@ def _tip(item: Candidate | Trial | None) -> str:
     return f"{name_trial(item.values)}: {'; '.join(texts)}"
 
 
-def _annotate(
-    axis: Any,
-    x: float,
-    y: float,
-    text: str,
-    color: str = INK,
-    weight: str = "bold",
-    lift: int = -21,
-    side: str = "center",
-) -> None:
-    place: Any = {"xytext": (0, lift), "textcoords": "offset points", "ha": side, "zorder": 7}
-    axis.annotate(text, (x, y), color=color, weight=weight, **place)
+def _annotate(axis: Any, x: float, y: float, text: str, lift: int = -21, **style: Any) -> None:
+    """Write bold text below a place, or above it by a positive lift in points."""
+    style = {"color": INK, "weight": "bold", "ha": "center", "zorder": 7} | style
+    axis.annotate(text, (x, y), xytext=(0, lift), textcoords="offset points", **style)
 
 
 @contextmanager
-def _style() -> Iterator[None]:
-    """Set matplotlib's options while the block draws."""
+def _figure(width: float, height: float) -> Iterator[Any]:
+    """Yield a figure of a size in inches; while the block draws, matplotlib has our options."""
     from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     style = Path(__file__).with_suffix(".mplstyle")
     with rc_context(fname=style), warnings.catch_warnings():
         # The SVG names fonts that have them; only the widths of such characters are guessed.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        yield
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height))
+        yield Figure(figsize=(width, height))
 
 
 def _finish(
