@@ -121,7 +121,7 @@ def test_a_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:
         assert done.returncode == 1
         return done.stderr
 
-    assert "run this in the repository's folder" in said()
+    assert "run the command in the repository's folder" in said()
     (tmp_path / "conf").mkdir()
     assert "`uv run dvc repro --pull` creates it" in said()
     assert [path.name for path in tmp_path.iterdir()] == ["conf"]

@@ -40,7 +40,7 @@ from athanor.train.batches import Batch, Batches
 from athanor.train.build import build_trainer
 from athanor.train.checkpoints import Checkpoints
 from athanor.train.memory import predict_peak
-from athanor.train.metrics import MACHINE_DEPENDENT, Metrics
+from athanor.train.metrics import Metrics, history_csv
 from athanor.train.plan import Hooks, TrainingPlan
 from athanor.train.trainer import Trainer
 from support.refused import refused
@@ -398,7 +398,7 @@ def test_every_optimizer_learns_and_resumes_to_the_byte(
     assert again.resume() == 5
     assert again.learner.gradient is not None
     assert same(weights, ran(again))
-    assert learned(again) == learned(whole)
+    assert history_csv(again.state.history) == history_csv(whole.state.history)
     assert again.state.best_loss == whole.state.best_loss
     assert {k: np.array(v).tobytes() for k, v in again.best.items()} == {
         k: np.array(v).tobytes() for k, v in whole.best.items()
@@ -447,14 +447,6 @@ def test_it_resumes_to_the_byte_wherever_activations_are(
     assert (frozen.in_memory > 0) is (kept == "memory")
     assert (frozen.on_disk > 0) is (kept == "disk")
     assert again.forward.cut == (0 if kept == "off" else 4)
-
-
-def learned(trainer: Trainer) -> list[Any]:
-    """Return a trainer's metrics without speeds and memory."""
-    return [
-        (m.iteration, {k: v for k, v in m.values.items() if k not in MACHINE_DEPENDENT})
-        for m in trainer.state.history
-    ]
 
 
 def test_best_weights_are_those_of_the_lowest_validation_loss(

@@ -21,7 +21,7 @@ class Metrics:
     """Values at an iteration, under mlx-lm's names; memory in GB, losses in nats a token."""
 
     iteration: int
-    values: dict[str, float]
+    values: dict[str, int | float]  # a checkpoint restores counts as counts
 
     def __str__(self) -> str:
         formats = {

@@ -260,7 +260,7 @@ class Trainer:
         state.window_loss, state.window_tokens = 0.0, 0
         self._publish(metrics)
 
-    def _publish(self, values: dict[str, float]) -> None:
+    def _publish(self, values: dict[str, int | float]) -> None:
         metrics = Metrics(self.state.iteration, values)
         self.state.history.append(metrics)
         self.hooks.on_metrics(metrics)
