@@ -140,7 +140,7 @@ def test_the_best_of_what_was_validated_on_the_same_rows_has_the_alias(
         ("one", 1.5, "rows", 1, "facts version 1; best is this one"),
         ("worse", 1.6, "rows", 1, "best stays version 1 (validation loss 1.6000 to 1.5000)"),
         ("better", 1.4, "rows", 3, "better than version 1 (validation loss 1.4000 to 1.5000)"),
-        ("other", 0.1, "other rows", 3, "best stays version 3, which was validated on other rows"),
+        ("other", 0.1, "other rows", 3, "best stays version 3, validated on different rows"),
     ):
         train(digest)
         said = fuse(digest, tiny, digest, loss=loss, rows=rows)

@@ -1,13 +1,13 @@
-"""What a run was made from, so that it can be made again: code, rows, libraries, machine.
+"""The lineage of a run, from which it can be trained again: code, rows, libraries, machine.
 
-Kept in a run: tags (commit, code, data's DVC hash), and the artifacts
+A run has it as tags (commit, digest of the code, DVC's hash of the data) and as artifacts:
 
-    code.patch       what the code differed in from its commit, as `git apply` takes it, if it did
-    versions.json    of the libraries that decide a result, of Python, and the machine
-    data/rows.npz    an array a split: a digest of 8 bytes a prepared row, in their order
+    code.patch       the changes of the code since its commit, for `git apply`, if there are any
+    versions.json    the versions of Python and of the deciding libraries, and the machine
+    data/rows.npz    an array for each split: a digest of 8 bytes for each prepared row, in order
 
-Rows have digests of their own because data.dvc can name older rows than those that were prepared,
-and because only so it can be said later which of them are others.
+Rows have digests of their own because data.dvc can name older rows than the prepared ones, and to
+tell later which rows differ.
 """
 
 import getpass
@@ -34,34 +34,27 @@ if TYPE_CHECKING:
 
     from athanor.runs.run import Run
 
-# What is in a patch: all that decides how a stage runs. Configuration and data are kept by value.
+# A patch holds all that decides how a stage runs. Configuration and data are recorded by value.
 CODE = ("src", "pyproject.toml", "dvc.yaml")
-# What desktops, editors and Python leave there, and a person's secrets, such as .env.
+# Files of desktops, editors and Python, and a person's secrets, such as .env.
 NO_CODE = (
     *(":(exclude,glob)**/.*", ":(exclude,glob)**/.*/**"),
     ":(exclude,glob)**/__pycache__/**",
 )
-MOST_BYTES = 1_000_000  # of a file in a patch that git does not know
+MOST_BYTES = 1_000_000  # of an untracked file in a patch
 PATCH, ROWS, VERSIONS = "code.patch", "rows.npz", "versions.json"
-# Those that decide a prepared row, a weight or a figure; what is not installed is left out.
+# They decide a prepared row, a weight or a metric; those that are not installed are left out.
 LIBRARIES = (
     *("mlx", "mlx-cpu", "mlx-metal", "mlx-cuda-12", "mlx-cuda-13", "mlx-lm", "numpy"),
     *("transformers", "tokenizers", "sentencepiece", "jinja2", "safetensors", "pyarrow", "msgspec"),
-    *(
-        "markdown-it-py",
-        "datasketch",
-        "datasets",
-        "jieba",
-        "scikit-learn",
-        "rapidfuzz",
-        "sacrebleu",
-    ),
+    *("markdown-it-py", "datasketch", "datasets", "jieba", "scikit-learn", "rapidfuzz"),
+    "sacrebleu",
 )
 
 
 def collect_tags() -> dict[str, str]:
-    """Tags that say which code, data and libraries a run was made with."""
-    found = {
+    """Return the tags that name the code, data and libraries of a run."""
+    tags = {
         "mlflow.user": _user(),
         "mlflow.source.type": "LOCAL",
         "mlflow.source.name": f"athanor.{_command()}",
@@ -72,25 +65,24 @@ def collect_tags() -> dict[str, str]:
     }
     tracked = Path("data.dvc")
     if tracked.exists():
-        found["dvc.data"] = yaml.safe_load(tracked.read_text(encoding="utf-8"))["outs"][0]["md5"]
+        tags["dvc.data"] = yaml.safe_load(tracked.read_text(encoding="utf-8"))["outs"][0]["md5"]
     if experiment := os.environ.get("DVC_EXP_NAME"):
-        found["dvc.experiment"] = experiment
-    return found
+        tags["dvc.experiment"] = experiment
+    return tags
 
 
 def record_lineage(run: "Run", prepared: Path) -> None:
-    """Keeps in a training's run the code as it is, a digest of every prepared row, and versions.
+    """Record a training's code, the digest of every prepared row, and the versions.
 
-    To be said at every start of it: the commit's tags are said again with the patch, since a
-    training that goes on may do so after a commit.
+    A training that continues calls it again, because the code may have been committed in between.
     """
     import numpy as np
 
-    commit, digest, changes = describe_running_code(Path(__file__).parents[1])
+    commit, digest, patch = describe_running_code(Path(__file__).parents[1])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if changes:
-            (folder / PATCH).write_bytes(changes)
+        if patch:
+            (folder / PATCH).write_bytes(patch)
             run.log_artifact(folder / PATCH)
         np.savez(folder / ROWS, allow_pickle=False, **hash_splits(prepared))
         run.log_artifact(folder / ROWS, "data")
@@ -98,25 +90,25 @@ def record_lineage(run: "Run", prepared: Path) -> None:
         {
             **commit,
             "code.digest": digest,
-            "code.patch": hashlib.sha256(changes).hexdigest() if changes else "none",
+            "code.patch": hashlib.sha256(patch).hexdigest() if patch else "none",
         }
     )
     run.log_text(json.dumps(collect_versions(), indent=2) + "\n", VERSIONS)
 
 
 def hash_adapters(folder: Path) -> str:
-    """The sha256 of the adapters in a folder: of the file alone, as sha256sum has it."""
+    """Return the sha256 of the adapters' file in a folder."""
     with (folder / "adapters.safetensors").open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_rows(path: Path) -> "np.ndarray":
-    """A digest a line of a JSONL file, in order: uint64 of shape (lines,); a second a million.
+    """Return the digests of a JSONL file's lines in order: uint64 of shape (lines,).
 
-    A sweep asks for those of the same files at each of its points, so the last ones are kept.
+    A million lines take a second. The last results are cached for the trials of a sweep.
     """
-    found = path.stat()
-    return _hash_rows(path.resolve(), found.st_ino, found.st_mtime_ns, found.st_size)
+    stat = path.stat()
+    return _hash_rows(path.resolve(), stat.st_ino, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=len(SPLITS))
@@ -124,26 +116,26 @@ def _hash_rows(path: Path, *state: int) -> "np.ndarray":
     import numpy as np
 
     with path.open("rb") as file:
-        found = (hashlib.blake2b(line.rstrip(b"\n"), digest_size=8).digest() for line in file)
-        return np.frombuffer(b"".join(found), dtype="<u8")
+        digests = (hashlib.blake2b(line.rstrip(b"\n"), digest_size=8).digest() for line in file)
+        return np.frombuffer(b"".join(digests), dtype="<u8")
 
 
 def hash_splits(prepared: Path) -> "dict[str, np.ndarray]":
-    """The digests of the rows of each split that is there."""
+    """Return the digests of the rows of each split that exists."""
     paths = {split: prepared / f"{split}.jsonl" for split in SPLITS}
     return {split: hash_rows(path) for split, path in paths.items() if path.exists()}
 
 
 def hash_code(package: Path) -> str:
-    """The sha256 over names and contents of a package's files, those of folders in it included.
+    """Return the sha256 over names and contents of a package's files, except hidden ones.
 
-    Hidden ones are no code. CRLF counts as LF: git makes one of the other on some machines.
+    CRLF counts as LF, because git converts one to the other on some machines.
     """
     total = hashlib.sha256()
     for path in sorted(package.rglob("*")):
         name = path.relative_to(package)
-        no_code = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
-        if path.is_file() and not no_code:
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+        if path.is_file() and not hidden:
             content = hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
             total.update(f"{name.as_posix()} {content}\n".encode())
     return total.hexdigest()
@@ -151,10 +143,9 @@ def hash_code(package: Path) -> str:
 
 @cache
 def describe_running_code(package: Path) -> tuple[dict[str, str], str, bytes]:
-    """The commit's tags, the digest and the patch of the code that runs.
+    """Return the commit's tags, the digest and the patch of the running code.
 
-    They are as when this is first asked: what is edited or committed while a sweep goes on does not
-    run in it, and its points need not look for it.
+    They are computed once: edits and commits during a sweep do not change the code that it runs.
     """
     top = find_repository()
     return _commit(top), hash_code(package), make_patch(top) if top else b""
@@ -167,52 +158,53 @@ def _command() -> str:
 
 
 def find_repository() -> Path | None:
-    """The git repository of the code that runs here; None where it was installed as a copy.
+    """Return the git repository of the running code, None if the code was installed as a copy.
 
-    That need not be the one of the folder it runs in: an experiment of DVC's queue runs in a folder
-    of its own, with the code that is installed.
+    It can differ from the working directory's: a queued experiment of DVC runs in a folder of its
+    own, with the installed code.
     """
     package = Path(__file__).parents[1]
-    # A virtual environment lies in a repository too, but in one that ignores it.
-    shown = run_git(
+    # A virtual environment can lie in a repository, which ignores it.
+    listed = run_git(
         package, "ls-files", "--cached", "--others", "--exclude-standard", "__init__.py"
     )
     top = run_git(package, "rev-parse", "--show-toplevel")
-    return Path(top) if shown and top else None
+    return Path(top) if listed and top else None
 
 
 def make_patch(top: Path) -> bytes:
-    """What the code in a git repository differs in from its commit, as `git apply` takes it.
+    """Return the changes of a repository's code since its commit, for `git apply`.
 
-    Files that git neither knows nor ignores are in it, but large ones, and that is said. Hidden
-    files are not. It is made with an index of its own: what a person has staged stays as it is.
-    Empty where nothing differs, or where there is no commit.
+    Untracked files are included unless they are ignored, hidden, or large, which is reported. An
+    index of its own leaves the person's as it is. Empty if nothing changed or there is no commit.
     """
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": f"{folder}/index"}
         run_git(top, "read-tree", "HEAD", **index)
-        others = ("ls-files", "--others", "--exclude-standard", "-z", "--", *CODE, *NO_CODE)
+        list_untracked = ("ls-files", "--others", "--exclude-standard", "-z")
         new = []
-        for name in _git(top, *others, environment=index).split(b"\0")[:-1]:
+        for name in _git(top, *list_untracked, "--", *CODE, *NO_CODE, environment=index).split(
+            b"\0"
+        )[:-1]:
             size = (top / os.fsdecode(name)).lstat().st_size
             if size <= MOST_BYTES:
                 new.append(name)
                 continue
             console.warn(
-                f"{os.fsdecode(name)} ({size / 1e6:,.0f} MB) is in no commit, and too large to be "
-                "kept with the run: commit it, or have git ignore it"
+                f"{os.fsdecode(name)} ({size / 1e6:,.0f} MB) is in no commit and too large to "
+                "record with the run; commit it, or have git ignore it"
             )
         if new:
             add = ("add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul")
-            _git(top, "--literal-pathspecs", *add, environment=index, given=b"\0".join(new))
+            _git(top, "--literal-pathspecs", *add, environment=index, stdin=b"\0".join(new))
         form = ("-U3", "--binary", "--no-ext-diff", "--no-textconv", "--no-color", "--no-renames")
         prefixes = ("--src-prefix=a/", "--dst-prefix=b/")
         return _git(top, "diff", *form, *prefixes, "HEAD", "--", *CODE, *NO_CODE, environment=index)
 
 
 def collect_versions() -> dict[str, str]:
-    """The versions of what decides a result, and the machine, by name."""
-    found = {
+    """Return the versions of all that decides a result, and the machine, by name."""
+    versions = {
         "python": platform.python_version(),
         "platform": _platform(),
         "cpu": _cpu(),
@@ -221,35 +213,35 @@ def collect_versions() -> dict[str, str]:
     }
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def run_git(folder: Path, *arguments: str, **environment: str) -> str:
-    """What git says in a folder; nothing where it fails, or is not there."""
+    """Return the output of git in a folder, empty if it fails or is not installed."""
     return _git(folder, *arguments, environment=environment).decode("utf-8", "replace").strip()
 
 
 def _git(
-    folder: Path, *arguments: str, environment: dict[str, str] | None = None, given: bytes = b""
+    folder: Path, *arguments: str, environment: dict[str, str] | None = None, stdin: bytes = b""
 ) -> bytes:
-    # In a hook these name the repository of the hook.
+    # In a hook these name the hook's repository.
     hooks = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")
     inherited = {key: value for key, value in os.environ.items() if key not in hooks}
     try:
-        found = subprocess.run(
+        done = subprocess.run(
             ["git", *arguments],
             cwd=folder,
             env=inherited | (environment or {}),
-            input=given,
+            input=stdin,
             capture_output=True,
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return b""
-    return found.stdout
+    return done.stdout
 
 
 def _commit(top: Path | None) -> dict[str, str]:
@@ -262,25 +254,25 @@ def _commit(top: Path | None) -> dict[str, str]:
 
 
 def _platform() -> str:
-    """The system without its kernel, which decides no result."""
+    """Return the system without its kernel, which decides no result."""
     release = platform.mac_ver()[0] or "-".join(filter(None, platform.libc_ver()))
     return " ".join(filter(None, [platform.system(), release, platform.machine()]))
 
 
 def _cpu() -> str:
-    """The processor's name: two of them may round otherwise with the same libraries."""
+    """Return the processor's name; processors can round differently with the same libraries."""
     if sys.platform == "linux":
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         names = [line.partition(":")[2] for line in text.splitlines() if "model name" in line]
         return names[0].strip() if names else platform.machine()
     if sys.platform == "darwin":
-        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return platform.processor()
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user that has no name
+    except (KeyError, OSError):  # a container's user without a name
         return ""

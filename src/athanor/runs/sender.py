@@ -228,18 +228,8 @@ class Sender:
             self._client.set_tag(self.run, "mlflow.loggedArtifacts", tag)
 
     def _log_model(self, entry: LogModel) -> None:
-        model = registry.log_model(
-            self._client,
-            str(self.run),
-            self._folder / entry.path,
-            self._folder / "model",
-            name=entry.registered_name or "fused",
-            digest=entry.digest,
-            question=entry.question,
-            pip=entry.pip,
-            step=entry.step,
-            tags=entry.tags,
-        )
+        fused, out = self._folder / entry.path, self._folder / "model"
+        model = registry.log_model(self._client, str(self.run), fused, out, entry)
         if entry.registered_name is not None:
             # Two experiments that end at once would both see no better version than their own.
             with tracking_store.hold_lock():

@@ -1,9 +1,9 @@
-"""The code of a fused model in MLflow: a chat comes in, mlx-lm answers, a chat completion goes out.
+"""The code of a fused model in MLflow, which answers chats with mlx-lm.
 
-MLflow keeps a copy of this file beside the model and runs it wherever that is loaded, also where
-Athanor is not installed: it imports mlx-lm and MLflow only. What comes in is a row a conversation:
-`messages`, and where wanted `max_tokens` and `temperature`; what goes out has the shape of OpenAI's
-chat completions. The defaults are the model's config in the file MLmodel.
+MLflow keeps a copy of this file beside the model and runs it wherever the model is loaded, also
+without Athanor: it imports only mlx-lm and what MLflow brings. The input is a row for each
+conversation: `messages`, and optionally `max_tokens` and `temperature`. The output has the shape of
+OpenAI's chat completions. The defaults are the model's config in the file MLmodel.
 """
 
 import ctypes
@@ -21,10 +21,10 @@ from mlflow.pyfunc import PythonModel
 
 
 class FusedModel(PythonModel):
-    """A model and its tokenizer, and a lock: one conversation is answered at a time."""
+    """A model that answers one conversation at a time."""
 
     def load_context(self, context: Any) -> None:
-        """Loads the folder `model`, to compute as it did where it was tested."""
+        """Load the folder `model`, and compute as in its test."""
         if sys.platform == "linux" and os.environ.get("ATHANOR_BLAS") != "wheel":
             with suppress(OSError):  # faster than the BLAS in mlx's wheel, if loaded before mlx
                 ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
@@ -32,7 +32,7 @@ class FusedModel(PythonModel):
         from mlx_lm import load
 
         cpu = mx.default_device() == mx.Device(mx.cpu)
-        if cpu:  # there half precision is slow, and compiling asks for a C++ compiler
+        if cpu:  # half precision is slow there, and compiling needs a C++ compiler
             mx.disable_compile()
         # Its end tokens are those of generation_config.json and the tokenizer's own.
         self.model, self.tokenizer = load(context.artifacts["model"])
@@ -44,14 +44,14 @@ class FusedModel(PythonModel):
     def predict(
         self, context: Any, model_input: pd.DataFrame
     ) -> dict[str, Any] | list[dict[str, Any]]:
-        """A completion for one conversation, a list of them for several."""
-        found = []
+        """Return a completion for one conversation, a list of them for several."""
+        completions = []
         for row in model_input.to_dict(orient="records"):
             messages = list(row.pop("messages"))
-            # Not given, or only to another row.
-            given = {key: value for key, value in row.items() if not pd.isna(value)}
-            found.append(self._complete(messages, **{**context.model_config, **given}))
-        return found[0] if len(found) == 1 else found
+            # A value is missing if only other rows have it.
+            options = {key: value for key, value in row.items() if not pd.isna(value)}
+            completions.append(self._complete(messages, **{**context.model_config, **options}))
+        return completions[0] if len(completions) == 1 else completions
 
     def _complete(
         self, messages: list[dict[str, Any]], *, name: str, max_tokens: int, temperature: float
@@ -70,8 +70,8 @@ class FusedModel(PythonModel):
                 finish = step.finish_reason or finish
         used = {"prompt_tokens": len(prompt), "completion_tokens": len(ids)}
         if finish == "stop":
-            ids.pop()  # the token that ended the answer
-        # Special tokens included, so that a stray one is seen.
+            ids.pop()  # the end token
+        # With special tokens, so that a stray one shows.
         content = self.tokenizer.decode(ids, skip_special_tokens=False)
         return {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -89,7 +89,7 @@ class FusedModel(PythonModel):
         }
 
     def _prompt(self, messages: list[dict[str, Any]]) -> list[int]:
-        if not self.tokenizer.has_chat_template:  # a model of plain texts goes on with the last
+        if not self.tokenizer.has_chat_template:  # a model of plain texts continues the last one
             return list(self.tokenizer.encode(messages[-1]["content"]))
         text = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False

@@ -16,7 +16,7 @@ from athanor.runs import lineage
 from athanor.runs.entries import Dataset
 from athanor.runs.run import Run, start_run
 
-# The param that says how many layers are trained, where train.num_layers can be -1 for all.
+# The param of the number of trained layers; train.num_layers can be -1 for all.
 LAYERS = "trained_layers"
 
 
@@ -33,7 +33,7 @@ def start_training(
     """Open the MLflow run of a training, with everything that decides it.
 
     `source` and `folder` are those of the base model; `point` is the digest of what decides the
-    training; `run` is our own name for the run, and `parent` that of its sweep's.
+    training; `run` and `parent` are our names of the run and of its sweep's run.
     """
     opened = start_run(
         name,
@@ -48,39 +48,38 @@ def start_training(
             "device": describe_device(),
             "athanor.point": point,
         },
-        datasets(workspace),
+        list_datasets(workspace),
         run=run,
         parent=parent,
     )
     with ExitStack() as stack:
-        stack.push(opened)  # an interrupt ends the run here, too
-        opened.log_text(
-            OmegaConf.to_yaml(cfg), workspace.params.name
-        )  # with the overrides of this command
+        stack.push(opened)  # an interrupt also ends the run here
+        # With the overrides of this command.
+        opened.log_text(OmegaConf.to_yaml(cfg), workspace.params.name)
         _record_data(opened, workspace)
         lineage.record_lineage(opened, workspace.prepared)
         stack.pop_all()
     return opened
 
 
-def datasets(workspace: Workspace) -> list[Dataset]:
-    """What a training reads, for its run."""
-    read = {workspace.rows("train"): "training", workspace.rows("valid"): "validation"}
+def list_datasets(workspace: Workspace) -> list[Dataset]:
+    """Return the datasets of a training."""
+    contexts = {workspace.rows("train"): "training", workspace.rows("valid"): "validation"}
     return [
         Dataset(str(path), context, files.digest([path]), files.count_lines(path))
-        for path, context in read.items()
+        for path, context in contexts.items()
     ]
 
 
 def record_training(run: Run, workspace: Workspace, out: Path, metrics: dict[str, float]) -> None:
-    """Adds what a training left in `out` to its run."""
-    best, kept = (int(metrics[f"{which}_iteration"]) for which in ("best", "kept"))
+    """Add the results of a training, written to `out`, to its run."""
+    best, kept = int(metrics["best_iteration"]), int(metrics["kept_iteration"])
     run.log_metrics(best, {"best_val_loss": metrics["best_val_loss"]}, once=True)
     run.log_metrics(kept, {"kept_val_loss": metrics["kept_val_loss"]}, once=True)
     run.log_metrics(
         int(metrics["iterations"]), {"train_seconds": metrics["train_seconds"]}, once=True
     )
-    # Not first: the first metric is the one that MLflow's page for several runs compares them by.
+    # Not first: MLflow's page for several runs compares them by their first metric.
     _record_counts(run, workspace)
     run.set_tags({"adapters.digest": lineage.hash_adapters(out / "adapters")})
     run.log_artifact(out / "adapters", "adapters")
@@ -103,7 +102,7 @@ def record_test(
         answers: the answers as columns of a table; empty where no question was asked.
         confusion: the confusion matrix as CSV, None without labels.
         iteration: the iteration of the tested adapters.
-        once: record only the metrics that have no value there yet.
+        once: record only the metrics without a value at that iteration.
     """
     run.log_metrics(iteration, metrics, once=once)
     run.log_artifact(out / "predictions.jsonl", "test")
@@ -129,7 +128,7 @@ def record_fused(run: Run, out: Path, fused: dict[str, Any], iteration: int) -> 
 
 
 def _trained_layers(cfg: Config, folder: Path) -> dict[str, int]:
-    """How many layers -1 is: pages that draw runs by their number know no other way."""
+    """Return the number of trained layers, by which MLflow's pages draw runs, as a param."""
     layers = read_config(folder).get("num_hidden_layers")
     if not isinstance(layers, int):
         return {}
@@ -137,7 +136,7 @@ def _trained_layers(cfg: Config, folder: Path) -> dict[str, int]:
 
 
 def _record_data(run: Run, workspace: Workspace) -> None:
-    """Keeps what prepare said of the rows; not a dep of this stage, because it decides nothing."""
+    """Record the reports of prepare, which are no deps of this stage: they decide nothing."""
     for name in ("report.html", "report.json", "chat.json"):
         if (workspace.prepared / name).exists():
             run.log_artifact(workspace.prepared / name, "data")
@@ -150,8 +149,8 @@ def _record_counts(run: Run, workspace: Workspace) -> None:
         run.log_metrics(0, rows | {"rejected_rows": counts["rows"]["rejected"]}, once=True)
 
 
-def run_name(cfg: Config) -> str:
-    """What a person looks for in a list of runs."""
+def name_run(cfg: Config) -> str:
+    """Return the name of a training in a list of runs."""
     layers = "all" if cfg.train.num_layers == -1 else str(cfg.train.num_layers)
     length = (
         f"iters={cfg.train.iters}" if cfg.train.epochs is None else f"epochs={cfg.train.epochs}"

@@ -22,7 +22,7 @@ from athanor.paths import Workspace
 from athanor.prepare.result import Prepared
 from athanor.runs import lineage, mlflow_views, tracking_store
 from athanor.runs.run import Run, send_left_journals, start_run
-from athanor.runs.stage_records import LAYERS, datasets
+from athanor.runs.stage_records import LAYERS, list_datasets
 from athanor.sweep import choice, naming, recording, summary, trials
 from athanor.sweep.description import Sweep, trials_folder
 from athanor.sweep.shared import load_shared
@@ -217,6 +217,6 @@ def _start_run(sweep: Sweep, space: Space, base: Prepared) -> Run:
         f"sweep {keys}: {Path(base.source.path).name} {space.base.train.method}",
         {f"sweep.{key}": ",".join(values) for key, values in space.swept.items()},
         {**lineage.collect_tags(), "device": describe_device(), "athanor.sweep": sweep.run},
-        datasets(base.workspace),
+        list_datasets(base.workspace),
         run=sweep.run,
     )

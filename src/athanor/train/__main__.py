@@ -18,7 +18,7 @@ from athanor.device import blas
 from athanor.paths import Workspace
 from athanor.prepare import result
 from athanor.prepare.result import Prepared
-from athanor.runs.stage_records import record_training, run_name, start_training
+from athanor.runs.stage_records import name_run, record_training, start_training
 from athanor.train.checkpoints import Checkpoints
 from athanor.train.fit import fit, warn_of_rows_without_targets
 from athanor.train.identity import run_of, training_identity
@@ -39,7 +39,7 @@ def main() -> None:
         cfg,
         base.source,
         base.folder,
-        run_name(cfg),
+        name_run(cfg),
         checkpoints.folder.name,
         run_of(checkpoints.folder),
     ) as run:
