@@ -14,4 +14,13 @@ def run_stages(*names: str, overrides: tuple[str, ...] = ()) -> None:
     for name in names:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [name, *overrides])
-            importlib.import_module(f"athanor.{name}.__main__").main()
+            _command(name)()
+
+
+def _command(name: str) -> Callable[[], None]:
+    """Return the main function of a stage or, for a command beside the pipeline, of its module."""
+    module = importlib.import_module(f"athanor.{name}")
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"athanor.{name}.__main__")
+    main: Callable[[], None] = module.main
+    return main
