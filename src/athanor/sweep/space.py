@@ -153,6 +153,7 @@ def _count_at_once(launcher: dict[str, Any], sweeper: dict[str, Any], total: int
 
 
 def _multirun(conf: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return Hydra's configurations of the sweeper and of the launcher."""
     try:
         return multirun_config(conf, overrides)
     except ConfigError as error:

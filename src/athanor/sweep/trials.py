@@ -133,6 +133,7 @@ def _refuse_changed(sweep: Sweep, identity: dict[str, Any], cfg: Config, shared:
 def _run_trial(
     sweep: Sweep, number: int, values: dict[str, Any], cfg: Config, shared: Shared
 ) -> float:
+    """Train and test a trial, or read the results of that, and record it; return its loss."""
     identity = training_identity(cfg, shared.base)
     _refuse_changed(sweep, identity, cfg, shared)
     digest = checkpoints.key(identity)

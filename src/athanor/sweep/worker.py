@@ -163,6 +163,7 @@ def _start_dvc_status() -> "subprocess.Popen[str] | None":
 
 
 def _refuse_stale(process: "subprocess.Popen[str] | None") -> None:
+    """Raise UserError where DVC reports that the results of `prepare` are out of date."""
     if process is None:
         return
     output, errors = process.communicate()
