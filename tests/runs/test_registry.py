@@ -34,7 +34,7 @@ def store_uri(tmp_path: Path) -> str:
 
 @pytest.fixture
 def apart(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What is said goes to that store, from a folder of its own."""
+    """That store is the tracking store, and the working directory is a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run, "SECONDS_BETWEEN_TRIES", 0)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
@@ -60,7 +60,7 @@ def train(name: str) -> str:
 def fuse(
     run: str, model: Path, digest: str, *, loss: float = 1.5, rows: str = "rows", **more: Any
 ) -> Run:
-    """What the stage fuse says of its model."""
+    """Record a model as the stage fuse does."""
     with resume_run(run, None) as again:
         again.log_model(
             model,
@@ -88,14 +88,14 @@ def test_the_registered_model_answers_a_training_question(stages: Stages) -> Non
     question = {"messages": [{"role": "user", "content": asked}], "max_tokens": 20}
     Path("input.json").write_text(json.dumps(question, ensure_ascii=False), encoding="utf-8")
     command = ["predict", "-m", f"models:/{NAME}@best", "-i", "input.json", "-t", "json"]
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "mlflow", "models", *command, "--env-manager", "local"],
         env={**os.environ, "PYTHONUTF8": "1"},
         capture_output=True,
         text=True,
     )
-    assert said.returncode == 0, said.stderr
-    completion = json.loads(said.stdout)
+    assert done.returncode == 0, done.stderr
+    completion = json.loads(done.stdout)
     [choice] = completion["choices"]
     assert choice["message"] == {"role": "assistant", "content": expected}
     assert choice["finish_reason"] == "stop"
@@ -103,15 +103,15 @@ def test_the_registered_model_answers_a_training_question(stages: Stages) -> Non
 
 
 def test_a_model_is_logged_and_registered_once(client: Any, store: str, tiny: Path) -> None:
-    """Whatever was cut off in between, and however often it is said."""
+    """Whatever is interrupted in between, and however often it is sent."""
     run = train("a")
     fuse("a", tiny, "one", registered_name=None)
     assert client.search_registered_models() == []
     for _ in range(2):
-        said = fuse("a", tiny, "one")
+        fused = fuse("a", tiny, "one")
         client.delete_registered_model_alias(NAME, "best")  # a kill came before it was given
-    said = fuse("a", tiny, "one")
-    assert said.describe_version() == "facts version 1; best is this one"
+    fused = fuse("a", tiny, "one")
+    assert fused.describe_version() == "facts version 1; best is this one"
     [version] = client.search_model_versions(f"name = '{NAME}'")
     assert version.run_id == run
     assert version.tags == {
@@ -120,13 +120,13 @@ def test_a_model_is_logged_and_registered_once(client: Any, store: str, tiny: Pa
         "val_loss": "1.5",
         "valid.digest": "rows",
     }
-    found = client.get_run(run)
-    [output] = found.outputs.model_outputs
+    recorded = client.get_run(run)
+    [output] = recorded.outputs.model_outputs
     assert output.step == 5
     model = client.get_logged_model(output.model_id)
     assert model.status == "READY"
     assert model.source_run_id == run
-    assert model.params == found.data.params
+    assert model.params == recorded.data.params
     [metric] = model.metrics
     assert (metric.key, metric.value, metric.dataset_name) == ("val_loss", 1.5, "valid.jsonl")
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": NAME, "version": "1"}]
@@ -143,8 +143,8 @@ def test_the_best_of_what_was_validated_on_the_same_rows_has_the_alias(
         ("other", 0.1, "other rows", 3, "best stays version 3, validated on different rows"),
     ):
         train(digest)
-        said = fuse(digest, tiny, digest, loss=loss, rows=rows)
-        assert words in said.describe_version()
+        fused = fuse(digest, tiny, digest, loss=loss, rows=rows)
+        assert words in fused.describe_version()
         assert best_version(client) == best
     said_how = capsys.readouterr().err.partition("To move it: uv run python ")[2]
     subprocess.run([sys.executable, *shlex.split(said_how)], check=True)
@@ -161,10 +161,10 @@ def test_of_two_that_end_at_once_the_better_one_has_the_alias(
     look = MlflowClient.get_registered_model
 
     def look_together(self: MlflowClient, name: str) -> Any:
-        found = look(self, name)
+        model = look(self, name)
         with suppress(threading.BrokenBarrierError):
             both.wait(timeout=1)
-        return found
+        return model
 
     monkeypatch.setattr(MlflowClient, "get_registered_model", look_together)
     losses = {"one": 1.5, "two": 1.4}
@@ -172,8 +172,8 @@ def test_of_two_that_end_at_once_the_better_one_has_the_alias(
         train(digest)
     with ThreadPoolExecutor() as pool:
         runs = pool.map(lambda one: fuse(one[0], tiny, one[0], loss=one[1]), losses.items())
-        said = [run.describe_version() for run in runs]
-    assert sum("(validation loss" in one for one in said) == 1
+        texts = [run.describe_version() for run in runs]
+    assert sum("(validation loss" in text for text in texts) == 1
     best = client.get_model_version_by_alias(NAME, "best")
     assert best.tags["fused.digest"] == "two"
 

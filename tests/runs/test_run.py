@@ -1,4 +1,4 @@
-"""What was said to MLflow arrives there once, however often it took to get it there."""
+"""Entries arrive in MLflow once, however often they are sent."""
 
 import json
 import shutil
@@ -90,7 +90,7 @@ def waiting() -> list[str]:
     return sorted(path.name for path in Workspace.here().outbox.glob("*"))
 
 
-def test_what_a_store_that_is_away_missed_is_sent_by_the_next_stage(
+def test_the_next_stage_sends_what_an_unreachable_store_missed(
     away: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapters = Path("adapters")
@@ -101,9 +101,9 @@ def test_what_a_store_that_is_away_missed_is_sent_by_the_next_stage(
         run.log_artifact(adapters, "adapters")
         run.log_text("seed: 0", "params.yaml")
         assert run.wait_for_id() is None
-    said = capsys.readouterr().err
-    assert "took no record" in said
-    assert "the next stage sends it" in said
+    warning = capsys.readouterr().err
+    assert "took no record" in warning
+    assert "the next stage sends it" in warning
     assert len(waiting()) == 2  # a journal and its lock
     # What the folder holds by then is another training's.
     (adapters / "adapters.safetensors").unlink()
@@ -112,12 +112,12 @@ def test_what_a_store_that_is_away_missed_is_sent_by_the_next_stage(
     away.come_back()
     with resume_run(run.name, None) as test:
         test.log_metrics(40, {"test_loss": 1.5})
-    [found] = recorded()
-    assert test.id == found.info.run_id
-    assert found.info.status == "FINISHED"
-    assert found.data.params == {"seed": "0"}
-    assert found.data.metrics == {"train_loss": 2.5, "test_loss": 1.5}
-    assert found.inputs.dataset_inputs[0].dataset.name == "train.jsonl"
+    [recorded_run] = recorded()
+    assert test.id == recorded_run.info.run_id
+    assert recorded_run.info.status == "FINISHED"
+    assert recorded_run.data.params == {"seed": "0"}
+    assert recorded_run.data.metrics == {"train_loss": 2.5, "test_loss": 1.5}
+    assert recorded_run.inputs.dataset_inputs[0].dataset.name == "train.jsonl"
     assert read_artifact(test.id, "adapters/adapters.safetensors") == "first"
     assert waiting() == []
 
@@ -134,20 +134,20 @@ def test_a_store_that_comes_back_gets_all_of_it(away: Store) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many metrics each call to the store brought."""
-    found: list[int] = []
+    """The number of metrics in each call to the store."""
+    counts: list[int] = []
     really = MlflowClient.log_batch
 
     def log_batch(self: Any, run_id: str, metrics: Any = (), **more: Any) -> None:
         if metrics:
-            found.append(len(metrics))
+            counts.append(len(metrics))
         really(self, run_id, metrics, **more)
 
     monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
-    return found
+    return counts
 
 
-def test_what_waited_goes_in_few_calls(away: Store, calls: list[int]) -> None:
+def test_waiting_metrics_go_in_few_calls(away: Store, calls: list[int]) -> None:
     with start() as run:
         assert run.wait_for_id() is None
         for step in range(1, 1001):
@@ -158,7 +158,7 @@ def test_what_waited_goes_in_few_calls(away: Store, calls: list[int]) -> None:
     assert len(calls) <= 8  # of 500 each, and what was cut short when the store came back
 
 
-def test_what_is_said_in_a_row_goes_together(
+def test_metrics_in_quick_succession_go_together(
     away: Store, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     away.come_back()
@@ -173,21 +173,21 @@ def test_what_is_said_in_a_row_goes_together(
     assert len(calls) <= 2
 
 
-def test_a_training_that_goes_on_says_nothing_twice(away: Store) -> None:
+def test_a_continued_training_records_nothing_twice(away: Store) -> None:
     away.come_back()
     with pytest.raises(KeyboardInterrupt), start("mine") as run:
         run.log_metrics(5, {"train_loss": 3.0, "tokens_per_second": 100.0}, once=True)
         raise KeyboardInterrupt("after iteration 5")
-    [found] = recorded()
-    assert found.info.status == "KILLED"
-    assert found.data.tags["failure"] == "after iteration 5"
+    [recorded_run] = recorded()
+    assert recorded_run.info.status == "KILLED"
+    assert recorded_run.data.tags["failure"] == "after iteration 5"
     with start("mine") as again:
         again.log_metrics(5, {"train_loss": 3.0, "tokens_per_second": 90.0}, once=True)
         again.log_metrics(6, {"train_loss": 2.0}, once=True)
-    [found] = recorded()
-    assert again.id == run.id == found.info.run_id
-    assert found.info.status == "FINISHED"
-    assert "failure" not in found.data.tags
+    [recorded_run] = recorded()
+    assert again.id == run.id == recorded_run.info.run_id
+    assert recorded_run.info.status == "FINISHED"
+    assert "failure" not in recorded_run.data.tags
     assert read_metric(run.id, "train_loss") == [(5, 3.0), (6, 2.0)]
     assert read_metric(run.id, "tokens_per_second") == [(5, 100.0)]
 
@@ -207,7 +207,7 @@ def test_a_journal_that_was_cut_off_is_sent_as_far_as_it_goes(away: Store) -> No
     assert waiting() == []
 
 
-def test_what_was_said_to_another_store_waits_for_that_one(
+def test_a_journal_of_another_store_waits_for_that_store(
     away: Store, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with start() as run:
@@ -223,7 +223,7 @@ def test_what_was_said_to_another_store_waits_for_that_one(
 def test_a_file_that_the_store_refuses_holds_up_nothing_else(
     away: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The place for artifacts can't be written, as a bucket without its keys."""
+    """The place of artifacts is not writable, as a bucket without its keys."""
     away.come_back()
     closed = tmp_path / "closed"
     closed.write_text("", encoding="utf-8")
@@ -239,9 +239,9 @@ def test_a_file_that_the_store_refuses_holds_up_nothing_else(
         run.log_text("seed: 0", "params.yaml")
         run.log_metrics(1, {"train_loss": 2.0})
     assert "did not take params.yaml" in capsys.readouterr().err
-    found = client.get_run(str(run.id))
-    assert found.info.status == "FINISHED"
-    assert found.data.metrics == {"train_loss": 2.0}
+    recorded_run = client.get_run(str(run.id))
+    assert recorded_run.info.status == "FINISHED"
+    assert recorded_run.data.metrics == {"train_loss": 2.0}
     closed.unlink()
     with start():
         pass
@@ -262,16 +262,16 @@ def test_a_table_that_is_sent_twice_is_there_once(away: Store) -> None:
         run.log_table({"prompt": ["before"]}, "test/answers.json")
         run.log_table(columns, "test/answers.json")
         run.log_table({"other": [1]}, "other.json")
-    client, [found] = tracking_store.connect(), recorded()
+    client, [recorded_run] = tracking_store.connect(), recorded()
     again = Sender(Workspace.here().outbox / "mine", active=False)
     resume = ResumeRun("mine", run.id, tracking_store.journal_store(), "athanor")
     again.send(deque([resume, LogTable(columns, "test/answers.json")]))
 
-    by_mlflow = client.create_run(found.info.experiment_id).info.run_id
+    by_mlflow = client.create_run(recorded_run.info.experiment_id).info.run_id
     client.log_table(by_mlflow, columns, "test/answers.json")
     client.log_table(by_mlflow, {"other": [1]}, "other.json")
     tables = [
-        client.load_table(found.info.experiment_id, "test/answers.json", [run_id])
+        client.load_table(recorded_run.info.experiment_id, "test/answers.json", [run_id])
         for run_id in (str(run.id), by_mlflow)
     ]
     assert [table.to_dict("list") for table in tables] == [columns, columns]
@@ -303,8 +303,8 @@ def test_a_journal_that_can_not_be_opened_holds_up_no_other(away: Store) -> None
         (Workspace.here().outbox / name).mkdir(parents=True)
     with start() as run:
         run.log_metrics(1, {"train_loss": 2.0})
-    [found] = recorded()
-    assert found.data.metrics == {"train_loss": 2.0}
+    [recorded_run] = recorded()
+    assert recorded_run.data.metrics == {"train_loss": 2.0}
 
 
 def test_a_later_stage_waits_for_the_trainings_own_record(away: Store) -> None:
@@ -318,15 +318,15 @@ def test_a_later_stage_waits_for_the_trainings_own_record(away: Store) -> None:
     busy.close()
     with resume_run(training.name, None):
         pass
-    [found] = recorded()
-    assert found.data.metrics == {"train_loss": 2.0, "test_loss": 1.0}
+    [recorded_run] = recorded()
+    assert recorded_run.data.metrics == {"train_loss": 2.0, "test_loss": 1.0}
     assert waiting() == []
 
 
 def test_a_training_that_goes_on_in_another_experiment_or_store(
     away: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All its points are there, and what it leaves behind does not stay RUNNING."""
+    """All its metrics are there, and the run that it leaves does not stay RUNNING."""
     away.come_back()
     dead = Journal("mine")
     dead.append(opening("mine"))

@@ -18,21 +18,7 @@ from typing import Any, Self
 
 from athanor import console, switches
 from athanor.paths import Workspace
-from athanor.runs import registry, tracking_store
-from athanor.runs.entries import (
-    AnyEntry,
-    Dataset,
-    EndRun,
-    EndStatus,
-    LogArtifact,
-    LogMetrics,
-    LogModel,
-    LogTable,
-    LogText,
-    ResumeRun,
-    SetTags,
-    StartRun,
-)
+from athanor.runs import entries, registry, tracking_store
 from athanor.runs.outbox import Journal, read_entries, unique_name
 from athanor.runs.sender import NotYet, Sender
 
@@ -50,16 +36,16 @@ class Run:
     SIGTERM. A later stage only adds to it.
     """
 
-    def __init__(self, journal: Journal, opening: StartRun | ResumeRun) -> None:
+    def __init__(self, journal: Journal, opening: entries.StartRun | entries.ResumeRun) -> None:
         self.id: str | None = None
         self.name = opening.run
         self.failure: Exception | None = None
         self._registered: str | None = None
         self._journal = journal
         self._refused: list[str] = []
-        self._ends = isinstance(opening, StartRun)
+        self._ends = isinstance(opening, entries.StartRun)
         self._opened = threading.Event()
-        self._entries: queue.Queue[AnyEntry | None] = queue.Queue()  # None ends it
+        self._entries: queue.Queue[entries.AnyEntry | None] = queue.Queue()  # None ends it
         for left in journal.entries():
             self._entries.put(left)
         self._append(opening)
@@ -76,7 +62,7 @@ class Run:
         if self._ends:
             if kind is not None:
                 self.set_tags({"failure": tracking_store.hide_passwords(str(error))[:500]})
-            self._append(EndRun(_end_status(kind), _now()))
+            self._append(entries.EndRun(_end_status(kind), _now()))
         self._entries.put(None)
         self._thread.join()
         switches.switch_threads_often(False)
@@ -105,15 +91,15 @@ class Run:
     def log_metrics(self, step: int, values: dict[str, float], once: bool = False) -> None:
         """Log metrics at a step; with `once` only those without a value at that step."""
         values = {key: float(value) for key, value in values.items()}
-        self._append(LogMetrics(step, values, once, _now()))
+        self._append(entries.LogMetrics(step, values, once, _now()))
 
     def set_tags(self, values: dict[str, Any]) -> None:
         """Set tags."""
-        self._append(SetTags({key: str(value) for key, value in values.items()}))
+        self._append(entries.SetTags({key: str(value) for key, value in values.items()}))
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Keep a file, or all files of a folder."""
-        self._append(LogArtifact(self._keep(path), folder))
+        self._append(entries.LogArtifact(self._keep(path), folder))
 
     def log_model(
         self,
@@ -143,7 +129,7 @@ class Run:
         """
         tags = tags | {"val_loss": val_loss, "valid.digest": valid_digest}
         self._append(
-            LogModel(
+            entries.LogModel(
                 path=self._keep(fused),
                 digest=digest,
                 question=question,
@@ -160,14 +146,14 @@ class Run:
 
     def log_text(self, text: str, name: str) -> None:
         """Keep a text as an artifact."""
-        self._append(LogText(text, name))
+        self._append(entries.LogText(text, name))
 
     def log_table(self, columns: dict[str, list[Any]], name: str) -> None:
         """Keep columns of equal lengths as a table, which MLflow's UI and load_table read.
 
         `name` ends in .json. A table of that name is replaced.
         """
-        self._append(LogTable(columns, name))
+        self._append(entries.LogTable(columns, name))
 
     def _keep(self, path: Path) -> str:
         try:
@@ -176,11 +162,11 @@ class Run:
             console.warn(f"cannot keep {path} for MLflow ({error})")
             return str(path.resolve())
 
-    def _append(self, entry: AnyEntry) -> None:
+    def _append(self, entry: entries.AnyEntry) -> None:
         self._journal.append(entry)
         self._entries.put(entry)
 
-    def _next_entries(self, seconds: float | None) -> "list[AnyEntry | None]":
+    def _next_entries(self, seconds: float | None) -> "list[entries.AnyEntry | None]":
         """Return the next entry, if one comes within so many seconds."""
         try:
             return [self._entries.get(timeout=seconds)]
@@ -188,7 +174,7 @@ class Run:
             return []
 
     def _work(self) -> None:
-        waiting: deque[AnyEntry] = deque()
+        waiting: deque[entries.AnyEntry] = deque()
         sender, more = Sender(self._journal.folder, active=True), True
         self._refused = sender.refused
         sent_left, failures, not_before = False, 0, 0.0
@@ -242,14 +228,17 @@ def send_left_journals() -> None:
 
 def _is_child(folder: Path) -> bool:
     return any(
-        entry.parent is not None for entry in read_entries(folder) if isinstance(entry, StartRun)
+        isinstance(entry, entries.StartRun) and entry.parent is not None
+        for entry in read_entries(folder)
     )
 
 
-def _store_of(entries: list[AnyEntry]) -> str | None:
-    """Return the journal's name of its store, None for one that was cut off before it began."""
-    openings = (entry for entry in entries if isinstance(entry, StartRun | ResumeRun))
-    return next((opening.store for opening in openings), None)
+def _store_of(journal: Journal) -> str | None:
+    """Return the journal's name of its store, None if it was cut off before its first entry."""
+    for entry in journal.entries():
+        if isinstance(entry, entries.StartRun | entries.ResumeRun):
+            return entry.store
+    return None
 
 
 def _send_left(folder: Path) -> None:
@@ -258,19 +247,19 @@ def _send_left(folder: Path) -> None:
         return
     sender = Sender(folder, active=False)
     try:
-        entries = list(journal.entries())
-        store = _store_of(entries)
+        store = _store_of(journal)
         if store is not None and store != tracking_store.journal_store():
             return
-        ended = True
-        for entry in entries:
-            ended = isinstance(entry, EndRun) or (ended and not isinstance(entry, StartRun))
+        waiting, ended = deque(journal.entries()), True
+        for entry in waiting:
+            if isinstance(entry, entries.StartRun | entries.EndRun):
+                ended = isinstance(entry, entries.EndRun)
         if not ended:
             died = int((folder / "journal.jsonl").stat().st_mtime * 1000)
-            entries.append(EndRun("KILLED", died))
+            waiting.append(entries.EndRun("KILLED", died))
         try:
             if store is not None:
-                sender.send(deque(entries))
+                sender.send(waiting)
         except NotYet:
             return
         except Exception as error:
@@ -287,7 +276,7 @@ def start_run(
     name: str,
     params: dict[str, Any],
     tags: dict[str, Any],
-    datasets: list[Dataset],
+    datasets: list[entries.Dataset],
     run: str | None = None,
     parent: str | None = None,
 ) -> Run:
@@ -304,9 +293,9 @@ def start_run(
         journal = Journal(run)
     if not journal.is_ours():
         journal = Journal(unique_name(run))
-    elif _store_of(list(journal.entries())) not in (None, store):
+    elif _store_of(journal) not in (None, store):
         journal.set_aside()
-    opening = StartRun(
+    opening = entries.StartRun(
         run=run,
         store=store,
         experiment=tracking_store.EXPERIMENT,
@@ -326,7 +315,7 @@ def resume_run(run: str, run_id: str | None) -> Run:
     If the store does not have the run (the training came out of DVC's cache, from another
     machine), nothing is logged, with a warning.
     """
-    opening = ResumeRun(
+    opening = entries.ResumeRun(
         run=run,
         run_id=run_id,
         store=tracking_store.journal_store(),
@@ -335,7 +324,7 @@ def resume_run(run: str, run_id: str | None) -> Run:
     return Run(Journal(unique_name(run)), opening)
 
 
-def _end_status(error: type[BaseException] | None) -> EndStatus:
+def _end_status(error: type[BaseException] | None) -> entries.EndStatus:
     if error is None:
         return "FINISHED"
     return "FAILED" if issubclass(error, Exception) else "KILLED"

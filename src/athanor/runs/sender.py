@@ -7,19 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from athanor import console
-from athanor.runs import registry, tracking_store
-from athanor.runs.entries import (
-    AnyEntry,
-    EndRun,
-    LogArtifact,
-    LogMetrics,
-    LogModel,
-    LogTable,
-    LogText,
-    ResumeRun,
-    SetTags,
-    StartRun,
-)
+from athanor.runs import entries, registry, tracking_store
 
 METRICS_PER_CALL = 500
 
@@ -43,7 +31,7 @@ class Sender:
         self._folder, self._active = folder, active
         self._logged: set[tuple[str, int]] = set()  # metrics and steps that the run has
 
-    def send(self, waiting: "deque[AnyEntry]") -> None:
+    def send(self, waiting: "deque[entries.AnyEntry]") -> None:
         """Send the waiting entries and remove the sent ones; refused artifacts are noted."""
         if self._client is None:
             self._client = tracking_store.connect()
@@ -70,33 +58,33 @@ class Sender:
                 return True
         return False
 
-    def _send(self, entry: AnyEntry) -> None:
-        if isinstance(entry, StartRun):
+    def _send(self, entry: entries.AnyEntry) -> None:
+        if isinstance(entry, entries.StartRun):
             self._start(entry)
             return
-        if isinstance(entry, ResumeRun):
+        if isinstance(entry, entries.ResumeRun):
             self._resume(entry)
             return
         if self.run is None:
             return  # the run is not in this store, as was reported
         match entry:
-            case SetTags():
+            case entries.SetTags():
                 for key, value in entry.values.items():
                     self._client.set_tag(self.run, key, value)
-            case LogText():
+            case entries.LogText():
                 self._client.log_text(self.run, entry.text, entry.name)
-            case LogTable():
+            case entries.LogTable():
                 self._log_table(entry)
-            case LogArtifact():
+            case entries.LogArtifact():
                 path = self._folder / entry.path
                 log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
                 log(self.run, str(path), entry.folder)
-            case LogModel():
+            case entries.LogModel():
                 self._log_model(entry)
-            case EndRun():
+            case entries.EndRun():
                 self._client.set_terminated(self.run, entry.status, entry.time)
 
-    def _start(self, entry: StartRun) -> None:
+    def _start(self, entry: entries.StartRun) -> None:
         previous, parent = self.run, self._parent_tag(entry)
         run = self._find_run(entry.experiment, entry.run)
         if run is None:
@@ -123,7 +111,7 @@ class Sender:
         if previous is not None and previous != self.run:  # it continues in another experiment
             self._client.set_terminated(previous, "KILLED")
 
-    def _resume(self, entry: ResumeRun) -> None:
+    def _resume(self, entry: entries.ResumeRun) -> None:
         run = self._find_run(entry.experiment, entry.run, entry.run_id)
         if run is not None:
             self._open(run)
@@ -145,7 +133,7 @@ class Sender:
             for metric in self._client.get_metric_history(self.run, key)
         }
 
-    def _parent_tag(self, entry: StartRun) -> dict[str, str]:
+    def _parent_tag(self, entry: entries.StartRun) -> dict[str, str]:
         """Return the tag that makes a run a child; empty where the parent was deleted."""
         if entry.parent is None:
             return {}
@@ -172,7 +160,7 @@ class Sender:
         )
         return runs[0] if runs else None
 
-    def _log_inputs(self, entry: StartRun) -> None:
+    def _log_inputs(self, entry: entries.StartRun) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
         self._client.log_inputs(
@@ -195,13 +183,13 @@ class Sender:
         params = [Param(key, value) for key, value in entry.params.items()]
         self._client.log_batch(self.run, params=params)
 
-    def _log_metrics(self, entries: list[LogMetrics]) -> None:
+    def _log_metrics(self, batch: list[entries.LogMetrics]) -> None:
         from mlflow.entities import Metric
 
         if self.run is None:
             return
         metrics: list[Any] = []
-        for entry in entries:
+        for entry in batch:
             for key, value in entry.values.items():
                 if not (entry.once and (key, entry.step) in self._logged):
                     metrics.append(Metric(key, value, entry.time, entry.step))
@@ -212,7 +200,7 @@ class Sender:
             self._logged -= {(metric.key, metric.step) for metric in metrics}
             raise
 
-    def _log_table(self, entry: LogTable) -> None:
+    def _log_table(self, entry: entries.LogTable) -> None:
         """Log a table as MlflowClient.log_table does, but replace one of that name.
 
         MLflow's own appends its rows, so sending it again would double them.
@@ -227,7 +215,7 @@ class Sender:
             tag = json.dumps([*logged, artifact])
             self._client.set_tag(self.run, "mlflow.loggedArtifacts", tag)
 
-    def _log_model(self, entry: LogModel) -> None:
+    def _log_model(self, entry: entries.LogModel) -> None:
         fused, out = self._folder / entry.path, self._folder / "model"
         model = registry.log_model(self._client, str(self.run), fused, out, entry)
         if entry.registered_name is not None:
@@ -238,24 +226,24 @@ class Sender:
                 )
 
 
-def _take_metrics(waiting: "deque[AnyEntry]") -> list[LogMetrics]:
+def _take_metrics(waiting: "deque[entries.AnyEntry]") -> list[entries.LogMetrics]:
     """Return the metrics at the front of the queue that go into one call."""
-    metrics: list[LogMetrics] = []
+    metrics: list[entries.LogMetrics] = []
     count = 0
     for entry in waiting:
-        if not isinstance(entry, LogMetrics) or count >= METRICS_PER_CALL:
+        if not isinstance(entry, entries.LogMetrics) or count >= METRICS_PER_CALL:
             break
         metrics.append(entry)
         count += len(entry.values)
     return metrics
 
 
-def _artifact_name(entry: AnyEntry) -> str | None:
+def _artifact_name(entry: entries.AnyEntry) -> str | None:
     """Return the name of an entry's artifact, None for an entry without one."""
     match entry:
-        case LogText() | LogTable():
+        case entries.LogText() | entries.LogTable():
             return entry.name
-        case LogArtifact() | LogModel():
+        case entries.LogArtifact() | entries.LogModel():
             return Path(entry.path).name
         case _:
             return None

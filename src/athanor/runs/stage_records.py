@@ -26,13 +26,13 @@ def start_training(
     source: Source,
     folder: Path,
     name: str,
-    point: str,
+    digest: str,
     run: str,
     parent: str | None = None,
 ) -> Run:
     """Open the MLflow run of a training, with everything that decides it.
 
-    `source` and `folder` are those of the base model; `point` is the digest of what decides the
+    `source` and `folder` are those of the base model; `digest` is that of all that decides the
     training; `run` and `parent` are our names of the run and of its sweep's run.
     """
     opened = start_run(
@@ -46,7 +46,7 @@ def start_training(
             **lineage.collect_tags(),
             **_model_tags(source),
             "device": describe_device(),
-            "athanor.point": point,
+            "athanor.point": digest,
         },
         list_datasets(workspace),
         run=run,
