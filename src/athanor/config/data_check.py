@@ -6,6 +6,7 @@ rejected.jsonl, `fix` mends it, `warn` reports it and keeps the row, `ignore` tu
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateError
@@ -84,6 +85,7 @@ AUTO = "auto"
 FORMATS = ("chat", "completions", "instruction", "classification", "text", "template", "article")
 
 
+@lru_cache(maxsize=64)
 def compile_template(text: str) -> Template:
     """Return a Jinja template that can read nothing but the values of a row.
 

@@ -4,12 +4,13 @@ The page loads nothing: no script, no font and no picture from elsewhere. Rows a
 everything is escaped, and the page's own policy forbids scripts as well.
 """
 
+from functools import lru_cache
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from athanor import console
 
@@ -24,20 +25,8 @@ ACTIONS = {
 
 def page(report: dict[str, Any]) -> str:
     """Return the report as HTML."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "number": _number,
-        "counted": console.counted,
-        "codepoints": lambda text: " ".join(f"U+{ord(character):04X}" for character in text),
-        "control": _control,
-    }
-    template = environment.from_string(
-        Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
-    )
     splits = report["splits"]
-    html = template.render(
+    html = _template().render(
         report=report,
         share=console.share,
         actions=ACTIONS,
@@ -51,6 +40,21 @@ def page(report: dict[str, Any]) -> str:
     )
     # JSON can hold a lone surrogate, a file of UTF-8 can't: it is shown as JSON writes it.
     return html.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+@lru_cache(maxsize=1)
+def _template() -> Template:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": _number,
+        "counted": console.counted,
+        "codepoints": lambda text: " ".join(f"U+{ord(character):04X}" for character in text),
+        "control": _control,
+    }
+    path = Path(__file__).with_name("report_page.html")
+    return environment.from_string(path.read_text(encoding="utf-8"))
 
 
 def _number(value: float | None) -> str:

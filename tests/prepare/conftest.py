@@ -1,0 +1,16 @@
+"""What the tests of `prepare` share: a folder's tokenizer is loaded once."""
+
+from functools import lru_cache
+
+import pytest
+
+from athanor.chat.load import load_tokenizer
+from athanor.prepare import prepare
+
+load_once = lru_cache(maxsize=4)(load_tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def tokenizers_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load the tokenizer of each folder once; `prepare` changes nothing in it."""
+    monkeypatch.setattr(prepare, "load_tokenizer", load_once)
