@@ -1,4 +1,4 @@
-"""What is printed is what was said, whatever brackets it has."""
+"""Printed texts are literal, whatever brackets they have."""
 
 import pytest
 

@@ -38,7 +38,7 @@ def test_an_answer_that_is_no_label_is_wrong() -> None:
     assert (predicted, expected) == ([2, 0, 3, 3, 3, 0], [2, 2, 0, 0, 0, 0])
     assert scores.confusion(predicted, expected, 3) == [[1, 0, 0, 3], [0, 0, 0, 0], [1, 0, 1, 0]]
     figures = scores.score_labels(predicted, expected)
-    # negative: 1 of 2 said, 1 of 4 there; positive: 1 of 1 said, 1 of 2 there.
+    # negative: precision 1 / 2, recall 1 / 4; positive: precision 1, recall 1 / 2.
     assert figures == pytest.approx({"accuracy": 2 / 6, "macro_f1": (2 / 6 + 2 / 3) / 2})
     # The tuned model is right; a label without rows takes nothing from it.
     right = scores.score_labels(*index_labels(predictions, LABELS, "tuned"))

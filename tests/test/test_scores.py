@@ -96,7 +96,7 @@ def test_repetition_is_0_where_every_token_is_another(answers: list[list[int]], 
 
 
 def test_of_no_answers_there_are_no_figures() -> None:
-    found = [
+    values = [
         scores.exact_match([], [], []),
         scores.character_error_rate([], []),
         scores.chrf([], []),
@@ -105,14 +105,14 @@ def test_of_no_answers_there_are_no_figures() -> None:
         scores.repetition_rate([]),
         *scores.score_labels([], []).values(),
     ]
-    assert all(map(math.isnan, found))
+    assert all(map(math.isnan, values))
 
 
 def test_of_empty_references_nothing_can_be_divided() -> None:
-    assert math.isnan(scores.character_error_rate(["said"], [""]))
-    assert math.isnan(scores.chrf(["said"], [" "]))
-    # Beside others an empty one counts what should not have been said.
-    assert scores.character_error_rate(["said", "ab"], ["", "ab"]) == 2
+    assert math.isnan(scores.character_error_rate(["text"], [""]))
+    assert math.isnan(scores.chrf(["text"], [" "]))
+    # Among other references, an empty one counts the superfluous characters.
+    assert scores.character_error_rate(["text", "ab"], ["", "ab"]) == 2
 
 
 def test_answers_and_references_are_as_many() -> None:

@@ -22,10 +22,10 @@ def row(length: int, line: int = 0) -> TokenizedText:
 def test_every_row_comes_once_an_epoch(count: int, batch_size: int) -> None:
     lengths = [2 + i % 37 for i in range(count)]
     for epoch in (0, 1, 7):
-        found = plan_epoch(lengths, batch_size, 3, epoch)
-        assert sorted(number for batch in found for number in batch) == list(range(count))
-        assert max(map(len, found)) <= batch_size
-        assert len(found) == -(-count // batch_size)
+        batches = plan_epoch(lengths, batch_size, 3, epoch)
+        assert sorted(number for batch in batches for number in batch) == list(range(count))
+        assert max(map(len, batches)) <= batch_size
+        assert len(batches) == -(-count // batch_size)
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
@@ -52,10 +52,10 @@ def test_rows_change_company_from_epoch_to_epoch(count: int, batch_size: int) ->
 def test_a_batch_is_a_function_of_its_iteration() -> None:
     rows = [row(3 + i % 5) for i in range(11)]
     forward = Batches(rows, 4, seed=0)
-    found = [forward(iteration).numbers for iteration in range(1, 10)]
+    numbers = [forward(iteration).numbers for iteration in range(1, 10)]
     backward = Batches(rows, 4, seed=0)
-    assert [backward(iteration).numbers for iteration in range(9, 0, -1)] == found[::-1]
-    for epoch in (found[:3], found[3:6], found[6:]):
+    assert [backward(iteration).numbers for iteration in range(9, 0, -1)] == numbers[::-1]
+    for epoch in (numbers[:3], numbers[3:6], numbers[6:]):
         assert sorted(number for batch in epoch for number in batch) == list(range(11))
 
 

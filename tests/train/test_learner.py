@@ -1,4 +1,4 @@
-"""An update: what mlx's optimizers make of each array, made of many at once."""
+"""Updates: mlx's optimizers applied to many arrays at once."""
 
 from collections.abc import Iterator
 
@@ -25,7 +25,7 @@ def arrays(seed: int) -> dict[str, mx.array]:
 
 @pytest.fixture(params=[False, True])
 def compile(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Whether mlx compiles; loading a model on a CPU switches that off for the process."""
+    """Switch mlx's compiler on or off; loading a model on a CPU switches it off."""
     compile_kernels(request.param)
     yield request.param
     compile_kernels(False)
@@ -36,7 +36,7 @@ def compile(request: pytest.FixtureRequest) -> Iterator[bool]:
 def test_an_update_is_mlx_s_own(name: str, compile: bool, limit: float | None) -> None:
     """To the byte, unless clipped: the norm is a sum in another order; with two batches added."""
     options = {"weight_decay": 0.1} if name in ("adamw", "lion") else {}
-    one = Learner(
+    learned = Learner(
         arrays(0), optimizers.build_optimizer(name, options, 0.01), limit, compile=compile
     )
     plain = optimizers.build_optimizer(name, options, 0.01)
@@ -44,21 +44,21 @@ def test_an_update_is_mlx_s_own(name: str, compile: bool, limit: float | None) -
     plain.init(expected)
     for step in range(3):
         first, second = arrays(2 * step + 1), arrays(2 * step + 2)
-        one.add(first)
-        one.add(second)
-        norm = one.update(mx.array(0.5))
+        learned.add(first)
+        learned.add(second)
+        norm = learned.update(mx.array(0.5))
         gradient = {key: (first[key] + second[key]) * mx.array(0.5) for key in first}
         gradient, length = optim.clip_grad_norm(gradient, limit or float("inf"))
         expected = plain.apply_gradients(gradient, expected)
-        mx.eval(one.weights, expected)
+        mx.eval(learned.weights, expected)
         assert norm.item() == pytest.approx(length.item(), rel=1e-6)
-        assert one.gradient is None
-        assert list(one.weights) == list(expected)
+        assert learned.gradient is None
+        assert list(learned.weights) == list(expected)
         for key, value in expected.items():
-            found = one.weights[key]
-            assert (found.dtype, found.shape) == (value.dtype, value.shape)
-            close = mx.allclose(found, value, rtol=1e-2 if key == "norm" else 1e-5, atol=1e-7)
-            assert mx.array_equal(found, value) if limit is None else close, key
+            updated = learned.weights[key]
+            assert (updated.dtype, updated.shape) == (value.dtype, value.shape)
+            close = mx.allclose(updated, value, rtol=1e-2 if key == "norm" else 1e-5, atol=1e-7)
+            assert mx.array_equal(updated, value) if limit is None else close, key
 
 
 def test_small_arrays_are_updated_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,16 +70,16 @@ def test_small_arrays_are_updated_together(monkeypatch: pytest.MonkeyPatch) -> N
         Learner(given, optimizers.build_optimizer("muon", {}, 0.1)).optimizer.state
     ) == 2 + len(given)
     monkeypatch.setattr(learner, "PACK", 300)  # lora_a takes 384 bytes, lora_b 272, m 20
-    found = packs(given)
-    assert sorted(name for one in found for name in one) == sorted(given)
-    assert [len(one) for one in found] == [1, 2, 1, 2, 1, 2, 1]
+    packed = packs(given)
+    assert sorted(name for pack in packed for name in pack) == sorted(given)
+    assert [len(pack) for pack in packed] == [1, 2, 1, 2, 1, 2, 1]
 
 
 def test_the_norm_of_a_long_gradient_is_exact() -> None:
     """mlx sums float32 one after the other on a CPU: of 4 million in a row, 0.2% are lost."""
     draw = np.random.default_rng(0)
     many = {f"{i}": draw.normal(size=(32, 896)).astype("f4") for i in range(150)}
-    one = Learner({key: mx.zeros(value.shape) for key, value in many.items()}, optim.SGD(1.0))
-    one.add({key: mx.array(value) for key, value in many.items()})
+    learned = Learner({key: mx.zeros(value.shape) for key, value in many.items()}, optim.SGD(1.0))
+    learned.add({key: mx.array(value) for key, value in many.items()})
     expected = np.sqrt(sum(np.square(value, dtype="f8").sum() for value in many.values()))
-    assert one.update(mx.array(1.0)).item() == pytest.approx(expected, rel=2e-5)
+    assert learned.update(mx.array(1.0)).item() == pytest.approx(expected, rel=2e-5)

@@ -1,4 +1,4 @@
-"""The loop, on the real tiny model: what is learned, beside mlx-lm's, and to the same bytes."""
+"""The training loop on the tiny model, compared with mlx-lm's, and with itself to the byte."""
 
 import copy
 import math
@@ -83,7 +83,7 @@ def cfg(repo: Path) -> Config:
 
 @pytest.fixture
 def fresh(tiny: Path, cfg: Config) -> Callable[..., nn.Module]:
-    """The tiny model, made trainable: by LoRA on its last two layers if nothing else is said."""
+    """The tiny model, made trainable: by LoRA on its last two layers by default."""
 
     def make(seed: int = 0, **changed: Any) -> nn.Module:
         train = types.SimpleNamespace(**vars_of(cfg) | {"num_layers": 2} | changed)
@@ -122,7 +122,7 @@ def trainer(fresh: Callable[..., nn.Module], tokens: list[TokenizedText]) -> Cal
         rows, seed = given.pop("rows"), given["seed"]
         model = fresh(seed, dropout=given.pop("dropout"), method=given.pop("method"))
         how = {key: given.pop(key) for key in ("grad_checkpoint",) if key in given}
-        forward = begins_at_what_is_trained(model, rows, compile=given.get("compile", False), **how)
+        forward = with_frozen_layers(model, rows, compile=given.get("compile", False), **how)
         optimizer = given.pop("optimizer")
         if isinstance(optimizer, str):
             optimizer = optimizers.build_optimizer(optimizer, {}, given["learning_rate"])
@@ -137,8 +137,8 @@ def trainer(fresh: Callable[..., nn.Module], tokens: list[TokenizedText]) -> Cal
     return make
 
 
-def begins_at_what_is_trained(model: nn.Module, rows: list[TokenizedText], **how: Any) -> Forward:
-    """The model as a training has it: its frozen layers' part is computed once and kept."""
+def with_frozen_layers(model: nn.Module, rows: list[TokenizedText], **how: Any) -> Forward:
+    """Return the forward pass of a training, which computes the frozen layers once."""
     frozen = FrozenLayers(Parts.find(model, probe_tokens(rows)), Budget(10**9, 0, Path()))
     trained = trainable_weights(model)
     return Forward(model, frozen.parts, frozen, frozen.choose_cut(trained), **how)
@@ -201,7 +201,7 @@ def test_losses_are_mlx_lms_with_its_own_loss_and_batches(
     ours: list[float] = []
     Trainer(
         TrainingPlan(seed=0, iters=50, batch_size=2, steps_per_report=1, steps_per_eval=99),
-        begins_at_what_is_trained(fresh(method=method), as_they_came(1).rows),
+        with_frozen_layers(fresh(method=method), as_they_came(1).rows),
         as_they_came,
         [],
         optim.Adam(learning_rate=1e-4),
@@ -216,13 +216,13 @@ def test_losses_are_mlx_lms_with_its_own_loss_and_batches(
 def test_padding_and_prompts_move_no_parameter(
     fresh: Callable[..., nn.Module], tokens: list[TokenizedText]
 ) -> None:
-    """What stands at a padding position changes nothing; what a prompt asks for is not learned."""
-    forward = begins_at_what_is_trained(fresh(method="full"), tokens)
+    """Tokens at padding positions change nothing, and prompts are not learned."""
+    forward = with_frozen_layers(fresh(method="full"), tokens)
     weights = trainable_weights(forward.model)
 
     def flat_gradient(ready: PreparedBatch) -> np.ndarray:
-        _, found = forward.loss_and_gradient(weights, ready)
-        return np.concatenate([np.array(v).ravel() for v in found.values()])
+        _, gradient = forward.loss_and_gradient(weights, ready)
+        return np.concatenate([np.array(v).ravel() for v in gradient.values()])
 
     ready = forward.prepare(tokens)
     inputs = ready.batch.inputs
@@ -243,7 +243,9 @@ def test_padding_and_prompts_move_no_parameter(
     assert not flat_gradient(PreparedBatch(silent, ready.activations)).any()
 
 
-def test_same_seed_same_bytes_however_often_one_looks(trainer: Callable[..., Trainer]) -> None:
+def test_equal_seeds_train_equal_bytes_however_often_they_validate(
+    trainer: Callable[..., Trainer],
+) -> None:
     first = ran(trainer())
     assert same(first, ran(trainer()))
     looked = trainer(steps_per_eval=1, steps_per_report=1, valid=[])
@@ -314,8 +316,8 @@ def test_gradients_are_clipped_to_their_limit(trainer: Callable[..., Trainer]) -
     assert distance(clipped) == pytest.approx(0.5, rel=1e-3)
 
 
-def test_an_update_can_have_the_memory_of_the_gradient(trainer: Callable[..., Trainer]) -> None:
-    """What is trained whole is the larger part of its memory: a set too many would be seen."""
+def test_an_update_reuses_the_memory_of_the_gradient(trainer: Callable[..., Trainer]) -> None:
+    """In full training the weights are most of the memory: one more copy would show."""
     one = trainer(iters=3, method="full", batch_size=1)
     learner, update = one.learner, one.learner.update
     size = sum(array.nbytes for array in learner.weights.values())
@@ -475,7 +477,7 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(
     assert patient.state.window_tokens == 0
 
 
-def test_a_loss_that_is_no_number_names_the_rows_and_keeps_the_last_good_state(
+def test_a_loss_that_is_not_finite_names_the_rows_and_keeps_the_last_good_state(
     trainer: Callable[..., Trainer],
     fresh: Callable[..., nn.Module],
     tokens: list[TokenizedText],
@@ -485,12 +487,12 @@ def test_a_loss_that_is_no_number_names_the_rows_and_keeps_the_last_good_state(
     sound = Batches(tokens, 2, 0)
 
     class Poisoned(Forward):
-        asked = 0
+        calls = 0
 
         def loss_and_gradient(self, weights: Any, ready: PreparedBatch) -> tuple[mx.array, Any]:
-            self.asked += 1
+            self.calls += 1
             loss, gradient = super().loss_and_gradient(weights, ready)
-            return loss / (self.asked != 5), gradient
+            return loss / (self.calls != 5), gradient
 
     model = fresh()
     one = trainer(
@@ -511,7 +513,7 @@ def test_a_loss_that_is_no_number_names_the_rows_and_keeps_the_last_good_state(
     assert all(mx.isfinite(array).all().item() for array in latest.arrays["adapters"].values())
 
 
-def test_a_training_that_can_learn_nothing_any_more_is_stopped(
+def test_a_training_without_a_gradient_is_stopped(
     trainer: Callable[..., Trainer],
 ) -> None:
     """Its loss is a number, and not even the highest; but what every row asks for is the same."""
@@ -521,7 +523,7 @@ def test_a_training_that_can_learn_nothing_any_more_is_stopped(
     assert one.state.iteration < 40
 
 
-def test_what_was_learned_to_the_last_bit_is_no_such_training(
+def test_a_training_that_has_learned_everything_is_not_stopped(
     trainer: Callable[..., Trainer], fresh: Callable[..., nn.Module], tokens: list[TokenizedText]
 ) -> None:
     """Where every answer is certain, loss and gradient are 0."""
@@ -641,9 +643,11 @@ def test_mlx_lm_learns_a_stray_token_after_the_end_and_ours_does_not(
 
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for model, stray in ((theirs, True), (one.forward.model, False)):
-        said = [after_the_end(model, templates.encode_prompt(row, tokenizer), end) for row in chats]
-        assert all(said), "an answer did not end"
-        assert any(0 in tokens for tokens in said) is stray
+        continuations = [
+            after_the_end(model, templates.encode_prompt(row, tokenizer), end) for row in chats
+        ]
+        assert all(continuations), "an answer did not end"
+        assert any(0 in tokens for tokens in continuations) is stray
 
 
 def after_the_end(model: nn.Module, prompt: list[int], end: int) -> list[int]:
