@@ -1,8 +1,8 @@
-"""The part of Go's text/template that export/modelfile.py writes, for tests where Go is not there.
+"""The part of Go's text/template that fuse/go_template.py writes, for tests without Go.
 
 After https://pkg.go.dev/text/template: text, fields, variables, `range` over a list or a number,
 `if` with `else if`, `break`, `define` and `template`, strings, numbers, and seven functions.
-test_modelfile.py has the same templates read by Go itself where `go` is on the PATH.
+test_export_ollama.py has the same templates read by Go itself where `go` is on the PATH.
 """
 
 import ast
@@ -18,7 +18,7 @@ class Break(Exception):
 
 
 def execute(template: str, data: dict[str, Any]) -> str:
-    """What a template writes for the data; strings are cut by bytes, as Go's are."""
+    """Return the text that a template writes for the data; strings are cut by bytes, as Go's are."""
     pieces = re.split(r"\{\{(.*?)\}\}", template, flags=re.DOTALL)
     nodes = iter([(i % 2 == 1, piece) for i, piece in enumerate(pieces)])
     defined: dict[str, list[Node]] = {}
