@@ -18,7 +18,7 @@ class Break(Exception):
 
 
 def execute(template: str, data: dict[str, Any]) -> str:
-    """Return the text that a template writes for the data; strings are cut by bytes, as Go's are."""
+    """Return the text that a template writes; strings are cut by bytes, as Go's are."""
     pieces = re.split(r"\{\{(.*?)\}\}", template, flags=re.DOTALL)
     nodes = iter([(i % 2 == 1, piece) for i, piece in enumerate(pieces)])
     defined: dict[str, list[Node]] = {}
