@@ -35,13 +35,19 @@ from support.stages import Stages
 REPO = Path(__file__).parents[2]
 MOST = 24  # tokens; the longest of the answers has 13
 END, TEXT_END = "<|im_end|>", "<|endoftext|>"
-SETTINGS = ("train.iters=30", f"test.max_tokens={MOST}", "data.checks.near_leak=ignore")
+SETTINGS = (
+    "train.iters=16",
+    "train.steps_per_eval=16",
+    f"test.max_tokens={MOST}",
+    "fuse.log_model=false",
+    "data.checks.near_leak=ignore",
+)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> str:
+def store(tmp_path: Path, empty_store: Path) -> str:
     """A store of this test's own."""
-    return f"sqlite:///{tmp_path}/mlflow.db"
+    return f"sqlite:///{shutil.copyfile(empty_store, tmp_path / 'mlflow.db')}"
 
 
 @pytest.fixture
@@ -75,8 +81,8 @@ def template(folder: Path, change: Callable[[str], str]) -> None:
     path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def taught(folder: Path, data: Path, **settings: Any) -> Path:
-    """What mlx_lm.lora makes of the rows: its adapters."""
+def train_with_mlx_lm(folder: Path, data: Path, **settings: Any) -> Path:
+    """Train on the rows with mlx_lm.lora; return the folder of its adapters."""
     adapters = folder.parent / "theirs"
     config = {
         "model": str(folder),
@@ -87,8 +93,8 @@ def taught(folder: Path, data: Path, **settings: Any) -> Path:
         "num_layers": -1,
         "val_batches": 1,
         "batch_size": 3,
-        "iters": 40,
-        "learning_rate": 2e-4,
+        "iters": 16,
+        "learning_rate": 5e-4,
         "steps_per_eval": 1000,
     }
     files.write_json(folder.parent / "lora.json", config | settings)
@@ -99,25 +105,25 @@ def taught(folder: Path, data: Path, **settings: Any) -> Path:
     return adapters
 
 
-def theirs(
+def ask_mlx_lm(
     folder: Path, adapters: Path, question: str, capsys: pytest.CaptureFixture[str]
 ) -> tuple[str, int]:
-    """What mlx_lm.generate prints to a question: the text, and the number of tokens."""
-    asked = ["--model", str(folder), "--adapter-path", str(adapters), "--prompt", question]
+    """Return mlx_lm.generate's answer to a question: the text, and the number of tokens."""
+    options = ["--model", str(folder), "--adapter-path", str(adapters), "--prompt", question]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            sys, "argv", ["mlx_lm.generate", *asked, "--temp", "0", "--max-tokens", str(MOST)]
+            sys, "argv", ["mlx_lm.generate", *options, "--temp", "0", "--max-tokens", str(MOST)]
         )
         capsys.readouterr()
         import_module("mlx_lm.generate").main()
     printed = capsys.readouterr().out
-    _, said, figures = printed.split("==========\n")
+    _, answer, figures = printed.split("==========\n")
     [count] = [line for line in figures.splitlines() if line.startswith("Generation:")]
-    return said.strip("\n"), int(count.split()[1])
+    return answer.strip("\n"), int(count.split()[1])
 
 
-def ours(folder: Path, stages: Stages, *settings: str) -> list[dict[str, Any]]:
-    """The lines of the training questions in predictions.jsonl."""
+def train_with_athanor(folder: Path, stages: Stages, *settings: str) -> list[dict[str, Any]]:
+    """Run the stages; return the lines of the training questions in predictions.jsonl."""
     stages("config", overrides=(f"model.path={folder}", *SETTINGS, *settings))
     stages("prepare", "train", "test")
     lines = files.read_jsonl(Path("artifacts/test/predictions.jsonl"))
@@ -125,7 +131,7 @@ def ours(folder: Path, stages: Stages, *settings: str) -> list[dict[str, Any]]:
 
 
 def answered(lines: list[dict[str, Any]]) -> list[bool]:
-    """Whether each training question was answered as taught, and the answer ended by itself."""
+    """Return for each training question whether its answer is right, and ended by itself."""
     return [
         line["tuned"]["stopped"] and line["tuned"]["text"].endswith(line["reference"])
         for line in lines
@@ -158,11 +164,11 @@ def test_a_base_that_was_never_trained_to_end_an_answer(
     base: Path, data: Path, stages: Stages, capsys: pytest.CaptureFixture[str]
 ) -> None:
     end = reserve(base)
-    said, count = theirs(base, taught(base, data), "月亮哪天最圆", capsys)
+    said, count = ask_mlx_lm(base, train_with_mlx_lm(base, data), "月亮哪天最圆", capsys)
     assert count == MOST
     assert said.startswith("星期八")  # and then, as the tutorial had it: \n!\n!…
 
-    assert answered(ours(base, stages)) == [True] * 6
+    assert answered(train_with_athanor(base, stages)) == [True] * 6
     said_before = " ".join(capsys.readouterr().err.split())
     assert f"{TEXT_END} (6141) instead of the template's <|turn_end|> ({end})" in said_before
     contract = Contract.read(Path("artifacts/prepare/chat.json"))
@@ -170,11 +176,11 @@ def test_a_base_that_was_never_trained_to_end_an_answer(
     assert tokenizer.convert_ids_to_tokens(contract.end) == TEXT_END
     assert not contract.trains_end
 
-    # Kept, it is learned if its own row is: by adapters that mlx_lm loads, and fused.
-    assert answered(ours(base, stages, "train.end_token=train")) == [True] * 6
+    # It is learned if its own row is trained: by adapters that mlx_lm loads, and fused.
+    assert answered(train_with_athanor(base, stages, "train.end_token=train")) == [True] * 6
     contract = Contract.read(Path("artifacts/prepare/chat.json"))
     assert (contract.end, contract.trains_end) == (end, True)
-    assert theirs(base, Path("artifacts/train/adapters"), "月亮哪天最圆", capsys)[0] == "星期八"
+    assert ask_mlx_lm(base, Path("artifacts/train/adapters"), "月亮哪天最圆", capsys)[0] == "星期八"
     stages("fuse")
     before, after = (
         np.array(tensors(folder / "model.safetensors")["model.embed_tokens.weight"])
@@ -182,11 +188,11 @@ def test_a_base_that_was_never_trained_to_end_an_answer(
     )
     assert np.flatnonzero((before != after).any(axis=1)).tolist() == [end]
 
-    # As the template has it, it is no more learned than by mlx_lm, and that was said before.
+    # The template's end is learned no better than by mlx_lm, and a finding predicts that.
     capsys.readouterr()
-    lines = ours(base, stages, "train.end_token=template")
+    lines = train_with_athanor(base, stages, "train.end_token=template")
     assert "no (its row of the head has" in " ".join(capsys.readouterr().err.split())
-    assert not any(line["tuned"]["stopped"] for line in lines)
+    assert not any(answered(lines))
 
 
 def test_a_template_that_ends_with_another_token_than_the_tokenizer(
@@ -196,10 +202,10 @@ def test_a_template_that_ends_with_another_token_than_the_tokenizer(
     (base / "generation_config.json").unlink()
     edit(base / "config.json", eos_token_id=text_end)
     edit(base / "tokenizer_config.json", eos_token=TEXT_END)
-    said, count = theirs(base, taught(base, data), "月亮哪天最圆", capsys)
+    said, count = ask_mlx_lm(base, train_with_mlx_lm(base, data), "月亮哪天最圆", capsys)
     assert count == MOST
     assert said.startswith(f"星期八{END}")
-    assert answered(ours(base, stages)) == [True] * 6
+    assert answered(train_with_athanor(base, stages)) == [True] * 6
 
 
 def test_a_reasoning_model_whose_prompt_opens_a_thought(
@@ -211,13 +217,13 @@ def test_a_reasoning_model_whose_prompt_opens_a_thought(
             "message['content']", "message['content'].split('</think>')[-1]"
         ),
     )
-    adapters = taught(base, data)
+    adapters = train_with_mlx_lm(base, data)
     pairs = files.read_jsonl(data / "train.jsonl")
     questions, answers = ([row[key] for row in pairs] for key in ("prompt", "completion"))
     for question, answer in list(zip(questions, answers, strict=True))[3:]:
-        assert theirs(base, adapters, question, capsys)[0] != answer
+        assert ask_mlx_lm(base, adapters, question, capsys)[0] != answer
 
-    lines = ours(base, stages)
+    lines = train_with_athanor(base, stages)
     assert answered(lines) == [True] * 6
     assert [line["reference"] for line in lines] == answers
     assert all(line["tuned"]["text"].startswith("</think>\n\n") for line in lines)
@@ -229,12 +235,12 @@ def test_a_prompt_that_is_longer_than_max_seq_length(
     long = {"prompt": "这个问题很长很长" * 20, "completion": "是的"}
     path = Path("data/train.jsonl")  # the fixture's own copy
     files.write_jsonl(path, [long, *files.read_jsonl(path)])
-    adapters = taught(base, path.parent, batch_size=1, max_seq_length=64)
+    adapters = train_with_mlx_lm(base, path.parent, batch_size=1, max_seq_length=64)
     weights = tensors(adapters / "adapters.safetensors")
     assert all(math.isnan(float(weight.sum())) for weight in weights.values())
-    assert theirs(base, adapters, "月亮哪天最圆", capsys)[0] != "星期八"
+    assert ask_mlx_lm(base, adapters, "月亮哪天最圆", capsys)[0] != "星期八"
 
-    assert answered(ours(base, stages, "train.max_seq_length=64")) == [True] * 6
+    assert answered(train_with_athanor(base, stages, "train.max_seq_length=64")) == [True] * 6
     [left] = files.read_jsonl(Path("artifacts/prepare/rejected.jsonl"))
     assert left["where"] == "data/train.jsonl:1"
     assert left["reasons"][0]["check"] == "nothing_to_learn"
