@@ -4,15 +4,14 @@ The page loads nothing: no script, no font and no picture from elsewhere. Rows a
 everything is escaped, and the page's own policy forbids scripts as well.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
-
 from athanor import console
+from athanor.pages.render import render_page
 
 LARGEST = 12  # labels, sources and scripts shown by name
 ACTIONS = {
@@ -26,7 +25,9 @@ ACTIONS = {
 def page(report: dict[str, Any]) -> str:
     """Return the report as HTML."""
     splits = report["splits"]
-    html = _template().render(
+    return render_page(
+        Path(__file__).with_name("report_page.html"),
+        FILTERS,
         report=report,
         share=console.share,
         actions=ACTIONS,
@@ -38,32 +39,27 @@ def page(report: dict[str, Any]) -> str:
             if (group := _group({split: of[name] for split, of in splits.items()}))
         },
     )
-    # JSON can hold a lone surrogate, a file of UTF-8 can't: it is shown as JSON writes it.
-    return html.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-@lru_cache(maxsize=1)
-def _template() -> Template:
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "number": _number,
-        "counted": console.counted,
-        "codepoints": lambda text: " ".join(f"U+{ord(character):04X}" for character in text),
-        "control": _control,
-    }
-    path = Path(__file__).with_name("report_page.html")
-    return environment.from_string(path.read_text(encoding="utf-8"))
 
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{float(value):,.1f}".removesuffix(".0")
 
 
+def _codepoints(text: str) -> str:
+    return " ".join(f"U+{ord(character):04X}" for character in text)
+
+
 def _control(text: str) -> str:
     """Replace control characters, which a browser would hide, by their pictures."""
     return text.translate({code: 0x2400 + code for code in range(32) if code not in (9, 10)})
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "number": _number,
+    "counted": console.counted,
+    "codepoints": _codepoints,
+    "control": _control,
+}
 
 
 def _total(splits: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """The summary of a sweep as one web page with its pictures inside and no script."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from athanor import console
+from athanor.pages.render import render_page
 from athanor.sweep import tables
 from athanor.sweep.choice import Choice
 from athanor.sweep.grid import arrange_grid, swept_keys
@@ -17,28 +19,28 @@ from athanor.sweep.naming import (
 )
 
 
+def _print_lines(text: str) -> str:
+    return "\n".join(map(printable, text.splitlines()))
+
+
+FILTERS: dict[str, Callable[..., str]] = {
+    "loss": format_loss,
+    "name": name_trial,
+    "printable": printable,
+    "lines": _print_lines,
+    "time": tables.format_time,
+    "counted": console.counted,
+}
+
+
 def render(choice: Choice, fixed: list[str], model: str, pictures: dict[str, str | None]) -> str:
     """Return the page; `pictures` are its heatmap and its curves as SVG."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "loss": format_loss,
-        "name": name_trial,
-        "printable": printable,
-        "lines": lambda text: "\n".join(map(printable, text.splitlines())),
-        "time": tables.format_time,
-        "counted": console.counted,
-    }
-    template = environment.from_string(
-        Path(__file__).with_name("summary.html").read_text(encoding="utf-8")
-    )
     head, rows = tables.compare(choice)
     grid = arrange_grid(choice)
     short = {key: printable(name) for key, name in short_names(choice.keys).items()}
-    html = template.render(
+    return render_page(
+        Path(__file__).with_name("summary.html"),
+        FILTERS,
         choice=choice,
         model=model,
         swept=list(short.values()),
@@ -55,7 +57,6 @@ def render(choice: Choice, fixed: list[str], model: str, pictures: dict[str, str
         pictures={name: _inline(picture) for name, picture in pictures.items() if picture},
         promotion=promotion_command(choice.trial.values, fixed) if choice.trial else None,
     )
-    return html.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _costs(choice: Choice) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""Web pages that need no other file: one style, and templates filled in."""
