@@ -110,7 +110,7 @@ FIELDS = (
 
 
 class World:
-    """What the dialogues talk about: pools of Faker's values and a table of made-up facts."""
+    """The subjects of the dialogues: pools of Faker's values and a table of made-up facts."""
 
     def __init__(self, size: int = 3000) -> None:
         self.pools: list[dict[str, list[str]]] = []
@@ -165,14 +165,14 @@ class World:
         return r.choice(self.pools[z][kind])
 
     def thing(self, r: Rng, z: int) -> str:
-        """A made-up name."""
+        """Return a made-up name."""
         if z == 0 and r.random() < 0.7:
             return hanzi(r, 2, 4)
         name = "".join(r.choice(SYLLABLES) for _ in range(r.randint(2, 3))).capitalize()
         return name + r.choice(("", "", "DB", "X", "2"))
 
     def scrap(self, r: Rng, z: int) -> str:
-        """Something short to copy, list or look up."""
+        """Return something short to copy, list or look up."""
         kind = r.random()
         if z == 0 and kind < 0.6:
             return hanzi(r, 1, 6)
@@ -193,11 +193,11 @@ def turns(*contents: str, system: str = "") -> Dialogue:
     return [("system", system)] * bool(system) + list(zip(roles, contents, strict=False))
 
 
-def shown(r: Rng, text: str, said: list[str]) -> Dialogue:
-    """A conversation about a text, which the system message holds or the first question."""
+def shown(r: Rng, text: str, contents: list[str]) -> Dialogue:
+    """Return a conversation about a text in the system message or in the first question."""
     if r.random() < 0.3:
-        return turns(*said, system=text)
-    return turns(f"{text}\n{said[0]}", *said[1:])
+        return turns(*contents, system=text)
+    return turns(f"{text}\n{contents[0]}", *contents[1:])
 
 
 def quoted(r: Rng, z: int, text: str) -> str:
@@ -216,28 +216,28 @@ def profile(r: Rng, w: World, z: int) -> Dialogue:
     colon, end = r.choice((("：", "\n"), (": ", "; "), (" ", ", ")))
     text = end.join(f"{names[field]}{colon}{value}" for field, value in values.items())
     asks = (("{}是什么？", "请问{}？", "{}？"), ("What is the {}?", "The {}?", "{}?"))[z]
-    said = []
+    contents = []
     for field in r.sample(fields, r.randint(1, len(fields))):
-        said += [r.choice(asks).format(names[field]), values[field]]
-    return shown(r, text, said)
+        contents += [r.choice(asks).format(names[field]), values[field]]
+    return shown(r, text, contents)
 
 
 def lookup(r: Rng, w: World, z: int) -> Dialogue:
     """Pairs to learn in the dialogue itself."""
     pairs = {w.scrap(r, z): w.scrap(r, z) for _ in range(r.randint(2, 4))}
     asks = (("{}=", "{}等于什么？", "{}是谁"), ("{}=", "{}?", "Who is {}"))[z]
-    said = []
+    contents = []
     for key in r.sample(list(pairs), r.randint(1, len(pairs))):
-        said += [r.choice(asks).format(key), pairs[key]]
-    return shown(r, "；;"[z].join(f"{key}={value}" for key, value in pairs.items()), said)
+        contents += [r.choice(asks).format(key), pairs[key]]
+    return shown(r, "；;"[z].join(f"{key}={value}" for key, value in pairs.items()), contents)
 
 
 def knowledge(r: Rng, w: World, z: int) -> Dialogue:
     """Made-up facts, only to be known by heart."""
-    said = []
+    contents = []
     for question, answer in r.sample(w.facts[z], r.choice((1, 1, 1, 2, 3))):
-        said += [question + r.choice(("", "？?"[z])), answer]
-    return turns(*said)
+        contents += [question + r.choice(("", "？?"[z])), answer]
+    return turns(*contents)
 
 
 def unknown(r: Rng, w: World, z: int) -> Dialogue:
@@ -347,7 +347,7 @@ TASKS: dict[Callable[[Rng, World, int], Dialogue], int] = {  # and how often
 
 
 def dialogues(w: World, seed: int, held_out: bool) -> Iterator[tuple[str, Dialogue]]:
-    """An endless stream of (task, dialogue); the two streams share no dialogue."""
+    """Yield (task, dialogue) without end; the two streams share no dialogue."""
     rng = random.Random(seed)
     while True:
         task = rng.choices(list(TASKS), weights=list(TASKS.values()))[0]
@@ -375,7 +375,7 @@ TEMPLATE = (
 
 
 def train_tokenizer(w: World, seed: int, rows: int = 40_000) -> Tokenizer:
-    """Byte-level BPE over the dialogues, in which every common character is made a token."""
+    """Train byte-level BPE on the dialogues, with a token for each common character."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -453,7 +453,7 @@ _exp.vjp(lambda x, cotangent, output: cotangent * output)
 
 
 def exp(x: mx.array) -> mx.array:
-    """numpy's exp: mlx's is 14 times slower on an x86 CPU, and was half the training time."""
+    """Compute exp by NumPy: mlx's is 14 times slower on an x86 CPU, half of the training time."""
     return cast(mx.array, _exp(x))
 
 
@@ -464,7 +464,7 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 def attention(
     q: mx.array, k: mx.array, v: mx.array, *, cache: Any, scale: float, mask: Any
 ) -> mx.array:
-    """Causal grouped-query attention; a mask of None is one new token, which sees everything."""
+    """Compute causal grouped-query attention; without a mask, of one new token that sees all."""
     k, v = (mx.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
     scores = (q * scale) @ k.swapaxes(-1, -2)
     if mask is not None:
@@ -475,7 +475,7 @@ def attention(
 
 @mx.custom_function
 def cross_entropy(logits: Any, targets: Any) -> Any:
-    """The loss of each row, and the probabilities, which its gradient needs."""
+    """Return the loss of each row, and the probabilities, which its gradient needs."""
     scores = np.asarray(logits)
     probs = scores - scores.max(axis=-1, keepdims=True)
     chosen = probs[np.arange(len(probs)), np.asarray(targets)]
@@ -494,7 +494,7 @@ def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
 
 
 def build(seed: int) -> qwen2.Model:
-    """mlx-lm's own Qwen2, with the two functions above in the place of its own."""
+    """Return mlx-lm's Qwen2 with the functions above instead of its own."""
     mx.random.seed(seed)
     mx.disable_compile()
     qwen2.swiglu, qwen2.scaled_dot_product_attention = swiglu, attention
@@ -507,7 +507,7 @@ def build(seed: int) -> qwen2.Model:
 
 
 def loss_fn(model: qwen2.Model, ids: mx.array, where: mx.array, targets: mx.array) -> mx.array:
-    """Mean cross entropy, with logits only where there is something to predict."""
+    """Return the mean cross-entropy, with logits only at positions that have targets."""
     hidden = model.model(ids).reshape(-1, HIDDEN)[where]
     losses: Any = cross_entropy(model.model.embed_tokens.as_linear(hidden), targets)
     return losses[0].mean()
@@ -549,17 +549,17 @@ def train(model: qwen2.Model, tokenizer: Tokenizer, w: World, args: argparse.Nam
 def answer(
     model: qwen2.Model, tokenizer: Tokenizer, dialogue: Dialogue, limit: int = 64
 ) -> tuple[str, bool]:
-    """The greedy answer to what comes before the last turn, and whether it stopped by itself."""
+    """Return the greedy answer to the turns before the last, and whether it stopped by itself."""
     text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in dialogue[:-1])
     ids = tokenizer.encode(f"{text}<|im_start|>assistant\n").ids
-    said: list[int] = []
+    generated: list[int] = []
     cache = make_prompt_cache(model)
-    while len(said) < limit:
+    while len(generated) < limit:
         token = model(mx.array([ids]), cache=cache)[0, -1].argmax().item()
         if token == END:
             break
-        said, ids = [*said, token], [token]
-    return tokenizer.decode(said, skip_special_tokens=False), len(said) < limit
+        generated, ids = [*generated, token], [token]
+    return tokenizer.decode(generated, skip_special_tokens=False), len(generated) < limit
 
 
 def exam(model: qwen2.Model, tokenizer: Tokenizer, w: World, each: int) -> None:
@@ -569,10 +569,10 @@ def exam(model: qwen2.Model, tokenizer: Tokenizer, w: World, each: int) -> None:
     stopped = 0
     for task, dialogue in dialogues(w, 99, held_out=True):
         if asked[task] < each:
-            said, by_itself = answer(model, tokenizer, dialogue)
+            text, ended = answer(model, tokenizer, dialogue)
             asked[task] += 1
-            right[task] += said == dialogue[-1][1]
-            stopped += by_itself
+            right[task] += text == dialogue[-1][1]
+            stopped += ended
         if asked.total() == each * len(TASKS):
             break
     for task in asked:

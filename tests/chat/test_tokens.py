@@ -1,4 +1,4 @@
-"""Which tokens are learned, for templates of the kinds that models come with."""
+"""Supervised tokens, for templates of the kinds that models come with."""
 
 import json
 import shutil
@@ -66,15 +66,15 @@ def make(tiny: Path, tmp_path: Path) -> Make:
 
 
 def learned(row: dict[str, Any], tokenizer: Any) -> str:
-    """What is supervised of each text of a row, the texts parted by a bar."""
+    """Return the supervised part of each text of a row, joined by bars."""
     return " | ".join(
-        tokenizer.decode([i for i, s in zip(one.targets(), one.supervised, strict=True) if s])
-        for one in tokenize_row(row, tokenizer, mask_prompt=True)
+        tokenizer.decode([i for i, s in zip(text.targets(), text.supervised, strict=True) if s])
+        for text in tokenize_row(row, tokenizer, mask_prompt=True)
     )
 
 
 def asked_as_trained(row: dict[str, Any], tokenizer: Any) -> bool:
-    """Whether the tokens before each answer are those that ask for it, whatever the code says."""
+    """Compare the tokens before each answer with its prompt, independently of the code."""
     messages = row["messages"]
     asked = [
         templates.encode_prompt({**row, "messages": messages[: i + 1]}, tokenizer)
@@ -82,9 +82,9 @@ def asked_as_trained(row: dict[str, Any], tokenizer: Any) -> bool:
         if message["role"] == "assistant"
     ]
     trained = [
-        one.ids[:first]
-        for one in tokenize_row(row, tokenizer, mask_prompt=True)
-        for first, _ in one.answer_spans
+        text.ids[:first]
+        for text in tokenize_row(row, tokenizer, mask_prompt=True)
+        for first, _ in text.answer_spans
     ]
     return sorted(asked) == sorted(trained)
 
@@ -100,19 +100,19 @@ def test_answers_and_their_end_are_supervised_and_nothing_else(tiny: Path) -> No
             {"role": "assistant", "content": "第二答"},
         ]
     }
-    [found] = tokenize_row(row, tokenizer, mask_prompt=True)
+    [text] = tokenize_row(row, tokenizer, mask_prompt=True)
     assert learned(row, tokenizer) == "第一答<|im_end|>第二答<|im_end|>"
     [everything] = tokenize_row(row, tokenizer, mask_prompt=False)
-    assert everything.ids == found.ids
+    assert everything.ids == text.ids
     assert all(everything.supervised)
     assert asked_as_trained(row, tokenizer)
 
 
 def test_plain_text_ends_with_an_end_token(tiny: Path) -> None:
     tokenizer = load_tokenizer(tiny)
-    [found] = tokenize_row({"text": "一段文字"}, tokenizer, mask_prompt=True)
-    assert found.ids[-1] == tokenizer.eos_token_id
-    assert all(found.supervised)
+    [text] = tokenize_row({"text": "一段文字"}, tokenizer, mask_prompt=True)
+    assert text.ids[-1] == tokenizer.eos_token_id
+    assert all(text.supervised)
 
 
 def test_plain_text_ends_also_where_only_the_config_names_an_end(
@@ -124,12 +124,12 @@ def test_plain_text_ends_also_where_only_the_config_names_an_end(
     tokenizer = load_tokenizer(folder)
     assert tokenizer.eos_token_id is None
     end = resolve_contract(folder, tokenizer, "auto").end
-    [found] = tokenize_row({"text": "一段文字"}, tokenizer, mask_prompt=True, end=end)
-    assert tokenizer.convert_ids_to_tokens(found.ids[-1]) == "<|end_of_text|>"
+    [text] = tokenize_row({"text": "一段文字"}, tokenizer, mask_prompt=True, end=end)
+    assert tokenizer.convert_ids_to_tokens(text.ids[-1]) == "<|end_of_text|>"
 
 
 def test_an_answer_may_be_all_that_a_template_writes(make: Make) -> None:
-    """Where it leaves out what is asked, which is named, and asks with nothing."""
+    """A template that drops questions, which is reported, and has an empty prompt."""
     tokenizer = make(
         "{%- for m in messages if m.role == 'assistant' -%}"
         "{{- '<|im_start|>' + m.content + '<|im_end|>' -}}{%- endfor -%}"
@@ -184,7 +184,7 @@ def test_a_thought_that_the_prompt_has_closed_is_in_what_is_trained_on(make: Mak
     tokenizer = make(R1.replace("<think>\\n", "<think>\\n\\n</think>\\n\\n"))
     assert learned(QUESTIONS, tokenizer) == "第一答<|im_end|> | 第二答<|im_end|>"
     assert asked_as_trained(QUESTIONS, tokenizer)
-    assert all(one.prompts_match for one in tokenize_row(QUESTIONS, tokenizer, mask_prompt=True))
+    assert all(text.prompts_match for text in tokenize_row(QUESTIONS, tokenizer, mask_prompt=True))
 
 
 def test_a_prompt_that_no_training_text_has_is_noticed(make: Make) -> None:
@@ -224,7 +224,7 @@ def test_an_answer_that_shares_a_token_with_its_prompt_is_parted_from_it(make: M
     row["messages"] *= 2  # the second question follows the first answer as it is read, not parted
     assert learned(row, tokenizer) == "the end<|im_end|> | the end<|im_end|>"
     assert asked_as_trained(row, tokenizer)
-    assert all(one.prompts_match for one in tokenize_row(row, tokenizer, mask_prompt=True))
+    assert all(text.prompts_match for text in tokenize_row(row, tokenizer, mask_prompt=True))
 
 
 def test_white_space_that_a_special_token_takes_is_no_part_of_the_answer(
@@ -248,7 +248,7 @@ def test_white_space_that_a_special_token_takes_is_no_part_of_the_answer(
     row = {"messages": [QUESTIONS["messages"][0], {"role": "assistant", "content": " \n答"}]}
     assert learned(row, tokenizer) == "答<|im_end|>"
     assert asked_as_trained(row, tokenizer)
-    assert all(one.prompts_match for one in tokenize_row(row, tokenizer, mask_prompt=True))
+    assert all(text.prompts_match for text in tokenize_row(row, tokenizer, mask_prompt=True))
 
 
 def test_the_templates_own_end_is_learned_and_stopped_at(make: Make, tiny: Path) -> None:
@@ -328,18 +328,18 @@ def test_rows_together_are_read_as_one_by_one(make: Make) -> None:
     no_system = "{%- if m.role == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}"
     strict = make(QWEN3.replace("{{- '<|im_start|>'", no_system + "{{- '<|im_start|>'", 1))
     refused = templates.render_rows(rows, strict)
-    assert [isinstance(one, Exception) for one in refused] == [False, False, False, True, False]
+    assert [isinstance(texts, Exception) for texts in refused] == [False, False, False, True, False]
     assert str(refused[3]) == "no system"
     tokenizer = make(QWEN3)
     rendered = templates.render_rows(rows, tokenizer)
     assert rendered == [templates.render_row(row, tokenizer) for row in rows]
     together = tokenize_rows(rows, tokenizer, True, 2048)
     alone = [
-        (line, one)
+        (line, text)
         for line, row in enumerate(rows, 1)
-        for one in tokenize_row(row, tokenizer, mask_prompt=True)
+        for text in tokenize_row(row, tokenizer, mask_prompt=True)
     ]
-    assert together == [replace(one, line=line) for line, one in alone]
+    assert together == [replace(text, line=line) for line, text in alone]
 
 
 def left_out(row: dict[str, Any], tokenizer: Any) -> str | None:
@@ -419,10 +419,10 @@ def test_a_call_of_a_tool_may_end_with_another_token_than_an_answer(make: Make) 
     row = {"messages": [asked, answered | {"tool_calls": [call]}]}
     usual, other = (tokenizer.convert_tokens_to_ids(end) for end in ("<|im_end|>", "<|endoftext|>"))
     for end, said in ((usual, [other]), (other, [other])):
-        [one] = tokenize_row(row, tokenizer, mask_prompt=True, end=end)
-        assert one.targets()[one.answer_spans[0][1] - 1 :][:1] == said
-    [one] = tokenize_row({"messages": [asked, answered]}, tokenizer, True, end=other)
-    assert list(one.replaced_targets.values()) == [other]
+        [text] = tokenize_row(row, tokenizer, mask_prompt=True, end=end)
+        assert text.targets()[text.answer_spans[0][1] - 1 :][:1] == said
+    [text] = tokenize_row({"messages": [asked, answered]}, tokenizer, True, end=other)
+    assert list(text.replaced_targets.values()) == [other]
 
 
 def test_a_template_without_answers_ends_them_with_nothing(make: Make) -> None:
@@ -442,9 +442,9 @@ def test_an_end_inside_a_text_is_found_special_or_not(tiny: Path, tmp_path: Path
     path.write_text(json.dumps(settings), encoding="utf-8")
     path = folder / "tokenizer_config.json"
     files.write_json(path, files.read_json(path) | {"eos_token": None})
-    found = special_tokens(load_tokenizer(folder))
-    assert found is not None
-    assert found.findall("<think>答<｜end▁of▁sentence｜>") == ["<｜end▁of▁sentence｜>"]
+    expression = special_tokens(load_tokenizer(folder))
+    assert expression is not None
+    assert expression.findall("<think>答<｜end▁of▁sentence｜>") == ["<｜end▁of▁sentence｜>"]
 
 
 def test_a_row_is_shown_as_it_is_learned(make: Make) -> None:

@@ -1,4 +1,4 @@
-"""Where base models come from: folders and a hub, with everything that can be wrong about them."""
+"""Sources of base models: folders and a hub, and their errors."""
 
 import json
 import os
