@@ -117,7 +117,7 @@ def test_rows_differ_from_one_another(format: str) -> None:
 
 
 @pytest.mark.parametrize("locale", LOCALES)
-def test_an_answer_is_the_field_that_was_asked_for(locale: str) -> None:
+def test_an_answer_is_the_field_of_its_question(locale: str) -> None:
     person = {field: f"<{field}>" for field in synthesize.COLUMNS}
     language = synthesize.LANGUAGES[locale]
     asked = set()

@@ -1,4 +1,4 @@
-"""What the tests of `prepare` share: a folder's tokenizer is loaded once."""
+"""A cache of tokenizers, shared by the tests of `prepare`."""
 
 from functools import lru_cache
 

@@ -78,7 +78,7 @@ def test_rules_open_no_front_matter_around_prose() -> None:
 @pytest.mark.parametrize(
     "text", ["", " \n\t\n", "# A\n\n## B\n", "<!-- a\n\nb -->\n", "***\n", "---\ntitle: A\n---\n"]
 )
-def test_what_is_no_text(text: str) -> None:
+def test_headings_comments_and_rules_are_left_out(text: str) -> None:
     assert cut(text) == []
 
 
@@ -150,7 +150,7 @@ def test_prose_is_cut_at_the_best_place_that_fits(text: str, budget: int, cuts: 
     assert texts(text, budget) == cuts
 
 
-def test_what_people_see_as_one_character_is_never_cut() -> None:
+def test_grapheme_clusters_are_never_cut() -> None:
     seen = [
         "e\u0301",
         "👩\u200d👩\u200d👧",

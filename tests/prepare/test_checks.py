@@ -1014,7 +1014,7 @@ def test_a_question_that_cleaning_empties(shop: Shop) -> None:
     assert shop.rows("train") == [chat("c", "d")]
 
 
-def test_copies_in_other_words_are_no_duplicates_of_the_data(shop: Shop) -> None:
+def test_augmented_copies_are_no_duplicates(shop: Shop) -> None:
     shop.write({"train.jsonl": line(pair("你 高兴 吗", "b"))})
     said: Object = {"synonyms": {"高兴": ["快乐"]}, "augment_copies": 3, "augment_share": 1.0}
     shop.prepare(checks={"duplicate": STOP}, **said)

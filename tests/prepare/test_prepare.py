@@ -234,7 +234,7 @@ def test_the_tutorials_own_leak_is_beyond_it(prepared: Prepare, tmp_path: Path) 
     assert folded[0] == folded[1]
 
 
-def test_what_rows_share_by_their_format_makes_them_no_leak(prepared: Prepare) -> None:
+def test_text_of_the_format_makes_no_leak(prepared: Prepare) -> None:
     """A system message, a label set, an instruction: long, and the same in every row."""
     told = "You are a patient assistant of a large library and answer in a single short sentence. "
     words = ["苹果", "海浪", "铁路", "森林"]
@@ -272,7 +272,7 @@ APART = (
 
 
 @pytest.mark.parametrize("pair", [*(pair.split() for pair in APART.split("|")), ("12 5", "125")])
-def test_what_tells_things_apart_is_not_folded_away(pair: tuple[str, str]) -> None:
+def test_distinctive_punctuation_is_not_folded_away(pair: tuple[str, str]) -> None:
     assert near_duplicates.fold(pair[0]) != near_duplicates.fold(pair[1])
 
 
@@ -390,10 +390,10 @@ def test_a_new_label_moves_no_row(prepared: Prepare, tmp_path: Path) -> None:
     assert {text: after[text] for text in before} == before
 
 
-# ---- cleaning and other words
+# ---- cleaning and augmentation
 
 
-def test_cleaning_is_off_and_counted_when_asked_for(prepared: Prepare, tmp_path: Path) -> None:
+def test_cleaning_is_off_by_default_and_counted(prepared: Prepare, tmp_path: Path) -> None:
     rows = [
         pair("  多  个\u3000空格 ", "好"),
         pair("全角ＡＢＣ１２３，！", "好的"),
@@ -416,7 +416,7 @@ def test_cleaning_is_off_and_counted_when_asked_for(prepared: Prepare, tmp_path:
     ]
 
 
-def test_questions_in_other_words_and_never_answers(prepared: Prepare, tmp_path: Path) -> None:
+def test_questions_are_augmented_and_answers_are_not(prepared: Prepare, tmp_path: Path) -> None:
     rows = [pair(f"{n}号老师高兴吗", "老师很高兴") for n in range(20)]
     chosen = ["data.augment_share=0.8", "data.checks.near_leak=ignore"]
     files: dict[str, Any] = {"train__jsonl": rows, "valid__jsonl": [pair("他高兴吗", "高兴")]}
@@ -435,7 +435,7 @@ def test_questions_in_other_words_and_never_answers(prepared: Prepare, tmp_path:
     assert (tmp_path / "out/train.jsonl").read_bytes() != first
 
 
-def test_a_label_set_is_not_said_in_other_words(prepared: Prepare, tmp_path: Path) -> None:
+def test_label_sets_are_not_augmented(prepared: Prepare, tmp_path: Path) -> None:
     rows = [{"text": f"第{n}位老师很好", "label": "很好" if n % 2 else "一般"} for n in range(8)]
     found = prepared(
         "data.augment_share=1.0",
@@ -451,7 +451,7 @@ def test_a_label_set_is_not_said_in_other_words(prepared: Prepare, tmp_path: Pat
     assert {row["label"] for row in made} == {"很好", "一般"}
 
 
-def test_no_copy_is_trained_on_whose_row_is_out(prepared: Prepare, tmp_path: Path) -> None:
+def test_augmented_copies_of_rejected_rows_are_rejected(prepared: Prepare, tmp_path: Path) -> None:
     prepared(
         "data.augment_share=1.0",
         "data.checks.mixed_formats=skip",
@@ -463,7 +463,7 @@ def test_no_copy_is_trained_on_whose_row_is_out(prepared: Prepare, tmp_path: Pat
     assert len(rejected(tmp_path / "out")) == 2
 
 
-def test_a_row_that_was_typed_is_no_copy_of_one_that_was_made(
+def test_an_original_is_no_duplicate_of_an_augmented_copy(
     prepared: Prepare, tmp_path: Path
 ) -> None:
     found = prepared(
@@ -606,7 +606,7 @@ def test_nothing_is_left_behind_and_old_results_stay_when_it_stops(
 
 
 def test_rows_stream_through(tiny: Path, repo: Path, tmp_path: Path) -> None:
-    """However many rows there are, only so many are between the file that is read and the spool."""
+    """The number of rows in memory does not grow with the file."""
     tokenizer = load_tokenizer(tiny)
     config = to_dataclass(compose_config(repo / "conf", []).data)
     read, between = 0, []

@@ -136,7 +136,7 @@ def test_an_empty_report_leaves_sections_out(empty: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["labels", "sources", "scripts", "lengths"])
-def test_what_no_split_has_is_left_out(report: dict[str, Any], kind: str) -> None:
+def test_counts_without_rows_are_left_out(report: dict[str, Any], kind: str) -> None:
     for name, of in report["splits"].items():
         report["splits"][name] = of | {kind: type(of[kind])()}
     found = [section["id"] for section in Page(page(report)).all("section")]
@@ -161,7 +161,7 @@ def test_figures_are_the_reports(report: dict[str, Any]) -> None:
     assert "data/训练.jsonlcompletions12,34511,100" in text
 
 
-def test_what_is_cut_is_said(report: dict[str, Any]) -> None:
+def test_cut_rows_are_counted(report: dict[str, Any]) -> None:
     said = "3 rows are longer than 600 tokens; 4,120 tokens are cut off. 1 row loses its end"
     assert Page(page(report)).text().count(said) == 3
     report["splits"] = {"train": split(10, rows_cut=0, tokens_cut=0, ends_cut=0)}
