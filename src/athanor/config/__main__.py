@@ -10,7 +10,6 @@ is reported before any work, all of them together, each with its file and line.
 
 import os
 import sys
-from typing import Any
 
 from athanor import console
 from athanor.config.check import ConfigError
@@ -31,19 +30,15 @@ def main() -> None:
             # The values that DVC wrote are wrong; the next `dvc repro` must not run with them.
             workspace.params.unlink()
             raise
-        console.print_facts(
-            "config", {"checked": f"{workspace.params}, as DVC composed it", **_summary(config)}
-        )
+        done = {"checked": f"{workspace.params}, as DVC composed it"}
     else:
         config = compose_config(workspace.conf, overrides)
         write_params(config, workspace)
-        console.print_facts(
-            "config",
-            {"wrote": f"{workspace.params}; commit it together with dvc.lock", **_summary(config)},
-        )
+        done = {"wrote": f"{workspace.params}; commit it together with dvc.lock"}
+    console.print_facts("config", done | _summary(config))
 
 
-def _summary(config: Config) -> dict[str, Any]:
+def _summary(config: Config) -> dict[str, str]:
     train = config.train
     return {
         "model": config.model.path,

@@ -44,9 +44,8 @@ def main() -> None:
         labels = set[str]().union(*(split.labels for split in splits.values()))
         examination = Examination.compare(splits, base_outcomes, tuned_outcomes, tokenizer, labels)
         examination.write(workspace.tested)
-        run.log_text(
-            OmegaConf.to_yaml(cfg), f"test/{workspace.params.name}"
-        )  # those of this test: the stage may run again with other values
+        # The values of this test: the stage may have run with other ones than the training.
+        run.log_text(OmegaConf.to_yaml(cfg), f"test/{workspace.params.name}")
         record_test(
             run,
             workspace.tested,
