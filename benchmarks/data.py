@@ -28,7 +28,7 @@ SIDES = ("datasets", "athanor", "athanor, near leaks too")
 
 
 def load_and_tokenize(folder: Path, format: str) -> Callable[[], int]:
-    """The other side: Hugging Face's datasets and transformers."""
+    """Return the work of the other side: Hugging Face's datasets and transformers."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -82,7 +82,7 @@ def prepare(folder: Path, near: bool) -> Callable[[], int]:
 
 
 def one_side(side: str, folder: Path, format: str) -> None:
-    """Runs one side in this process and prints its rows a second and its peak memory in MB."""
+    """Run one side in this process and print its rows a second and its peak memory in MB."""
     if side == "datasets":
         work = load_and_tokenize(folder, format)
     else:
@@ -109,7 +109,7 @@ def measured(side: str, folder: Path, format: str) -> dict[str, float]:
 
 
 def compare(format: str, rows: int, repeats: int) -> None:
-    """Prints the medians of both sides, and the ratios of the runs that followed one another."""
+    """Print the medians of both sides, and the ratios of consecutive runs."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         subprocess.run(

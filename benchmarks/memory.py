@@ -85,7 +85,7 @@ WAYS = [
 
 
 def made(shape: Shape, way: Way, dtype: mx.Dtype) -> tuple[nn.Module, int]:
-    """A trainable model of zeros, and the bytes of its weights before it was made so."""
+    """Return a trainable model of zeros, and the bytes of its weights before adapters."""
     model = qwen2.Model(
         qwen2.ModelArgs(
             model_type="qwen2",
@@ -121,7 +121,7 @@ class Taken:
 
 
 def taken(shape: Shape, way: Way, dtype: mx.Dtype) -> Taken:
-    """Runs a step."""
+    """Run a step."""
     model, before = made(shape, way, dtype)
     ids = (np.arange(LENGTH + 1) % 1000).tolist()
     rows = [TokenizedText(ids, [place >= PROMPT * LENGTH for place in range(LENGTH + 1)])] * ROWS
@@ -142,7 +142,7 @@ def taken(shape: Shape, way: Way, dtype: mx.Dtype) -> Taken:
 
 
 def line(shape: Shape, way: Way, dtype: mx.Dtype, limit: int) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     trained = shape.layers if way.layers == -1 else way.layers
     one, two = (taken(replace(shape, layers=n), replace(way, layers=-1), dtype) for n in (1, 2))
     # What is trained whole is counted with what is learned.

@@ -100,7 +100,7 @@ def workloads() -> list[Work]:
 
 
 def make_model(folder: Path, layers: int) -> Path:
-    """A model of random weights in Qwen2.5-0.5B's shape, with the tiny model's tokenizer."""
+    """Write a model of random weights in Qwen2.5-0.5B's shape, with the tiny tokenizer."""
     shutil.copytree(REPO / "models/tiny", folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = files.read_json(folder / "config.json") | {
         "hidden_size": 896,
@@ -205,7 +205,7 @@ def prepare(folder: Path, model: Path, work: Work, args: argparse.Namespace) -> 
 
 
 def run(command: list[str], folder: Path, env: dict[str, str]) -> tuple[float, str]:
-    """Runs a command; returns the seconds that it took, and what it said."""
+    """Run a command; return the seconds that it took, and its output."""
     start = time.perf_counter()
     inherited = {key: v for key, v in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
@@ -268,7 +268,7 @@ def both(folder: Path, work: Work, args: argparse.Namespace) -> tuple[tuple[floa
 
 
 def apart(folder: Path, iters: int, double: bool) -> float:
-    """The largest relative difference of our first iterations' losses to a plain loop's."""
+    """Return the largest relative difference of our first losses to a plain loop's."""
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -286,7 +286,7 @@ def apart(folder: Path, iters: int, double: bool) -> float:
 
 
 def plain_losses(iters: int, double: bool) -> Iterator[float]:
-    """The losses of the training in this folder, with nothing left out and nothing kept.
+    """Yield the losses of the training in this folder, nothing left out and nothing kept.
 
     `double`: in float64. In float32 mlx's sum of exponentials on a CPU is percents off where a loss
     is as small as what tiny learns leaves.
@@ -342,14 +342,14 @@ def operations(work: Work) -> float | None:
 
 
 def _padded_by_peer(work: Work) -> int:
-    """The positions of mlx-lm's batches: its rows are not sorted, and padded to 32."""
+    """Count the positions of mlx-lm's batches: its rows are not sorted, and padded to 32."""
     lengths, size = work.lengths, work.batch_size
     found = [lengths[i : i + size] for i in range(0, len(lengths), size)]
     return sum(size * 32 * -(-max(batch) // 32) for batch in found)
 
 
 def compare(work: Work, args: argparse.Namespace, made: Path) -> str:
-    """Times both sides in turn; returns a line of the table."""
+    """Time both sides in turn; return a line of the table."""
     model = made / f"model-{work.layers}"
     if not model.exists():
         if work.layers:

@@ -80,5 +80,5 @@ class Workspace:
         return self.runs / "outbox"
 
     def rows(self, split: str) -> Path:
-        """The prepared rows of a split, JSON Lines."""
+        """Return the file of the prepared rows of a split, JSON Lines."""
         return self.prepared / f"{split}.jsonl"
