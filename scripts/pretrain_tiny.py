@@ -258,7 +258,7 @@ def copy(r: Rng, w: World, z: int) -> Dialogue:
 
 
 def choose(r: Rng, w: World, z: int) -> Dialogue:
-    """Return the nth or the last of a list."""
+    """Ask for the nth or the last of a list."""
     items = [w.scrap(r, z) for _ in range(r.randint(2, 5))]
     n = r.randrange(len(items))
     which = ORDINALS[z][n]
@@ -269,7 +269,7 @@ def choose(r: Rng, w: World, z: int) -> Dialogue:
 
 
 def character(r: Rng, w: World, z: int) -> Dialogue:
-    """Return the nth character of a Chinese string, in the language of the question."""
+    """Ask for the nth character of a Chinese string, whatever the language of the question."""
     text = hanzi(r, 2, 5)
     n = r.randrange(len(text))
     ask = ("“{}”的{}个字是什么？", "Of {}, which character is {}?")[z]
