@@ -288,7 +288,7 @@ def test_a_sweep_and_queued_experiments_make_the_same_points(clone: Workspace) -
     printed = clone.run("python", "-m", "athanor.sweep", "-m", rates)
 
     clone.cold().run("dvc", "exp", "run", "--queue", "-S", rates)
-    clone.edit(Path("src/athanor/console.py"), "What a person sees", "What one sees")
+    clone.edit(Path("src/athanor/console.py"), "The terminal:", "A terminal:")
     clone.cold().run("dvc", "queue", "start", "--jobs", "2")
 
     def waiting() -> bool:
