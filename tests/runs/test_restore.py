@@ -28,9 +28,10 @@ def test_data_comes_from_a_remote_where_the_cache_lacks_it(
     def restore_data(name: str, md5: str) -> tuple[Path, list[str]]:
         tree = tmp_path / name
         tree.mkdir()
-        return tree / "data", list(
-            restore.restore_data(make_record(tmp_path, **{"dvc.data": md5}), tree)
-        )
+        notes = list(restore.restore_data(make_record(tmp_path, **{"dvc.data": md5}), tree))
+        # It has the remote's settings, which can contain a password.
+        assert not (tree / ".dvc/config.local").exists()
+        return tree / "data", notes
 
     cache = here / ".dvc/cache/files/md5"
     restored, notes = restore_data("from the remote", md5)
@@ -45,6 +46,7 @@ def test_data_comes_from_a_remote_where_the_cache_lacks_it(
     edited.write_bytes(edited.read_bytes() + b"\n")
     restored, [note] = restore_data("edited", md5)
     assert "edited in DVC's cache" in note
+    assert edited.exists()  # the person's data, if it is a link
     assert [path.name for path in restored.iterdir()] == ["train.jsonl"]
     # Data that is nowhere is reported, and the present rows are used.
     restored, [note] = restore_data("nowhere", f"{'0' * 32}.dir")

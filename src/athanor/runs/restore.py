@@ -11,10 +11,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from athanor import console
+from athanor import console, files
 from athanor.errors import UserError
 from athanor.paths import Workspace
 from athanor.runs import lineage
@@ -119,7 +119,7 @@ def restore_data(record: RunRecord, tree: Path) -> Iterator[str]:
     if md5:
         text = f"outs:\n- md5: {md5}\n  hash: md5\n  path: data\n"
         (tree / "data.dvc").write_text(text, encoding="utf-8")
-        error = _check_out(tree)
+        error = _check_out(md5, tree)
     if not error:
         return
     data = Workspace(tree, tree).data
@@ -129,63 +129,85 @@ def restore_data(record: RunRecord, tree: Path) -> Iterator[str]:
     yield f"the data {md5 or ''} cannot be restored ({error}); the present data/ is used"
 
 
-def _check_out(tree: Path) -> str:
-    """Check out data.dvc with the cache and remotes of this repository; return the error.
+def _check_out(md5: str, tree: Path) -> str:
+    """Check out data.dvc from this repository's cache or remotes; return the error.
 
-    The worktree is a DVC repository of its own, which gets this one's settings as local ones.
+    The worktree is a DVC repository of its own with copies of the cached files, because DVC trusts
+    files that were edited in a cache through a link, or deletes them. The settings of remotes can
+    contain credentials, so they are removed.
     """
-    home = Workspace.here().home
+    home, local = Workspace.here().home, tree / ".dvc/config.local"
     listed = _dvc(home, "config", "--list").stdout.splitlines()
-    settings = dict(line.split("=", 1) for line in listed)
-    remotes = [
-        name.removeprefix("remote.").removesuffix(".url")
-        for name in settings
-        if name.startswith("remote.") and name.endswith(".url")
-    ]
-    sections = {
-        "core": {"no_scm": "true"},
-        "cache": {"dir": settings.get("cache.dir", str(home / ".dvc/cache")), "type": "copy"},
-        **{
-            f"'remote \"{remote}\"'": {
-                name.removeprefix(f"remote.{remote}."): value
-                for name, value in settings.items()
-                if name.startswith(f"remote.{remote}.")
-            }
-            for remote in remotes
-        },
-    }
-    (tree / ".dvc").mkdir(exist_ok=True)
-    with (tree / ".dvc/config.local").open("w", encoding="utf-8") as file:
-        for section, values in sections.items():
-            file.write(f"[{section}]\n")
-            for key, value in values.items():
-                quote = "'" if '"' in value else '"'
-                file.write(f"{key} = {quote}{value}{quote}\n")
-    done = _dvc(tree, "checkout", "data.dvc")
-    errors = []
+    settings = dict(line.split("=", 1) for line in listed if "=" in line)
+    sections = {"core": {"no_scm": "true"}, "cache": {"dir": "cache", "type": "hardlink,copy"}}
+    remotes = []
+    for name, value in settings.items():
+        if name.startswith("remote."):
+            remote, _, key = name.removeprefix("remote.").rpartition(".")
+            sections.setdefault(f"'remote \"{remote}\"'", {})[key] = value
+            remotes += [remote] if key == "url" else []
+    cache, copies = Path(settings.get("cache.dir", home / ".dvc/cache")), tree / ".dvc/cache"
+    copies.mkdir(parents=True, exist_ok=True)
+    edited = _copy_objects(md5, cache, copies)
+    try:
+        with local.open("w", encoding="utf-8") as file:
+            for section, values in sections.items():
+                file.write(f"[{section}]\n")
+                for key, value in values.items():
+                    quote = "'" if '"' in value else '"'
+                    file.write(f"{key} = {quote}{value}{quote}\n")
+        error = _fetch_data(tree, remotes)
+    finally:
+        local.unlink(missing_ok=True)
+    if not error:
+        with suppress(OSError):  # a shared cache that only others write
+            _copy_objects(md5, copies, cache)
+    elif edited:
+        return f"{edited[0]} was edited in DVC's cache; {error}"
+    return error
+
+
+def _copy_objects(md5: str, source: Path, target: Path) -> list[Path]:
+    """Copy a folder's list and its files from a cache to one that lacks them.
+
+    Return the files in `source` that were edited, which are not copied.
+    """
+    hashes, edited = [md5], []
+    for name in hashes:
+        path = Path("files/md5", name[:2], name[2:])
+        if (source / path).exists() and not (target / path).exists():
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / path, target / path)
+            with (target / path).open("rb") as file:
+                digest = hashlib.file_digest(file, "md5").hexdigest()
+            if digest != name.removesuffix(".dir"):
+                (target / path).unlink()
+                edited.append(source / path)
+        if name == md5 and (target / path).exists():
+            hashes += [file["md5"] for file in files.read_json(target / path)]
+    return edited
+
+
+def _fetch_data(tree: Path, remotes: list[str]) -> str:
+    """Check out data.dvc from the worktree's cache, or else from the first remote that has it."""
+    done, errors = _dvc(tree, "checkout", "data.dvc"), []
     for remote in remotes:
         if done.returncode == 0:
             break
         done = _dvc(tree, "pull", "--remote", remote, "data.dvc")
         errors.append(f"{remote}: {' '.join(done.stderr.split())}")
     if done.returncode == 0:
-        # DVC trusts its cache, which a person can edit through a link; a new database does not.
-        changed = _dvc(tree, "status", "--quiet", "data.dvc", database="new").returncode
-        return "a file of it was edited in DVC's cache" if changed else ""
+        return ""
     missing = f"the remote {', '.join(remotes)}" if remotes else "a remote: there is none"
     return "; ".join([f"in neither DVC's cache nor {missing}", *errors])
 
 
-def _dvc(
-    folder: Path, *arguments: str, database: str = "tmp"
-) -> "subprocess.CompletedProcess[str]":
+def _dvc(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """Run a command of DVC, whose database of known hashes is the folder's own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")}
-    ours = {"DVC_SITE_CACHE_DIR": str(folder / ".dvc" / database), "DVC_NO_ANALYTICS": "true"}
     return subprocess.run(
         [sys.executable, "-m", "dvc", *arguments],
         cwd=folder,
-        env=kept | ours,
+        env=os.environ | {"DVC_SITE_CACHE_DIR": str(folder / ".dvc/tmp")},
         capture_output=True,
         text=True,
     )
