@@ -207,6 +207,29 @@ def test_a_journal_that_was_cut_off_is_sent_as_far_as_it_goes(away: Store) -> No
     assert waiting() == []
 
 
+def test_a_line_that_is_no_entry_is_reported_and_kept(
+    away: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of another version of the program; what else the journal has is sent."""
+    for name, first in (("tags", opening("tags")), ("start", None)):
+        journal = Journal(name)
+        if first is not None:
+            journal.append(first)
+        journal.append(SetTags({}))
+        with (journal.folder / "journal.jsonl").open("a", encoding="utf-8") as file:
+            file.write('{"do": "tags", "value": {"a": "b"}}\n')
+        journal.append(LogMetrics(step=1, values={"a": 1.0}, once=True, time=2))
+        journal.close()
+    away.come_back()
+    with start():
+        pass
+    warnings = capsys.readouterr().err
+    assert warnings.count("did not take line") == 2
+    assert "missing required field `values`" in warnings
+    assert [run.data.metrics for run in recorded() if run.info.run_name == "it"] == [{"a": 1.0}]
+    assert {"start", "tags"} <= set(waiting())
+
+
 def test_a_journal_of_another_store_waits_for_that_store(
     away: Store, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

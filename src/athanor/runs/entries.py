@@ -102,6 +102,13 @@ class EndRun(Entry, tag="end"):
     time: int
 
 
+class InvalidEntry(Entry, tag="invalid"):
+    """A whole line that is no entry, such as one of another version; `error` tells why."""
+
+    line: int
+    error: str
+
+
 AnyEntry = (
     StartRun
     | ResumeRun
@@ -112,4 +119,5 @@ AnyEntry = (
     | LogTable
     | LogModel
     | EndRun
+    | InvalidEntry
 )

@@ -15,7 +15,7 @@ import msgspec
 
 from athanor import console, files
 from athanor.paths import Workspace
-from athanor.runs.entries import AnyEntry
+from athanor.runs.entries import AnyEntry, InvalidEntry
 
 
 class Journal:
@@ -88,9 +88,12 @@ class Journal:
 def read_entries(folder: Path) -> Iterator[AnyEntry]:
     """Yield the entries in a journal's folder, without lines that a kill cut off."""
     path = folder / "journal.jsonl"
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
             yield msgspec.convert(json.loads(line), AnyEntry)
+        except msgspec.ValidationError as error:
+            yield InvalidEntry(number, str(error))
         except ValueError:
             continue
 

@@ -258,8 +258,7 @@ def _send_left(folder: Path) -> None:
             died = int((folder / "journal.jsonl").stat().st_mtime * 1000)
             waiting.append(entries.EndRun("KILLED", died))
         try:
-            if store is not None:
-                sender.send(waiting)
+            sender.send(waiting)
         except NotYet:
             return
         except Exception as error:

@@ -32,7 +32,7 @@ class Sender:
         self._logged: set[tuple[str, int]] = set()  # metrics and steps that the run has
 
     def send(self, waiting: "deque[entries.AnyEntry]") -> None:
-        """Send the waiting entries and remove the sent ones; refused artifacts are noted."""
+        """Send the waiting entries and remove them; note refused artifacts and invalid entries."""
         if self._client is None:
             self._client = tracking_store.connect()
         while waiting:
@@ -59,15 +59,15 @@ class Sender:
         return False
 
     def _send(self, entry: entries.AnyEntry) -> None:
-        if isinstance(entry, entries.StartRun):
-            self._start(entry)
-            return
-        if isinstance(entry, entries.ResumeRun):
-            self._resume(entry)
-            return
-        if self.run is None:
-            return  # the run is not in this store, as was reported
         match entry:
+            case entries.StartRun():
+                self._start(entry)
+            case entries.ResumeRun():
+                self._resume(entry)
+            case entries.InvalidEntry():
+                raise ValueError(entry.error)
+            case _ if self.run is None:
+                pass  # the run is not in this store, as was reported
             case entries.SetTags():
                 for key, value in entry.values.items():
                     self._client.set_tag(self.run, key, value)
@@ -239,11 +239,13 @@ def _take_metrics(waiting: "deque[entries.AnyEntry]") -> list[entries.LogMetrics
 
 
 def _artifact_name(entry: entries.AnyEntry) -> str | None:
-    """Return the name of an entry's artifact, None for an entry without one."""
+    """Return the name of an entry that the store can refuse, None for any other."""
     match entry:
         case entries.LogText() | entries.LogTable():
             return entry.name
         case entries.LogArtifact() | entries.LogModel():
             return Path(entry.path).name
+        case entries.InvalidEntry():
+            return f"line {entry.line} of its journal"
         case _:
             return None
