@@ -12,6 +12,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_unflatten
+from mlx_lm.models import glm4_moe_lite
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from athanor import files
@@ -24,6 +25,7 @@ from athanor.config.values import to_dataclass
 from athanor.errors import UserError
 from athanor.fuse import parity
 from athanor.fuse.compare_files import TEXT
+from athanor.fuse.compare_weights import compare_weights, find_damage
 from athanor.fuse.parity import TrainedModel, ask_trained_model, compare_with_trained
 from athanor.fuse.weights import fuse_and_compare, write_fused_model
 from athanor.model.adapters import make_trainable, save_adapters
@@ -248,6 +250,41 @@ def test_the_worst_weight_is_named(train: Train, fuse: Fuse) -> None:
     assert cause.code == "fuse.untrained_weight_differs"
     assert cause.facts["count"] == 2
     assert cause.facts["name"] == "model.layers.0.self_attn.o_proj.weight"
+
+
+def test_weights_of_another_base_are_refused(train: Train, fuse: Fuse) -> None:
+    trained = train()
+    folder = fuse(trained)
+    edit_weights(folder, lambda name, value: mx.random.normal(value.shape).astype(value.dtype))
+    cause = cause_of(trained, folder)
+    assert cause.code in {"fuse.weights_differ", "fuse.untrained_weight_differs"}
+    assert cause.facts["count"] == cause.facts["total"]
+
+
+def test_every_kind_of_quantized_weight_is_compared(tmp_path: Path) -> None:
+    """Linear maps, an embedding, experts, and the heads' own maps of latent attention."""
+    sizes = {"vocab_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 64}
+    sizes |= {"q_lora_rank": 64, "n_shared_experts": 1, "n_routed_experts": 2, "v_head_dim": 64}
+    sizes |= {"num_experts_per_tok": 1, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64}
+    sizes |= dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 64)
+    config: dict[str, Any] = {"model_type": "glm4_moe_lite", "first_k_dense_replace": 1} | sizes
+    model = glm4_moe_lite.Model(glm4_moe_lite.ModelArgs.from_dict(config))
+    model, config = quantize_model(model, config, group_size=32, bits=4)
+    save_model(tmp_path, model)
+    save_config(config, tmp_path / "config.json")
+    options = {"rank": 4, "scale": 10.0, "dropout": 0.0}
+    files.write_json(
+        tmp_path / "adapter_config.json",
+        {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": options},
+    )
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), {})
+    changes = list(compare_weights(tmp_path, tmp_path, tmp_path))
+    assert find_damage(changes) is None
+    stored = {name for name in weights_of(tmp_path) if name.endswith(".scales")}
+    assert {change.name for change in changes if change.quantized} == {
+        name.replace(".scales", ".weight") for name in stored
+    }
 
 
 def test_a_weight_that_lost_half_shuts_the_gate_where_no_question_shows_it(

@@ -7,7 +7,7 @@ that are not there from adapters that the form is too coarse for.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.utils import dequantize_model, load_model
+from mlx_lm.utils import load_model
 
 from athanor.errors import UserError
 from athanor.model.adapters import load_adapters, merge_adapters
@@ -66,28 +66,25 @@ def compare_weights(base: Path, adapters: Path, fused: Path) -> Iterator[WeightC
 
     Weights are read from the disk as they are compared, some rows at a time.
     """
-    before = _plain_weights(load_model(base, lazy=True)[0])
-    trained, _ = load_model(base, lazy=True)
-    load_adapters(trained, adapters)
-    goals = _plain_weights(trained)
-    stored, _ = load_model(fused, lazy=True)
-    forms = _stored_forms(stored)
-    after = _plain_weights(stored)
-    del trained, stored
+    before, after = (_weights(load_model(folder, lazy=True)[0]) for folder in (base, fused))
+    model, _ = load_model(base, lazy=True)
+    load_adapters(model, adapters)
+    goals = _weights(model)
+    del model
     for name in [name for name in after if name in before and name in goals]:
-        arrays = [weights.pop(name) for weights in (before, goals, after)]
-        arrays = [array if array.ndim else array[None] for array in arrays]
-        rows = max(1, VALUES // math.prod(arrays[0].shape[1:]))
+        weights = [by_name.pop(name) for by_name in (before, goals, after)]
+        stored = weights[-1]
+        rows = max(1, VALUES // stored.values(slice(0, 1)).size)
         sums = np.zeros(6)
-        for start in range(0, len(arrays[0]), rows):
-            old, goal, new = (array[start : start + rows].astype(mx.float32) for array in arrays)
-            best = forms[name].round(goal)
+        for start in range(0, len(stored.array), rows):
+            old, goal, new = (weight.values(slice(start, start + rows)) for weight in weights)
+            best = stored.round(goal)
             change = goal - old
             squares = [(x * x).sum() for x in (change, goal, new - goal, best - goal)]
             products = [(x * change).sum() for x in (new - old, best - old)]
             sums += np.array(mx.stack([*squares, *products]))
         figures = (*np.sqrt(sums[:4]), *(sums[4:] / sums[0] if sums[0] > 0 else (0, 0)))
-        yield WeightChange(name, forms[name].quantization is not None, *map(float, figures))
+        yield WeightChange(name, stored.scales is not None, *map(float, figures))
 
 
 def find_damage(changes: list[WeightChange]) -> UserError | None:
@@ -126,38 +123,51 @@ def explain_rounding(changes: list[WeightChange]) -> UserError:
 
 
 @dataclass(frozen=True)
-class _Form:
-    """The form that a weight is stored in: its dtype, or its quantization and its scales' dtype."""
+class _Weight:
+    """A weight in the form that it is stored in: an array, or one that mlx quantized."""
 
-    dtype: mx.Dtype
-    quantization: dict[str, Any] | None = None
+    array: mx.array
+    scales: mx.array | None = None
+    biases: mx.array | None = None
+    quantization: dict[str, Any] = field(default_factory=dict)
 
-    def round(self, value: mx.array) -> mx.array:
+    def values(self, rows: slice) -> mx.array:
+        """Return some rows in float32."""
+        if self.scales is None:
+            return self.array[rows].astype(mx.float32)
+        biases = None if self.biases is None else self.biases[rows]
+        return self._unpack(self.array[rows], self.scales[rows], biases)
+
+    def round(self, values: mx.array) -> mx.array:
         """Return what is left of float32 values in this form, in float32."""
-        if self.quantization is None:
-            return value.astype(self.dtype).astype(mx.float32)
-        packed, scales, *biases = mx.quantize(value, **self.quantization)
-        if biases:  # else scales are whole numbers, as in mxfp4
-            scales, *biases = (
-                part.astype(self.dtype).astype(mx.float32) for part in (scales, *biases)
-            )
-        bias = biases[0] if biases else None
-        return mx.dequantize(packed, scales, bias, **self.quantization).astype(mx.float32)
+        if self.scales is None:
+            return values.astype(self.array.dtype).astype(mx.float32)
+        packed, *scaling = mx.quantize(values, **self.quantization)
+        return self._unpack(packed, *(part.astype(self.scales.dtype) for part in scaling))
+
+    def _unpack(
+        self, packed: mx.array, scales: mx.array, biases: mx.array | None = None
+    ) -> mx.array:
+        if biases is not None:  # else scales are whole numbers, as in mxfp4
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        return mx.dequantize(packed, scales, biases, **self.quantization).astype(mx.float32)
 
 
-def _stored_forms(model: nn.Module) -> dict[str, _Form]:
-    forms = {name: _Form(value.dtype) for name, value in tree_flatten(model.parameters())}
-    for name, module in model.named_modules():
-        if "scales" in module:
-            settings = {key: getattr(module, key) for key in ("group_size", "bits", "mode")}
-            forms[f"{name}.weight"] = _Form(module.scales.dtype, settings)
-    return forms
-
-
-def _plain_weights(model: nn.Module) -> dict[str, mx.array]:
-    """Return all weights, unpacked and with the adapters in them; nothing is computed yet."""
+def _weights(model: nn.Module) -> dict[str, _Weight]:
+    """Return the weights by name, with the adapters in them; nothing is computed yet."""
     for module in model.modules():
-        if hasattr(module, "fuse") or "scales" in module:
+        if hasattr(module, "fuse"):
             module.set_dtype(mx.float32)  # all others are converted as they are compared
     merge_adapters(model, dequantize=True)
-    return dict(tree_flatten(dequantize_model(model).parameters()))
+    weights = {
+        name: _Weight(value if value.ndim else value[None])
+        for name, value in tree_flatten(model.parameters())
+    }
+    for name, module in model.named_modules():
+        if "scales" in module:
+            form = {key: getattr(module, key) for key in ("group_size", "bits", "mode")}
+            packed = _Weight(module.weight, module.scales, module.get("biases"), form)
+            weights[f"{name}.weight"] = packed
+            for part in ("scales", "biases"):
+                weights.pop(f"{name}.{part}", None)
+    return weights

@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from athanor.chat.load import load_with_tokenizer
-from athanor.chat.templates import Message
+from athanor.chat.template_probes import Message
 from athanor.compute import evaluation
 from athanor.device.backend import on_cpu
 from athanor.errors import UserError
@@ -29,6 +29,7 @@ from athanor.fuse.compare_files import (
 )
 from athanor.fuse.compare_weights import EPSILON, compare_weights, explain_rounding, find_damage
 from athanor.model.adapters import load_adapters
+from athanor.model.load import load_model
 from athanor.model.stored import read_dtypes
 
 # At most so many tokens of a question and of a greedy answer; so many last positions of both are
@@ -163,8 +164,8 @@ def ask_trained_model(base: Path, adapters: Path, rows: list[Message]) -> Traine
         replies.append(Reply(describe_question(row), ids + answer.ids, len(ids), logits))
     del model
     mx.clear_cache()
-    model, _ = load_with_tokenizer(base)
-    differences = [reply.logits - _compute_logits(model, reply.ids) for reply in replies]
+    model = load_model(base)
+    differences = (reply.logits - _compute_logits(model, reply.ids) for reply in replies)
     change = max(map(_largest, differences), default=0.0)
     if not math.isfinite(change):
         raise UserError("fuse.no_finite_logits", adapters=adapters, base=base)
