@@ -193,6 +193,8 @@ def test_a_base_that_was_never_trained_to_end_an_answer(
     lines = train_with_athanor(base, stages, "train.end_token=template")
     assert "no (its row of the head has" in " ".join(capsys.readouterr().err.split())
     assert not any(answered(lines))
+    # Each answer goes on after the end that the base knows, which is none any more.
+    assert all(END in line["tuned"]["text"] for line in lines)
 
 
 def test_a_template_that_ends_with_another_token_than_the_tokenizer(

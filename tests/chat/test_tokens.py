@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from athanor import files
-from athanor.chat import templates
+from athanor.chat import template_probes, templates
 from athanor.chat.contract import resolve_contract
 from athanor.chat.load import load_tokenizer
 from athanor.chat.tokens import mark_supervised, tokenize_row, tokenize_rows
@@ -427,7 +427,7 @@ def test_a_call_of_a_tool_may_end_with_another_token_than_an_answer(make: Make) 
 
 def test_a_template_without_answers_ends_them_with_nothing(make: Make) -> None:
     tokenizer = make(QWEN3.replace("in messages -%}", "in messages if m.role == 'user' -%}"))
-    assert templates.find_turn_end(tokenizer) is None
+    assert template_probes.find_turn_end(tokenizer) is None
     row = {"messages": QUESTIONS["messages"][:2]}
     assert left_out(row, tokenizer) == "message 2, of the assistant"
 

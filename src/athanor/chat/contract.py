@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from athanor import console, files
-from athanor.chat import templates, vocabulary
+from athanor.chat import template_probes, templates, vocabulary
 from athanor.errors import UserError
 from athanor.model.source import stated_stop_ids
 
@@ -76,7 +76,7 @@ def resolve_contract(folder: Path, tokenizer: "TokenizerWrapper", choice: str) -
     without weights in the folder is assumed to be able to say every token.
     """
     name = _token_name(tokenizer)
-    written = templates.find_turn_end(tokenizer)
+    written = template_probes.find_turn_end(tokenizer)
     # Plain texts, and answers after which the template writes nothing, end with the tokenizer's.
     usual = tokenizer.eos_token_id if written is None else written
     stops = sorted(tokenizer.eos_token_ids, key=lambda id: (id != usual, id))
@@ -111,10 +111,10 @@ def resolve_contract(folder: Path, tokenizer: "TokenizerWrapper", choice: str) -
 
 def _report_template(tokenizer: "TokenizerWrapper") -> Iterator[Finding]:
     if not tokenizer.has_chat_template:
-        yield Finding("chat template", FAULT, str(templates.NoTemplate()))
+        yield Finding("chat template", FAULT, str(template_probes.NoTemplate()))
         return
     yield Finding("chat template", OK, "the model's own")
-    opened = templates.find_open_thought(tokenizer)
+    opened = template_probes.find_open_thought(tokenizer)
     probe = {
         "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Answer"}]
     }
@@ -131,7 +131,7 @@ def _report_template(tokenizer: "TokenizerWrapper") -> Iterator[Finding]:
             "the template's text of a finished conversation does not begin with the prompt, so "
             "training would not apply to prompts; use another template",
         )
-    elif templates.rewrites_earlier_turns(tokenizer):
+    elif template_probes.rewrites_earlier_turns(tokenizer):
         state, finding = (
             ASIDE,
             "yes; the template writes earlier answers differently from the last one, so each "
@@ -140,7 +140,7 @@ def _report_template(tokenizer: "TokenizerWrapper") -> Iterator[Finding]:
     else:
         state, finding = OK, "yes, every answer"
     yield Finding("asked as trained", state, finding)
-    for part, support in templates.probe_support(tokenizer).items():
+    for part, support in template_probes.probe_support(tokenizer).items():
         about = f"{part} in the template"
         if support == "kept":
             yield Finding(about, OK, support)

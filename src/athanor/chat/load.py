@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from athanor.chat import templates
+from athanor.chat.template_probes import find_turn_end
 from athanor.errors import UserError
 from athanor.model.load import load_model
 
@@ -28,7 +28,7 @@ def load_tokenizer(folder: Path) -> "TokenizerWrapper":
 
     try:
         tokenizer = load_with_ends(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
-        end = templates.find_turn_end(tokenizer)
+        end = find_turn_end(tokenizer)
     except Exception as error:  # tokenizers and templates raise what they like
         raise UserError("chat.tokenizer_not_loaded", folder=folder, error=error) from error
     if end is not None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from athanor.config.check import ConfigError, training_misfits
 from athanor.config.schema import Config
-from athanor.errors import problem
+from athanor.errors import UserError, problem
 from athanor.model.source import read_config
 
 
@@ -15,13 +15,15 @@ def refuse_model_misfits(config: Config, folder: Path) -> None:
         ConfigError: with all problems.
     """
     from athanor.chat.load import load_tokenizer
-    from athanor.model.gguf_fields import explain_unsupported
+    from athanor.model.gguf_fields import gguf_fields
 
     model = read_config(folder)
     problems = list(training_misfits(model, config.train))
-    if config.fuse.gguf is not None and (
-        reason := explain_unsupported(model, load_tokenizer(folder))
-    ):
-        problems.append(problem("chat.no_gguf", "fuse.gguf", reason=reason))
+    if config.fuse.gguf is not None:
+        tokenizer = load_tokenizer(folder)
+        try:
+            gguf_fields(model, tokenizer, sorted(tokenizer.eos_token_ids))
+        except UserError as error:
+            problems.append(problem("chat.no_gguf", "fuse.gguf", reason=error))
     if problems:
         raise ConfigError(problems)

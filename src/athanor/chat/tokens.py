@@ -11,14 +11,8 @@ from functools import lru_cache
 from itertools import groupby, zip_longest
 from typing import TYPE_CHECKING
 
-from athanor.chat.templates import (
-    Message,
-    RenderedText,
-    decode_answer,
-    encode_text,
-    find_turn_end,
-    render_row,
-)
+from athanor.chat.template_probes import Message, encode_text, find_turn_end
+from athanor.chat.templates import RenderedText, decode_answer, render_row
 from athanor.compute.arrays import TokenizedText
 
 if TYPE_CHECKING:

@@ -1,10 +1,12 @@
 """Texts as tokens and as arrays: the inputs of a model, and the targets of its loss."""
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import mlx.core as mx
 import numpy as np
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,16 @@ class TokenizedText:
 class SupervisedBatch(NamedTuple):
     """Texts as arrays: the tokens that are read, and the n positions of the loss."""
 
-    inputs: mx.array  # [rows, width] of tokens
-    positions: mx.array  # [n], in the flattened inputs, in the order of the rows
-    targets: mx.array  # [n], the token that is to follow each position
-    counts: mx.array  # [n], 1.0, or 0.0 for a position that is padding
+    inputs: "mx.array"  # [rows, width] of tokens
+    positions: "mx.array"  # [n], in the flattened inputs, in the order of the rows
+    targets: "mx.array"  # [n], the token that is to follow each position
+    counts: "mx.array"  # [n], 1.0, or 0.0 for a position that is padding
 
 
 def pad_rows(rows: list[TokenizedText], multiple: int = 1) -> SupervisedBatch:
     """Return texts as one batch; its width and number of positions are rounded up to a multiple."""
+    import mlx.core as mx
+
     width = _round_up(max(map(len, rows)) - 1, multiple)
     ids = np.zeros((len(rows), width), np.int32)
     positions: list[int] = []

@@ -19,6 +19,7 @@ from athanor.compute import losses
 from athanor.compute.arrays import SupervisedBatch, TokenizedText, pad_rows
 from athanor.compute.frozen import FrozenLayers
 from athanor.compute.parts import Parts
+from athanor.device.backend import on_cpu
 
 Weights = dict[str, mx.array]  # by the names of a model's parameters
 
@@ -106,7 +107,7 @@ class Forward:
         with ExitStack() as stack:
             for kind in kinds if self.grad_checkpoint else ():
                 stack.enter_context(gradient_checkpointing(kind))
-            if losses.uses_numpy() and self.dtype == mx.float32 and not self.compile:
+            if on_cpu() and self.dtype == mx.float32 and not self.compile:
                 loss, gradients = self._in_two_steps(values, prepared)
             else:
                 activations = [] if prepared.activations is None else [prepared.activations]

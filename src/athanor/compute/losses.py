@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from athanor.compute.arrays import SupervisedBatch
+from athanor.device.backend import on_cpu
 
 # Bytes of float32 logits in a chunk.
 CHUNK = 1 << 27
@@ -37,16 +38,11 @@ def token_losses(
     losses, targets = [], batch.targets
     for chunk in chunks(len(targets), vocabulary):
         logits = head(hidden[chunk]).astype(mx.float32)
-        if uses_numpy():
+        if on_cpu():
             losses.append(_overwrite_by_gradient(logits, targets[chunk])[0])
         else:
             losses.append(np.array(nn.losses.cross_entropy(logits, targets[chunk])))
     return np.concatenate(losses)[np.array(batch.counts) > 0]
-
-
-def uses_numpy() -> bool:
-    """Return whether NumPy computes on mlx's memory, as it does on a CPU."""
-    return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
 def loss_and_gradients(
@@ -58,7 +54,7 @@ def loss_and_gradients(
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
     """Return the summed loss in nats, and its gradients by `hidden` and by the head's weights.
 
-    For the CPU: see `uses_numpy`.
+    For the CPU, where NumPy computes on mlx's memory.
 
     Args:
         hidden: evaluated hidden states [n, width].

@@ -8,7 +8,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from athanor import files
 from athanor.chat import templates
 from athanor.chat.load import load_tokenizer
-from athanor.chat.templates import Message
+from athanor.chat.template_probes import Message, common_length
 from athanor.errors import UserError
 from athanor.model.source import read_config, stated_stop_ids
 
@@ -25,8 +25,7 @@ def find_file_differences(
     for row, (expected, ids) in zip(rows, questions, strict=True):
         if ids != expected:
             same = own.chat_template == tokenizer.chat_template
-            pairs = enumerate(zip(expected, ids, strict=False))
-            at = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(ids)))
+            at = common_length(expected, ids)
             yield UserError(
                 "fuse.questions_read_differently",
                 part="tokenizer" if same else "chat template",

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from athanor import console, files
-from athanor.chat.templates import Message
+from athanor.chat.template_probes import Message
 from athanor.config.schema import Config
 from athanor.errors import UserError
 from athanor.fuse.export_gguf import write_gguf

@@ -15,7 +15,7 @@ from mlx_lm.utils import dequantize_model, load_config, save_model
 
 from athanor import console, files
 from athanor.chat.load import load_with_tokenizer
-from athanor.chat.templates import Message
+from athanor.chat.template_probes import Message
 from athanor.errors import UserError
 from athanor.fuse import parity
 from athanor.model.adapters import load_adapters, merge_adapters

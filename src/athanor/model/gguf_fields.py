@@ -16,7 +16,6 @@ differences remain:
 
 from typing import TYPE_CHECKING, Any
 
-from athanor.errors import UserError
 from athanor.model.gguf_architecture import Fields, architecture_fields
 from athanor.model.gguf_tokenizer import tokenizer_fields
 
@@ -31,20 +30,3 @@ def gguf_fields(config: dict[str, Any], tokenizer: "TokenizerWrapper", stops: li
         UserError: where llama.cpp has no equivalent.
     """
     return architecture_fields(config) | tokenizer_fields(tokenizer, config, stops)
-
-
-def explain_unsupported(
-    config: dict[str, Any], tokenizer: "TokenizerWrapper | None"
-) -> UserError | None:
-    """Return the error that keeps a model of this config.json from becoming a GGUF, or None.
-
-    It needs no weights and can be called before a training. Without a `tokenizer` only the
-    architecture is checked.
-    """
-    try:
-        architecture_fields(config)
-        if tokenizer is not None:
-            tokenizer_fields(tokenizer, config, sorted(tokenizer.eos_token_ids))
-    except UserError as error:
-        return error
-    return None

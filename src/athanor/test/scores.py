@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from rapidfuzz.distance import Levenshtein
 from sacrebleu import corpus_chrf
 
-from athanor.chat.templates import OPENER, strip_thought
+from athanor.chat.template_probes import OPENER
+from athanor.chat.templates import strip_thought
 
 Ids = Sequence[int]
 
