@@ -1,4 +1,4 @@
-"""Where records come from: files in the folder of data, or the splits of a data set.
+"""Origins of records: files in the folder of data, or the splits of a data set.
 
 Files are .jsonl, .json, .csv, .parquet and .md; their names, or those of their folders, may name
 a split.
