@@ -17,7 +17,7 @@ def test_messages_name_the_facts_of_their_errors(repo: Path) -> None:
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             function = ast.unparse(node.func).split(".")[-1] if isinstance(node, ast.Call) else ""
-            if function not in ("UserError", "__init__", "problem", "Problem", "rule"):
+            if function not in ("UserError", "__init__", "Problem", "rule"):
                 continue
             assert isinstance(node, ast.Call)
             first = node.args[0] if node.args else None

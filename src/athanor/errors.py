@@ -32,7 +32,7 @@ class UserError(Exception):
                 self.facts[name] = str(value).replace(str(old), str(new))
 
 
-@dataclass(frozen=True)
+@dataclass(init=False)
 class Problem:
     """One of several things that are wrong and are reported together.
 
@@ -42,17 +42,15 @@ class Problem:
 
     code: str
     key: str
+    place: str | None
     facts: dict[str, Any]
-    place: str | None = None
+
+    def __init__(self, code: str, key: str, *, place: str | None = None, **facts: Any) -> None:
+        self.code, self.key, self.place, self.facts = code, key, place, facts
 
     def __str__(self) -> str:
         key = self.key if self.place is None else f"{self.key} ({self.place})"
         return f"{key}: {message(self.code, self.facts)}"
-
-
-def problem(code: str, key: str, **facts: Any) -> Problem:
-    """Return a problem with named facts, as UserError takes them."""
-    return Problem(code, key, facts)
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
@@ -65,7 +63,7 @@ def message(code: str, facts: dict[str, Any]) -> str:
     room, _, name = code.partition(".")
     text = messages().get(room, {}).get(name)
     if text is None:
-        return code  # a sentence as such
+        return code  # the sentence of an error that comes from another process
     shown = {
         key: ", ".join(map(str, value)) if isinstance(value, list | tuple | set) else value
         for key, value in facts.items()

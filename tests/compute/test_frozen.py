@@ -121,7 +121,7 @@ def test_frozen_layers_compute_each_row_once_for_all_epochs_and_trials(
         with counting(base) as (ran, positions):
             for number, trainer in zip(order, trainers, strict=True):
                 trainer.run()
-                validations = sum("val_loss" in metrics for metrics in trainer.state.history)
+                validations = sum("val_loss" in metrics.values for metrics in trainer.state.history)
                 rows = 2 * len(train_rows) + validations * len(valid_rows)
                 # The head's vjp builds its graph again, of which a linear head computes nothing.
                 expected_positions += sum(

@@ -283,7 +283,7 @@ def test_progress_is_told_while_answers_are_long(tiny: Path) -> None:
 
 
 def test_a_model_without_a_chat_template_has_losses(
-    stages: Stages, tiny: Path, tmp_path: Path
+    stages: Stages, store: str, tiny: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(tiny, tmp_path / "texts"))
     (folder / "chat_template.jinja").unlink()
@@ -294,7 +294,10 @@ def test_a_model_without_a_chat_template_has_losses(
     metrics = files.read_json(Path("artifacts/test/metrics.json"))
     assert {key.rpartition("_")[2] for key in metrics} == {"loss", "perplexity"}
     assert len(metrics) == 12
-    with pytest.raises(UserError, match=r"texts can't be asked that: .*chat.template"):
+    run = files.read_json(Path("artifacts/train/run.json"))["run_id"]
+    kept = {file.path for file in mlflow_store.connect(store).list_artifacts(run, "test")}
+    assert kept == {"test/predictions.jsonl", "test/params.yaml"}
+    with refused("generate.cannot_ask"):
         stages("generate", overrides=("春眠不觉晓", "--system", "短答"))
 
 

@@ -290,13 +290,13 @@ def test_reports_are_means_over_supervised_tokens(
         on_metrics=history.append,
     ).run()
     model = Forward.from_model(load_with_tokenizer(tiny)[0], tokens)
-    report = next(m.values for m in history if "train_loss" in m)
+    report = next(m.values for m in history if "train_loss" in m.values)
     expected, count = measure_loss(model, tokens, 8)
     assert report["train_loss"] == pytest.approx(expected, abs=1e-4)
     assert report["trained_tokens"] == count
     assert report["learning_rate"] == 1e-12
     assert report["active_memory"] <= report["peak_memory"]
-    assert [m.iteration for m in history if "val_loss" in m] == [0, 3]
+    assert [m.iteration for m in history if "val_loss" in m.values] == [0, 3]
 
 
 def test_gradients_are_clipped_to_their_limit(trainer: Callable[..., Trainer]) -> None:
@@ -380,7 +380,7 @@ def test_every_optimizer_learns_and_resumes_to_the_byte(
 
     whole = made()
     weights = ran(whole)
-    losses = [m.values["val_loss"] for m in whole.state.history if "val_loss" in m]
+    losses = [m.values["val_loss"] for m in whole.state.history if "val_loss" in m.values]
     assert losses[-1] < losses[0]
 
     class Killed(Exception):
@@ -464,7 +464,7 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(
         one.hooks, on_iteration=lambda iteration: snapshots.update({iteration: arrays(one)})
     )
     one.run()
-    losses = {m.iteration: m.values["val_loss"] for m in history if "val_loss" in m}
+    losses = {m.iteration: m.values["val_loss"] for m in history if "val_loss" in m.values}
     del losses[0]
     best = min(losses, key=lambda iteration: losses[iteration])
     assert one.state.best_iteration == best != 18

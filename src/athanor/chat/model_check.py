@@ -4,7 +4,7 @@ from pathlib import Path
 
 from athanor.config.check import ConfigError, training_misfits
 from athanor.config.schema import Config
-from athanor.errors import UserError, problem
+from athanor.errors import Problem, UserError
 from athanor.model.source import read_config
 
 
@@ -24,6 +24,6 @@ def refuse_model_misfits(config: Config, folder: Path) -> None:
         try:
             gguf_fields(model, tokenizer, sorted(tokenizer.eos_token_ids))
         except UserError as error:
-            problems.append(problem("chat.no_gguf", "fuse.gguf", reason=error))
+            problems.append(Problem("chat.no_gguf", "fuse.gguf", reason=error))
     if problems:
         raise ConfigError(problems)

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 
-from athanor.errors import Problem, nearest, problem
+from athanor.errors import Problem, nearest
 
 OPTIMIZERS: dict[str, type[optim.Optimizer]] = {
     "adam": optim.Adam,
@@ -56,7 +56,7 @@ def optimizer_misfits(options: dict[str, dict[str, Any]]) -> Iterator[Problem]:
     section = "train.optimizer_config"
     for name, values in options.items():
         if name not in OPTIMIZERS:
-            yield problem(
+            yield Problem(
                 "config.unknown_key", f"{section}.{name}", candidates=nearest(name, OPTIMIZERS)
             )
             continue
@@ -66,13 +66,13 @@ def optimizer_misfits(options: dict[str, dict[str, Any]]) -> Iterator[Problem]:
         for key, value in values.items():
             if key not in known:
                 refused = True
-                yield problem(
+                yield Problem(
                     "config.unknown_key", f"{section}.{name}.{key}", candidates=nearest(key, known)
                 )
             elif not _same_type(value, known[key].default):
                 refused = True
                 default = known[key].default
-                yield problem(
+                yield Problem(
                     "config.unlike_default",
                     f"{section}.{name}.{key}",
                     default=repr(default),
@@ -82,7 +82,7 @@ def optimizer_misfits(options: dict[str, dict[str, Any]]) -> Iterator[Problem]:
             try:
                 build_optimizer(name, values, 1.0)
             except ValueError as error:
-                yield problem("config.refused_by_mlx", f"{section}.{name}", error=str(error))
+                yield Problem("config.refused_by_mlx", f"{section}.{name}", error=str(error))
 
 
 def _same_type(value: Any, default: Any) -> bool:

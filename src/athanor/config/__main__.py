@@ -15,7 +15,6 @@ from athanor import console
 from athanor.config.check import ConfigError
 from athanor.config.compose import compose_config, load_config
 from athanor.config.params_file import write_params
-from athanor.config.schema import Config, TrainConfig
 from athanor.paths import Workspace
 
 
@@ -35,20 +34,13 @@ def main() -> None:
         config = compose_config(workspace.conf, overrides)
         write_params(config, workspace)
         done = {"wrote": f"{workspace.params}; commit it together with dvc.lock"}
-    console.print_facts("config", done | _summary(config))
-
-
-def _summary(config: Config) -> dict[str, str]:
     train = config.train
-    return {
-        "model": config.model.path,
-        "training": f"{train.method}, {_duration(train)} of {train.batch_size} rows a batch, "
-        f"learning rate {train.learning_rate:g}",
-    }
-
-
-def _duration(train: TrainConfig) -> str:
-    return f"{train.iters} iterations" if train.epochs is None else f"{train.epochs} epochs"
+    length = f"{train.iters} iterations" if train.epochs is None else f"{train.epochs} epochs"
+    training = (
+        f"{train.method}, {length} of {train.batch_size} rows a batch, "
+        f"learning rate {train.learning_rate:g}"
+    )
+    console.print_facts("config", {**done, "model": config.model.path, "training": training})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The check of a configuration: all of its problems, each with its file and line."""
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, cast
 
 from omegaconf import MISSING, OmegaConf
@@ -11,7 +11,7 @@ from athanor import console
 from athanor.config import schema
 from athanor.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from athanor.config.values import flatten
-from athanor.errors import Problem, UserError, nearest, problem
+from athanor.errors import Problem, UserError, nearest
 from athanor.model.source import (
     find_local_copy,
     is_hub_repo,
@@ -47,7 +47,6 @@ def check_config(tree: dict[str, Any], places: dict[str, str], problems: list[Pr
     valid: dict[str, Any] = {}  # values of the right type, by their keys
     problems = [*problems, *_take_values(tree, config, valid), *_missing_keys(tree)]
     problems += schema.impossible_values(valid)
-    problems += schema.conflicts(valid)
     if {"model.path", "model.revision", "train.num_layers", "train.method"} <= valid.keys():
         problems += model_misfits(config.model, config.train)
     if "train.optimizer_config" in valid:
@@ -55,39 +54,36 @@ def check_config(tree: dict[str, Any], places: dict[str, str], problems: list[Pr
 
         problems += optimizers.optimizer_misfits(flatten(config)["train.optimizer_config"])
     if all(f"data.{field.name}" in valid for field in fields(DataConfig)):
-        problems += _data_misfits(config.data)
+        from athanor.config.data_check import data_misfits  # imports jinja2
+
+        problems += data_misfits(config.data)
+    for problem in problems:
+        problem.place = problem.place or places.get(problem.key)
     if problems:
-        raise ConfigError([replace(p, place=p.place or places.get(p.key)) for p in problems])
+        raise ConfigError(problems)
     return cast(Config, config)
 
 
 def _take_values(tree: dict[str, Any], config: Any, valid: dict[str, Any]) -> Iterator[Problem]:
     """Put the values of a tree into `config` and `valid`; yield unknown keys and wrong types."""
-
-    def take(key: str, value: Any) -> Iterator[Problem]:
-        try:
-            OmegaConf.update(config, key, value)
-            valid[key] = OmegaConf.select(config, key)
-        except OmegaConfBaseException:
-            yield problem("config.wrong_type", key, expected=_describe_type(key), value=value)
-
     for name, value in tree.items():
-        if name == "seed":
-            yield from take(name, value)
-        elif name not in schema.SECTIONS:
-            known = ["seed", *schema.SECTIONS]
-            yield problem("config.unknown_key", name, candidates=nearest(name, known))
-        elif not isinstance(value, dict):
-            yield problem("config.no_section", name, value=value)
-        else:
-            known = [field.name for field in fields(schema.SECTIONS[name])]
-            for leaf, leaf_value in value.items():
-                key = f"{name}.{leaf}"
-                if leaf in known:
-                    yield from take(key, leaf_value)
-                else:
-                    candidates = [f"{name}.{other}" for other in nearest(leaf, known)]
-                    yield problem("config.unknown_key", key, candidates=candidates)
+        if name in schema.SECTIONS and not isinstance(value, dict):
+            yield Problem("config.no_section", name, value=value)
+            continue
+        section = f"{name}." if name in schema.SECTIONS else ""
+        known = [field.name for field in fields(schema.SECTIONS.get(name, Config))]
+        for leaf, leaf_value in value.items() if section else [(name, value)]:
+            key = f"{section}{leaf}"
+            if leaf not in known:
+                candidates = [section + other for other in nearest(leaf, known)]
+                yield Problem("config.unknown_key", key, candidates=candidates)
+                continue
+            try:
+                OmegaConf.update(config, key, leaf_value)
+                valid[key] = OmegaConf.select(config, key)
+            except OmegaConfBaseException:
+                expected = _describe_type(key)
+                yield Problem("config.wrong_type", key, expected=expected, value=leaf_value)
 
 
 def _missing_keys(tree: dict[str, Any]) -> Iterator[Problem]:
@@ -95,22 +91,7 @@ def _missing_keys(tree: dict[str, Any]) -> Iterator[Problem]:
         section, _, leaf = key.rpartition(".")
         values = tree.get(section, {}) if section else tree
         if isinstance(values, dict) and values.get(leaf, MISSING) == MISSING:
-            yield problem("config.missing_key", key)
-
-
-def _data_misfits(data: DataConfig) -> Iterator[Problem]:
-    from athanor.config.data_check import CLEANING, check_misfits, format_misfits
-
-    yield from check_misfits(dict(data.checks))
-    yield from format_misfits(data)
-    for step in data.clean:
-        if step not in CLEANING:
-            yield problem(
-                "config.unknown_key", f"data.clean.{step}", candidates=nearest(step, CLEANING)
-            )
-    for word, synonyms in data.synonyms.items():
-        if not word or not synonyms:
-            yield problem("config.no_synonyms", f"data.synonyms.{word}")
+            yield Problem("config.missing_key", key)
 
 
 def _describe_type(key: str) -> str:
@@ -132,15 +113,15 @@ def model_misfits(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:
         yield from training_misfits(read_config(folder), train)
     elif not is_hub_repo(model.path):
         error = missing_folder(model.path)
-        yield Problem(error.code, "model.path", error.facts)
+        yield Problem(error.code, "model.path", **error.facts)
 
 
 def training_misfits(config: dict[str, Any], train: TrainConfig) -> Iterator[Problem]:
     """Yield the keys that the model of this config.json cannot be trained with."""
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and train.num_layers > layers:
-        yield problem(
+        yield Problem(
             "config.too_many_layers", "train.num_layers", layers=layers, value=train.num_layers
         )
     if train.method == "full" and is_quantized(config):
-        yield problem("config.quantized", "train.method")
+        yield Problem("config.quantized", "train.method")

@@ -22,7 +22,7 @@ from athanor.config import schema
 from athanor.config.check import ConfigError, check_config
 from athanor.config.schema import Config
 from athanor.config.values import flatten
-from athanor.errors import Problem, UserError, nearest, problem
+from athanor.errors import Problem, UserError, nearest
 from athanor.paths import Workspace
 
 COMMAND_LINE = "command line"
@@ -111,9 +111,8 @@ def warn_if_params_differ_from_conf(config: Config) -> None:
 
 def unreadable_override(text: str, error: HydraException) -> Problem:
     """Return the problem of an override that Hydra cannot parse."""
-    return Problem(
-        "config.no_override", text, {"error": str(error).splitlines()[0]}, place=COMMAND_LINE
-    )
+    reason = str(error).splitlines()[0]
+    return Problem("config.no_override", text, place=COMMAND_LINE, error=reason)
 
 
 def unknown_option(text: str, group: str, option: str, options: list[str]) -> Problem:
@@ -121,8 +120,10 @@ def unknown_option(text: str, group: str, option: str, options: list[str]) -> Pr
     return Problem(
         "config.unknown_option",
         text,
-        {"group": group, "option": option, "candidates": nearest(option, options)},
         place=COMMAND_LINE,
+        group=group,
+        option=option,
+        candidates=nearest(option, options),
     )
 
 
@@ -152,10 +153,10 @@ def _split(
                 options.append(f"~{key}" if option == "None" else text.lstrip("+"))
         elif key in schema.SECTIONS and isinstance(override.value(), str):
             problems.append(
-                Problem("config.option_of_section", text, {"text": text}, place=COMMAND_LINE)
+                Problem("config.option_of_section", text, place=COMMAND_LINE, text=text)
             )
         elif override.is_sweep_override() or override.is_delete():
-            problems.append(Problem("config.no_value", text, {}, place=COMMAND_LINE))
+            problems.append(Problem("config.no_value", text, place=COMMAND_LINE))
         else:
             values[key] = "++" + text.lstrip("+")
     return values, options, problems
@@ -179,7 +180,7 @@ def _compose(
         )
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError([problem("config.not_composed", str(folder), error=reason)]) from error
+        raise ConfigError([Problem("config.not_composed", str(folder), error=reason)]) from error
     return cast(dict[str, Any], tree), hydra
 
 

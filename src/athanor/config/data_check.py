@@ -13,7 +13,7 @@ from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from athanor.config.schema import DataConfig
-from athanor.errors import Problem, nearest, problem
+from athanor.errors import Problem, nearest
 
 # Steps in their order.
 CLEANING = ("html", "control", "full_width", "whitespace")
@@ -67,18 +67,30 @@ CHECKS: dict[str, tuple[str, str]] = {
 }
 
 
-def check_misfits(actions: dict[str, Any]) -> Iterator[Problem]:
-    """Yield a problem for each entry of data.checks that is unknown, impossible or missing."""
+def data_misfits(config: DataConfig) -> Iterator[Problem]:
+    """Yield a problem for each check, format, template, step and synonym that is impossible."""
+    yield from _check_misfits(dict(config.checks))
+    yield from _format_misfits(config)
+    for step in config.clean:
+        if step not in CLEANING:
+            key = f"data.clean.{step}"
+            yield Problem("config.unknown_key", key, candidates=nearest(step, CLEANING))
+    for word, synonyms in config.synonyms.items():
+        if not word or not synonyms:
+            yield Problem("config.no_synonyms", f"data.synonyms.{word}")
+
+
+def _check_misfits(actions: dict[str, Any]) -> Iterator[Problem]:
     for name, action in actions.items():
         key = f"data.checks.{name}"
         if name not in CHECKS:
-            yield problem("config.unknown_key", key, candidates=nearest(name, CHECKS))
+            yield Problem("config.unknown_key", key, candidates=nearest(name, CHECKS))
         elif action not in CHECKS[name][1].split():
             options = CHECKS[name][1].split()
-            yield problem("config.not_an_option", key, options=options, value=action)
+            yield Problem("config.not_an_option", key, options=options, value=action)
     for name in CHECKS:
         if name not in actions:
-            yield problem("config.missing_key", f"data.checks.{name}")
+            yield Problem("config.missing_key", f"data.checks.{name}")
 
 
 AUTO = "auto"
@@ -96,29 +108,28 @@ def compile_template(text: str) -> Template:
     return environment.from_string(text)
 
 
-def format_misfits(config: DataConfig) -> Iterator[Problem]:
-    """Yield a problem for each format and template that is unknown or impossible."""
+def _format_misfits(config: DataConfig) -> Iterator[Problem]:
     names = {f"data.formats.{pattern}": name for pattern, name in config.formats.items()}
     for key, name in {"data.format": config.format, **names}.items():
         if name not in (AUTO, *FORMATS):
-            yield problem("config.not_an_option", key, options=[AUTO, *FORMATS], value=name)
+            yield Problem("config.not_an_option", key, options=[AUTO, *FORMATS], value=name)
     template = dict(config.template)
     known = ["system", "prompt", "completion", "text"]
     yield from _syntax("data.label_prompt", config.label_prompt)
     for part, text in template.items():
         key = f"data.template.{part}"
         if part not in known:
-            yield problem("config.unknown_key", key, candidates=nearest(part, known))
+            yield Problem("config.unknown_key", key, candidates=nearest(part, known))
         elif text is not None:
             yield from _syntax(key, text)
     filled = {part for part, text in template.items() if text is not None}
     used = "template" in (config.format, *config.formats.values())
     if used and not ({"prompt", "completion"} <= filled or "text" in filled):
-        yield problem("config.empty_template", "data.template")
+        yield Problem("config.empty_template", "data.template")
 
 
 def _syntax(key: str, text: Any) -> Iterator[Problem]:
     try:
         compile_template(str(text))
     except TemplateError as error:
-        yield problem("config.no_template", key, error=error.message)
+        yield Problem("config.no_template", key, error=error.message)

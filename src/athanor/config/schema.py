@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from athanor.errors import Problem, problem
+from athanor.errors import Problem
 
 METHODS = ("lora", "dora", "full")
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "lion", "muon")
@@ -170,19 +170,18 @@ def register() -> None:
     ConfigStore.instance().store(group="schema", name="athanor", node=Config, package="_global_")
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A condition on the values of some keys; null fulfils it, where a key may be null."""
+def rule(
+    code: str, keys: tuple[str, ...], holds: Callable[[Any], bool], **facts: Any
+) -> Callable[[dict[str, Any]], list[Problem]]:
+    """Return a check of values by key: a problem for each of `keys` that breaks it and is not null.
 
-    code: str
-    keys: tuple[str, ...]
-    holds: Callable[[Any], bool]
-    facts: dict[str, Any]
-
-
-def rule(code: str, keys: tuple[str, ...], holds: Callable[[Any], bool], **facts: Any) -> Rule:
-    """Return a rule; `facts` are those of its message, besides the value."""
-    return Rule(code, keys, holds, facts)
+    `facts` are those of its message, besides the value.
+    """
+    return lambda values: [
+        Problem(code, key, value=values[key], **facts)
+        for key in keys
+        if values.get(key) is not None and not holds(values[key])
+    ]
 
 
 def keys_ending(section: str, *suffixes: str) -> tuple[str, ...]:
@@ -267,29 +266,23 @@ RULES = (
 
 
 def impossible_values(values: dict[str, Any]) -> Iterator[Problem]:
-    """Yield a problem for each value that has the right type and breaks a rule.
+    """Yield a problem for each value that breaks a rule, and for values that cannot go together.
 
     `values` maps dotted keys to values of the right type; keys without a value are skipped.
     """
-    for rule in RULES:
-        for key in rule.keys:
-            if (value := values.get(key)) is not None and not rule.holds(value):
-                yield Problem(rule.code, key, rule.facts | {"value": value})
-
-
-def conflicts(values: dict[str, Any]) -> Iterator[Problem]:
-    """Yield a problem for each pair of values that cannot go together."""
+    for check in RULES:
+        yield from check(values)
     share = values.get("data.valid_size", 0) + values.get("data.test_size", 0)
     if share >= 1:
-        yield problem("config.no_rows_left", "data.valid_size", share=share)
+        yield Problem("config.no_rows_left", "data.valid_size", share=share)
     name = values.get("fuse.registered_model_name")
     if name is not None and values.get("fuse.log_model") is False:
-        yield problem("config.name_without_model", "fuse.log_model", name=name)
+        yield Problem("config.name_without_model", "fuse.log_model", name=name)
     if values.get("train.end_token") == "train" and values.get("train.method", "lora") != "lora":
-        yield problem("config.end_needs_lora", "train.end_token", method=values["train.method"])
+        yield Problem("config.end_needs_lora", "train.end_token", method=values["train.method"])
     if {"train.iters", "train.epochs"} <= values.keys():
         iters, epochs = values["train.iters"], values["train.epochs"]
         if iters is None and epochs is None:
-            yield problem("config.no_length", "train.epochs")
+            yield Problem("config.no_length", "train.epochs")
         elif iters is not None and epochs is not None:
-            yield problem("config.two_lengths", "train.epochs", iters=iters, epochs=epochs)
+            yield Problem("config.two_lengths", "train.epochs", iters=iters, epochs=epochs)

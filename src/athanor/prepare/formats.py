@@ -91,7 +91,7 @@ class Formats:
     """The ways from records to rows, as data's configuration chooses them."""
 
     def __init__(self, config: DataConfig, labels: list[str]) -> None:
-        """Prepare for rows with these labels; `format_misfits` has checked the templates."""
+        """Prepare for rows with these labels; the configuration's check has seen the templates."""
         self.config = config
         self.labels = labels
         self._label_prompt = compile_template(config.label_prompt)

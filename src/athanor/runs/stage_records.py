@@ -99,14 +99,14 @@ def record_test(
     """Add the results of a test, written to `out`, to the run of a training.
 
     Args:
-        answers: the answers as columns of a table; empty where no question was asked.
+        answers: the answers as columns of a table, without rows where no question was asked.
         confusion: the confusion matrix as CSV, None without labels.
         iteration: the iteration of the tested adapters.
         once: record only the metrics without a value at that iteration.
     """
     run.log_metrics(iteration, metrics, once=once)
     run.log_artifact(out / "predictions.jsonl", "test")
-    if answers:
+    if any(answers.values()):
         run.log_table(answers, "test/answers.json")
     if confusion is not None:
         run.log_artifact(out / "labels.csv", "test")

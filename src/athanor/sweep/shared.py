@@ -70,8 +70,7 @@ def load_shared(folder: Path) -> Shared:
     if path.exists():
         outcomes = msgspec.convert(files.read_json(path), dict[str, Outcome])
     else:
-        for split in TESTED_SPLITS:
-            warn_of_rows_without_targets(base.workspace, split, len(rows[split]), tokens[split])
+        warn_of_rows_without_targets(base.workspace, rows, tokens)
         forward = Forward(model, frozen.parts)
         outcomes = examine(cfg, model, tokenizer, splits, "base", forward)
         files.write_json(path, msgspec.to_builtins(outcomes))

@@ -45,8 +45,7 @@ def main() -> None:
     ) as run:
         model, tokenizer = base.load()
         tokens = {split: base.tokens(rows[split], tokenizer, cfg) for split in rows}
-        for split in rows:
-            warn_of_rows_without_targets(workspace, split, len(rows[split]), tokens[split])
+        warn_of_rows_without_targets(workspace, rows, tokens)
         trainer = fit(
             cfg,
             base,

@@ -20,11 +20,7 @@ WINDOW = 256
 
 @dataclass(frozen=True)
 class Batch:
-    """One iteration's rows.
-
-    `numbers` are those of its rows, of all ranks; `rows` is this rank's share; `tokens` counts the
-    supervised tokens of all ranks.
-    """
+    """One iteration's rows, their numbers, and the count of their supervised tokens."""
 
     numbers: list[int]
     rows: list[TokenizedText]
@@ -32,14 +28,11 @@ class Batch:
 
 
 class Batches:
-    """The batches of a training by iteration, from 1; in a group of processes one rank's share."""
+    """The batches of a training by iteration, from 1."""
 
-    def __init__(
-        self, rows: list[TokenizedText], batch_size: int, seed: int, rank: int = 0, size: int = 1
-    ) -> None:
+    def __init__(self, rows: list[TokenizedText], batch_size: int, seed: int) -> None:
         self.rows = rows
         self.per_epoch = -(-len(rows) // batch_size)
-        self._rank, self._size = rank, size
         lengths = [len(row) for row in rows]
         # An epoch's batches are looked up in each of its iterations.
         self._epoch = lru_cache(2)(lambda epoch: plan_epoch(lengths, batch_size, seed, epoch))
@@ -47,9 +40,8 @@ class Batches:
     def __call__(self, iteration: int) -> Batch:
         epoch, position = divmod(iteration - 1, self.per_epoch)
         numbers = self._epoch(epoch)[position]
-        mine = numbers[self._rank :: self._size]
-        tokens = sum(sum(self.rows[i].supervised[1:]) for i in numbers)
-        return Batch(numbers, [self.rows[i] for i in mine], tokens)
+        rows = [self.rows[number] for number in numbers]
+        return Batch(numbers, rows, sum(sum(row.supervised[1:]) for row in rows))
 
 
 def plan_epoch(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

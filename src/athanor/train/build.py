@@ -47,10 +47,9 @@ def build_trainer(
     for split, split_rows in (("train", rows), ("valid", valid)):
         if not split_rows:
             raise UserError("train.no_targets", split=split, length=train.max_seq_length)
-    world = mx.distributed.init()
-    if world.size() > 1:
-        raise UserError("train.several_processes", count=world.size())
-    batches = Batches(rows, train.batch_size, cfg.seed, world.rank(), world.size())
+    if (count := mx.distributed.init().size()) > 1:
+        raise UserError("train.several_processes", count=count)
+    batches = Batches(rows, train.batch_size, cfg.seed)
     plan = TrainingPlan.from_config(cfg, batches.per_epoch)
     if on_cpu():  # loading a model switched it off, and an earlier trial may have switched it on
         compile_kernels(bool(train.compile))

@@ -12,7 +12,7 @@ from athanor.errors import UserError
 from athanor.model.adapters import make_trainable
 from athanor.model.load import count_parameters
 from athanor.paths import Workspace
-from athanor.prepare.result import Prepared
+from athanor.prepare.result import Prepared, Row
 from athanor.train.build import build_trainer
 from athanor.train.checkpoints import Checkpoints, unfinished
 from athanor.train.memory import explain_out_of_memory
@@ -82,16 +82,17 @@ def fit(
 
 
 def warn_of_rows_without_targets(
-    workspace: Workspace, split: str, count: int, tokens: list[TokenizedText]
+    workspace: Workspace, rows: dict[str, list[Row]], tokens: dict[str, list[TokenizedText]]
 ) -> None:
-    """Warn of those of a split's `count` rows that have no token to learn."""
-    lines = {row.line for row in tokens}
-    missing = [f"{workspace.rows(split)}:{i}" for i in range(1, count + 1) if i not in lines]
-    if missing:
-        console.warn(
-            f"{len(missing)} of {count} rows of {split} have no token left to learn and are left "
-            f"out: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
-        )
+    """Warn of the rows of each split in `tokens` that have no token to learn."""
+    for split, texts in tokens.items():
+        lines, count = {text.line for text in texts}, len(rows[split])
+        missing = [f"{workspace.rows(split)}:{i}" for i in range(1, count + 1) if i not in lines]
+        if missing:
+            console.warn(
+                f"{len(missing)} of {count} rows of {split} have no token left to learn and are "
+                f"left out: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
+            )
 
 
 def _announce(cfg: Config, trainer: Trainer, peak: int, log: Callable[[str], None]) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.nn.utils import average_gradients
 from mlx.utils import tree_map, tree_map_with_path
 
 Arrays = dict[str, mx.array]
@@ -69,11 +68,11 @@ class Learner:
         self._packed = self._pack(weights)
         self.weights = self._unpack(self._packed)  # as an update leaves them
         # In place: the compiled update holds on to this tree.
-        self.optimizer.state.update(_named(self.optimizer.state, moments))
+        state = self.optimizer.state
+        state.update(tree_map_with_path(lambda name, _: moments[name], state))
 
     def _applied(self, weights: Any, gradient: Any, scale: mx.array) -> tuple[Any, mx.array]:
-        # The mean over processes times their number is the sum over them.
-        gradient = tree_map(lambda array: array * scale, average_gradients(gradient))
+        gradient = tree_map(lambda array: array * scale, gradient)
         gradient, norm = optim.clip_grad_norm(gradient, self._limit)
         return self.optimizer.apply_gradients(gradient, weights), norm
 
@@ -116,8 +115,3 @@ def packs(weights: Arrays) -> list[list[str]]:
             result.append(pack)
         pack.append(name)
     return result
-
-
-def _named(tree: Any, arrays: Arrays) -> Any:
-    """Return a tree of the same form with the arrays of these names."""
-    return tree_map_with_path(lambda name, _: arrays[name], tree)

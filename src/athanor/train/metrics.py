@@ -30,11 +30,9 @@ class Metrics:
             "tokens_per_second": "{:.0f} tokens/s",
             "peak_memory": "peak {:.2f} GB",
         }
-        shown = [form.format(self.values[key]) for key, form in formats.items() if key in self]
+        values = self.values
+        shown = [form.format(values[key]) for key, form in formats.items() if key in values]
         return f"iteration {self.iteration:>5}  " + "  ".join(shown)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.values
 
 
 def history_csv(history: list[Metrics]) -> str:

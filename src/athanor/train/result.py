@@ -28,7 +28,7 @@ def write_result(cfg: Config, trainer: Trainer, source: Source, out: Path) -> di
             model=trainer.forward.model,
             iteration=iterations[kind],
         )
-    first = next(m.values["val_loss"] for m in state.history if "val_loss" in m)
+    first = next(m.values["val_loss"] for m in state.history if "val_loss" in m.values)
     if keep == "best" and first <= state.best_loss:
         console.warn(
             f"the validation loss never fell below its value before the training ({first:.4f}); "

@@ -70,9 +70,9 @@ class Stopped(KeyboardInterrupt):
 class Trainer:
     """Trains what of a model is trainable.
 
-    The loss of an update is the mean over its supervised tokens, whatever rows, paddings,
-    accumulated batches and processes they came in. Validation is over all of `valid`, before the
-    first iteration, every `steps_per_eval` iterations and at the end.
+    The loss of an update is the mean over its supervised tokens, whatever rows, paddings and
+    accumulated batches they came in. Validation is over all of `valid`, before the first iteration,
+    every `steps_per_eval` iterations and at the end.
 
     Args:
         plan: its numbers.
@@ -96,14 +96,13 @@ class Trainer:
     ) -> None:
         self.plan, self.forward, self.batches, self.valid = plan, forward, batches, valid
         self.checkpoints, self.hooks = checkpoints, hooks or Hooks()
-        self.world = mx.distributed.init()
         self.state = State()
         self.best: Arrays = {}  # the weights after state.best_iteration
         self.dropouts = replace_dropouts(forward.model)
         self.learner = Learner(
             trainable_weights(forward.model), optimizer, plan.max_grad_norm, compile=plan.compile
         )
-        self._next: tuple[Batch, PreparedBatch | None] | None = None
+        self._next: tuple[Batch, PreparedBatch] | None = None
         self._stopwatch = Stopwatch()
         self._saved = 0  # the iteration of the last checkpoint
         self._interrupted: Callable[[], bool] = lambda: False
@@ -168,7 +167,7 @@ class Trainer:
             batch, ready = self._next or self._prepare_batch(iteration)
         self._next = None
         if self.dropouts:
-            seeds = np.random.SeedSequence([plan.seed, iteration, self.world.rank()])
+            seeds = np.random.SeedSequence([plan.seed, iteration, 0])
             keys = mx.random.key(int(seeds.generate_state(1, np.uint32)[0]))
             for dropout, key in zip(
                 self.dropouts, mx.random.split(keys, len(self.dropouts)), strict=True
@@ -176,15 +175,14 @@ class Trainer:
                 dropout.set_key(key)
         learner = self.learner
         with explain_out_of_memory():
-            loss, gradient = self._loss_and_gradient(ready)
+            loss, gradient = self.forward.loss_and_gradient(learner.weights, ready)
             learner.add(gradient)
             del gradient  # an update can have its memory
             state.update_tokens += batch.tokens
             norm = None
             if iteration % plan.grad_accumulation_steps == 0 or iteration == plan.iters:
-                norm = learner.update(mx.array(self.world.size() / state.update_tokens))
+                norm = learner.update(mx.array(1 / state.update_tokens))
                 state.update_tokens = 0
-            loss = mx.distributed.all_sum(loss)
             computed = [learner.weights, learner.optimizer.state, learner.gradient, loss, norm]
             mx.async_eval(computed)
             if iteration < plan.iters:  # while this iteration is computed
@@ -205,16 +203,9 @@ class Trainer:
         if iteration % plan.steps_per_report == 0 or iteration == plan.iters:
             self._report()
 
-    def _prepare_batch(self, iteration: int) -> tuple[Batch, PreparedBatch | None]:
-        """Return the batch of an iteration; its arrays are None where this rank has no row."""
+    def _prepare_batch(self, iteration: int) -> tuple[Batch, PreparedBatch]:
         batch = self.batches(iteration)
-        return batch, self.forward.prepare(batch.rows) if batch.rows else None
-
-    def _loss_and_gradient(self, ready: PreparedBatch | None) -> tuple[mx.array, Arrays]:
-        if ready is None:
-            weights = self.learner.weights
-            return mx.array(0.0), {name: mx.zeros_like(array) for name, array in weights.items()}
-        return self.forward.loss_and_gradient(self.learner.weights, ready)
+        return batch, self.forward.prepare(batch.rows)
 
     def _validate(self) -> None:
         state = self.state
@@ -313,9 +304,7 @@ class Trainer:
         return float(f"{_number(self.learner.optimizer.learning_rate):.7g}")
 
     def _save(self) -> None:
-        if self.checkpoints is None or self.world.rank() != 0:
-            return
-        if self._saved >= self.state.iteration:
+        if self.checkpoints is None or self._saved >= self.state.iteration:
             return
         weights, gradient = self.learner.weights, self.learner.gradient
         if not all(mx.isfinite(array).all().item() for array in weights.values()):
