@@ -61,22 +61,14 @@ def prepare(folder: Path, near: bool) -> Callable[[], int]:
     from athanor.config.values import to_dataclass
     from athanor.prepare.prepare import prepare as stage
 
-    config = to_dataclass(compose_config(REPO / "conf", []).data)
-    config.checks["near_leak"] = "skip" if near else "ignore"
+    overrides = [f"model.path={MODEL}", "train.max_seq_length=2048"]
+    config = to_dataclass(compose_config(REPO / "conf", overrides))
+    config.data.checks["near_leak"] = "skip" if near else "ignore"
 
     def work() -> int:
         with tempfile.TemporaryDirectory() as out:
-            found = stage(
-                folder,
-                Path(out),
-                model_path=str(MODEL),
-                revision=None,
-                config=config,
-                max_seq_length=2048,
-                mask_prompt=True,
-                end_token="auto",
-            )
-        return int(found["rows"]["read"])
+            report = stage(folder, Path(out), config)
+        return int(report["rows"]["read"])
 
     return work
 

@@ -24,7 +24,7 @@ from athanor import files as files_module
 from athanor.chat.load import load_tokenizer
 from athanor.config.compose import compose_config
 from athanor.config.data_check import CHECKS, FIX, SKIP, STOP, WARN
-from athanor.config.schema import DataConfig
+from athanor.config.schema import Config, ModelConfig
 from athanor.config.values import to_dataclass
 from athanor.errors import UserError
 from athanor.paths import SPLITS
@@ -550,11 +550,9 @@ def allowing(action: str) -> list[Any]:
 
 
 @pytest.fixture(scope="session")
-def conf(repo: Path) -> DataConfig:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(repo)
-        found: DataConfig = to_dataclass(compose_config(Path("conf"), []).data)
-        return found
+def conf(repo: Path) -> Config:
+    config: Config = to_dataclass(compose_config(repo / "conf", []))
+    return config
 
 
 @pytest.fixture(scope="session")
@@ -582,7 +580,7 @@ class Shop:
     """Prepares files in a folder of their own."""
 
     folder: Path
-    conf: DataConfig
+    conf: Config
     model: Path
 
     @property
@@ -596,17 +594,14 @@ class Shop:
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
     def prepare(self, limit: int = 512, **changes: Any) -> Object:
-        checks = {**self.conf.checks, **changes.pop("checks", {})}
-        return prepare(
-            self.data,
-            self.folder / "out",
-            model_path=str(self.model),
-            revision=None,
-            config=replace(self.conf, checks=checks, **changes),
-            max_seq_length=limit,
-            mask_prompt=True,
-            end_token="auto",
+        checks = {**self.conf.data.checks, **changes.pop("checks", {})}
+        config = replace(
+            self.conf,
+            model=ModelConfig(str(self.model), None),
+            data=replace(self.conf.data, checks=checks, **changes),
+            train=replace(self.conf.train, max_seq_length=limit),
         )
+        return prepare(self.data, self.folder / "out", config)
 
     def rows(self, name: str) -> list[Any]:
         return files_module.read_jsonl(self.folder / "out" / f"{name}.jsonl")
@@ -616,10 +611,10 @@ class Shop:
 
 
 @pytest.fixture
-def shop(tmp_path: Path, conf: DataConfig, tiny: Path) -> Shop:
-    made = Shop(tmp_path, conf, tiny)
-    made.write({f"{split}.jsonl": table(*map(line, rows)) for split, rows in HELD_OUT.items()})
-    return made
+def shop(tmp_path: Path, conf: Config, tiny: Path) -> Shop:
+    shop = Shop(tmp_path, conf, tiny)
+    shop.write({f"{split}.jsonl": table(*map(line, rows)) for split, rows in HELD_OUT.items()})
+    return shop
 
 
 def prepared(bad: Bad, action: str, shop: Shop, strange: Path) -> Object:
@@ -1159,7 +1154,7 @@ Try = Callable[[str, bytes, dict[str, str]], None]
 
 
 @pytest.fixture(scope="session")
-def through(conf: DataConfig, tiny: Path) -> Try:
+def through(conf: Config, tiny: Path) -> Try:
     """Takes a train file through both passes, beside good rows of all splits."""
     tokenizer = load_tokenizer(tiny)
 
@@ -1167,7 +1162,11 @@ def through(conf: DataConfig, tiny: Path) -> Try:
         return len(tokenizer.encode(text, add_special_tokens=False))
 
     def run(suffix: str, content: bytes, checks: dict[str, str]) -> None:
-        config = replace(conf, checks=checks, min_quality=0.5)
+        config = replace(
+            conf,
+            data=replace(conf.data, checks=checks, min_quality=0.5),
+            train=replace(conf.train, max_seq_length=64),
+        )
         with tempfile.TemporaryDirectory() as name:
             data, out = Path(name, "data"), Path(name, "out")
             out.mkdir()
@@ -1178,18 +1177,10 @@ def through(conf: DataConfig, tiny: Path) -> Try:
             )
             with (out / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
                 findings = Findings(checks, rejected)
-                read, _ = origins.find_files(data, count, config.article_tokens, [])
-                first = FirstPass(
-                    read,
-                    config,
-                    tokenizer,
-                    findings,
-                    max_seq_length=64,
-                    mask_prompt=True,
-                    end=tokenizer.eos_token_id,
-                )
+                read, _ = origins.find_files(data, count, config.data.article_tokens, [])
+                first = FirstPass(read, config, tokenizer, tokenizer.eos_token_id, findings)
                 tally = first.run(out)
-                compare_rows(tally, config, findings, out)
+                compare_rows(tally, config.data, findings, out)
             accounted(tally, findings, out)
 
     return run
@@ -1223,7 +1214,7 @@ def test_any_json(rows: list[Any], whole: bool, through: Try) -> None:
 @fuzzed(12)
 @given(rows=LISTS, content=CONTENTS, suffix=st.sampled_from(origins.SUFFIXES))
 def test_any_folder_is_prepared_or_refused(
-    rows: list[Any], content: bytes, suffix: str, conf: DataConfig, tiny: Path
+    rows: list[Any], content: bytes, suffix: str, conf: Config, tiny: Path
 ) -> None:
     with tempfile.TemporaryDirectory() as name:
         shop = Shop(Path(name), conf, tiny)

@@ -26,16 +26,7 @@ def main() -> None:
     cfg = load_config(sys.argv[1:])
     warn_if_params_differ_from_conf(cfg)
     refuse_model_misfits(cfg, find_model(cfg.model.path, cfg.model.revision))
-    report = prepare(
-        workspace.data,
-        workspace.prepared,
-        model_path=cfg.model.path,
-        revision=cfg.model.revision,
-        config=to_dataclass(cfg.data),
-        max_seq_length=cfg.train.max_seq_length,
-        mask_prompt=cfg.train.mask_prompt,
-        end_token=cfg.train.end_token,
-    )
+    report = prepare(workspace.data, workspace.prepared, to_dataclass(cfg))
     _print_tables(report)
     source, rows = Source.read(workspace.prepared / "model.json"), report["rows"]
     console.print_facts(

@@ -5,12 +5,12 @@ in chunks, so that the tokenizer reads many at a time, in threads of its own.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from athanor.chat import templates
 from athanor.chat.templates import RenderedText
 from athanor.chat.tokens import encode_texts, select_trained_texts
 from athanor.config.data_check import IGNORE
-from athanor.config.schema import DataConfig
+from athanor.config.schema import Config, DataConfig
 from athanor.paths import SPLITS
 from athanor.prepare import characters, near_duplicates
 from athanor.prepare.check_tokens import TokenChecks
@@ -31,7 +31,7 @@ from athanor.prepare.form_rows import RowBuilder, source_of
 from athanor.prepare.formats import Row
 from athanor.prepare.origins import Origin
 from athanor.prepare.records import Record
-from athanor.prepare.tally import CHUNK, COLUMNS, Tally, chunks
+from athanor.prepare.tally import COLUMNS, Tally, chunks
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -49,7 +49,10 @@ BITS = 2**64 - 1
 
 @dataclass(slots=True)
 class Candidate:
-    """A row of the first pass, before its tokens are known."""
+    """A row of the first pass, before its tokens are known.
+
+    `folded` is its question and answer, folded, with BETWEEN between them; `digest` is of that.
+    """
 
     record: Record
     number: int
@@ -57,13 +60,10 @@ class Candidate:
     origin: int
     row: Row
     line: str
-    text: str
-    script: int
     faults: list[Fault]
     split: int
     folded: str
-    folded_digest: int
-    question: str
+    digest: int
     rendered: list[RenderedText] = field(default_factory=list)
 
 
@@ -73,23 +73,19 @@ class FirstPass:
     def __init__(
         self,
         origins: list[Origin],
-        config: DataConfig,
+        cfg: Config,
         tokenizer: "TokenizerWrapper",
-        findings: Findings,
-        *,
-        max_seq_length: int,
-        mask_prompt: bool,
         end: int,
+        findings: Findings,
     ) -> None:
+        """Read the label set; `end` is the token that ends answers."""
         self.origins = origins
-        self.config = config
+        self.config = config = cfg.data
         self.tokenizer = tokenizer
         self.findings = findings
-        self.mask_prompt = mask_prompt
+        self.mask_prompt = cfg.train.mask_prompt
         self.builder = RowBuilder(origins, config, tokenizer, findings.fixes)
-        self.token_checks = TokenChecks(
-            config, tokenizer, max_seq_length=max_seq_length, mask_prompt=mask_prompt, end=end
-        )
+        self.token_checks = TokenChecks(cfg, tokenizer, end)
         self._shares = split_shares(origins, config)
         self._compares = findings.actions["near_leak"] != IGNORE
         self._change = (
@@ -112,10 +108,11 @@ class FirstPass:
                 stack.enter_context((folder / f"{split}.spool").open("w", encoding="utf-8"))
                 for split in SPLITS
             ]
-            task = bar.add_task("read rows", total=sum(origin.lines() for origin in self.origins))
+            lines = [origin.lines() for origin in self.origins]
+            task = bar.add_task("read rows", total=sum(lines))
             # The tokenizer's own threads read some chunks while the next ones are prepared here.
             waiting: deque[tuple[list[Candidate], Future[list[Encoding]]]] = deque()
-            for records in chunks(self._records(lambda lines: bar.advance(task, lines))):
+            for records in chunks(self._records()):
                 candidates = self._render(
                     [candidate for record in records for candidate in self._candidates(*record)]
                 )
@@ -123,6 +120,8 @@ class FirstPass:
                 waiting.append((candidates, pool.submit(encode_texts, texts, self.tokenizer)))
                 if len(waiting) > CHUNKS_AHEAD:
                     rows.append(self._finish(*waiting.popleft(), files))
+                _, index, record = records[-1]
+                bar.update(task, completed=sum(lines[:index]) + record.line)
             while waiting:
                 rows.append(self._finish(*waiting.popleft(), files))
         return Tally(
@@ -135,19 +134,13 @@ class FirstPass:
             self.builder.cleaned,
         )
 
-    def _records(self, on_lines: Callable[[int], None]) -> Iterator[tuple[int, int, Record]]:
+    def _records(self) -> Iterator[tuple[int, int, Record]]:
         """Yield each record with its number and its origin's."""
-        number = 0
+        numbers = count()
         for index, origin in enumerate(self.origins):
-            line = 0
             for record in origin.read(self.findings.fixes):
-                if record.line - line >= CHUNK:
-                    on_lines(record.line - line)
-                    line = record.line
-                yield number, index, record
-                number += 1
-            self._read[index] = number - sum(self._read[:index])
-            on_lines(max(origin.lines() - line, 0))
+                self._read[index] += 1
+                yield next(numbers), index, record
 
     def _candidates(self, number: int, origin: int, record: Record) -> Iterator[Candidate]:
         """Yield the row of a record, and its augmented copies; nothing if it is rejected."""
@@ -172,26 +165,11 @@ class FirstPass:
         self, number: int, origin: int, record: Record, row: Row, faults: list[Fault]
     ) -> Candidate:
         line = self.builder.encode(row, record, faults)
-        question, answer = row.question(), row.answer()
-        folded_question = near_duplicates.fold(question)
-        folded = f"{folded_question}{BETWEEN}{near_duplicates.fold(answer)}"
+        folded = BETWEEN.join(map(near_duplicates.fold, (row.question(), row.answer())))
         digest = near_duplicates.digest(folded)
         split = self.origins[origin].split or near_duplicates.split_of(digest, self._shares)
-        return Candidate(
-            record,
-            number,
-            False,
-            origin,
-            row,
-            line,
-            "\n".join(row.texts()),
-            characters.NAMES.index(characters.script(question + answer)),
-            faults,
-            SPLITS.index(split),
-            folded,
-            digest,
-            folded_question,
-        )
+        place = SPLITS.index(split)
+        return Candidate(record, number, False, origin, row, line, faults, place, folded, digest)
 
     def _augment(self, candidate: Candidate) -> Iterator[Candidate]:
         """Yield copies of a row with synonyms in its question, each different from the others."""
@@ -209,7 +187,9 @@ class FirstPass:
 
     def _render(self, candidates: list[Candidate]) -> list[Candidate]:
         """Return the candidates that the chat template accepts, with their texts."""
-        written = templates.render_rows([made.row.value for made in candidates], self.tokenizer)
+        written = templates.render_rows(
+            [candidate.row.value for candidate in candidates], self.tokenizer
+        )
         accepted = []
         for candidate, rendered in zip(candidates, written, strict=True):
             if isinstance(rendered, Exception):
@@ -237,13 +217,14 @@ class FirstPass:
         lines: list[list[str]] = [[] for _ in files]
         encodings = iter(encoded.result())
         for candidate in candidates:
-            rendered, faults = candidate.rendered, candidate.faults
+            row, rendered, faults = candidate.row, candidate.rendered, candidate.faults
             lengths = self.token_checks.check(
-                candidate.row.value, rendered, list(islice(encodings, len(rendered))), faults
+                row.value, rendered, list(islice(encodings, len(rendered))), faults
             )
-            self.token_checks.check_spelling(candidate.text, faults)
+            self.token_checks.check_spelling("\n".join(row.texts()), faults)
             if not self._passes(candidate, faults):
                 continue
+            question, _, _ = candidate.folded.partition(BETWEEN)
             folded = candidate.folded if self._compares else ""
             lines[candidate.split].append(f"{folded}\t{candidate.line}\n")
             rows.append(
@@ -254,12 +235,12 @@ class FirstPass:
                     candidate.record.line,
                     candidate.split,
                     *lengths,
-                    candidate.script,
-                    _number_of(candidate.row.value.get("label"), self._labels),
+                    characters.NAMES.index(characters.script(row.question() + row.answer())),
+                    _number_of(row.value.get("label"), self._labels),
                     _number_of(source_of(candidate.record.value), self._sources),
                     hash(candidate.line) & BITS,
-                    candidate.folded_digest,
-                    hash(candidate.question) & BITS if candidate.question else 0,
+                    candidate.digest,
+                    hash(question) & BITS if question else 0,
                 )
             )
         for file, of_split in zip(files, lines, strict=True):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from athanor.chat.templates import RenderedText
 from athanor.chat.tokens import appends_end_token, supervise
 from athanor.compute.arrays import TokenizedText
-from athanor.config.schema import DataConfig
+from athanor.config.schema import Config
 from athanor.prepare.characters import Spelling
 from athanor.prepare.checks import Fault
 
@@ -17,21 +17,13 @@ if TYPE_CHECKING:
 class TokenChecks:
     """The checks of rows that are tokenized; `spelling` collects characters without a token."""
 
-    def __init__(
-        self,
-        config: DataConfig,
-        tokenizer: "TokenizerWrapper",
-        *,
-        max_seq_length: int,
-        mask_prompt: bool,
-        end: int,
-    ) -> None:
-        """Prepare for rows that are trained on with these settings; `end` ends answers."""
+    def __init__(self, cfg: Config, tokenizer: "TokenizerWrapper", end: int) -> None:
+        """Prepare for rows that are trained on with this config; `end` ends answers."""
         self.spelling = Spelling(tokenizer)
-        self._spelled_share = config.spelled_share
+        self._spelled_share = cfg.data.spelled_share
         self._tokenizer = tokenizer
-        self._limit = max_seq_length
-        self._mask_prompt = mask_prompt
+        self._limit = cfg.train.max_seq_length
+        self._mask_prompt = cfg.train.mask_prompt
         self._end = end
         self._ends = tuple(tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids)))
         self._closes = appends_end_token(tokenizer)
@@ -48,9 +40,8 @@ class TokenChecks:
         Tokens and cut tokens are those of its longest text. Adds what is wrong to `faults`.
         """
         limit, whole = self._limit, rendered[-1]
-        if (
-            whole.answer_starts is None
-        ):  # what `supervise` would return, without a list for each text
+        if whole.answer_starts is None:
+            # The same as of `supervise`, without a list for each text.
             closed = self._closes or whole.text.endswith(self._ends)
             length = len(encodings[-1]) + (not closed)
             supervised, end_cut = max(min(length, limit) - 1, 0), False
@@ -67,22 +58,20 @@ class TokenChecks:
             end_cut = any(behind > limit for _, behind in spans)
             self._check_turns(value, texts, faults)
         cut = max(length - limit, 0)
-        if not supervised and cut:
-            text = f"no complete answer in the first {limit} of {length} tokens"
+        if not supervised:
+            text = "none of its tokens is supervised"
+            if cut:
+                text = f"no complete answer in the first {limit} of {length} tokens"
             faults.append(Fault("nothing_to_learn", text))
-        elif not supervised:
-            faults.append(Fault("nothing_to_learn", "none of its tokens is supervised"))
-        elif end_cut:
-            text = f"{cut} of {length} tokens are cut, with the end of an answer"
-            faults.append(Fault("end_cut", text))
         elif cut:
-            faults.append(Fault("too_long", f"{cut} of {length} tokens are cut"))
+            text = f"{cut} of {length} tokens are cut" + ", with the end of an answer" * end_cut
+            faults.append(Fault("end_cut" if end_cut else "too_long", text))
         return length, supervised, cut, end_cut
 
     def check_spelling(self, text: str, faults: list[Fault]) -> None:
         """Add a fault where a large share of a text's characters takes several tokens each."""
         if spelled := self.spelling.spelled(text):
-            self.spelling.rows.update(spelled)
+            self.spelling.rows.update(sorted(spelled))  # equal runs write equal reports
             share = sum(map(text.count, spelled)) / len(text)
             if share > self._spelled_share:
                 shown = "".join(sorted(spelled)[:10])

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,14 +22,6 @@ class Fault(Exception):
         self.text = text
 
 
-@dataclass(frozen=True)
-class Example:
-    """A row that failed a check."""
-
-    where: str
-    text: str
-
-
 class Findings:
     """The faults of a run, counted; rows that are left out are written to `rejected`."""
 
@@ -39,7 +30,7 @@ class Findings:
         self.fixes = frozenset(name for name, action in actions.items() if action == FIX)
         self.rejecting = frozenset(n for n, action in actions.items() if action in (STOP, SKIP))
         self.counts: Counter[str] = Counter()
-        self.examples: defaultdict[str, list[Example]] = defaultdict(list)
+        self.examples: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
         self.rejected = 0
         self._file = rejected
 
@@ -48,7 +39,7 @@ class Findings:
         self.counts[name] += 1
         if len(self.examples[name]) < NAMED:
             shown = text.encode(errors="backslashreplace").decode()
-            self.examples[name].append(Example(where, shown))
+            self.examples[name].append({"where": where, "text": shown})
 
     def passes(self, where: str, faults: list[Fault], row: Any, *, lost: bool = False) -> bool:
         """Count a row's faults; return False, and write the row to rejected.jsonl, if it is out.
@@ -78,7 +69,7 @@ class Findings:
         lines = []
         for name in checks:
             shown = self.examples[name]
-            lines += [f"{example.where}: {name}: {example.text}" for example in shown]
+            lines += [f"{example['where']}: {name}: {example['text']}" for example in shown]
             if more := self.counts[name] - len(shown):
                 lines.append(f"… and {more:,} more of {name}")
         problems = console.counted(sum(self.counts[name] for name in checks), "problem")

@@ -17,6 +17,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from athanor.prepare.tally import chunks
+
 GRAM = 3
 # 32 bands of 4, two of which must be shared: one in 600 pairs of similarity 0.7 is missed.
 BANDS, ROWS, SHARED = 32, 4, 2
@@ -33,6 +35,7 @@ SAMPLE = 10_000
 PAIRS = 1 << 16
 # Punctuation that distinguishes things: C# from C, -5 from 5, foo_bar from foobar.
 DISTINCTIVE = "#%&*/@_\\-"
+BMP = range(0x10000)
 # Stands for the ! of "if (!x)", which ends no sentence.
 NOT = "\ue000"
 
@@ -40,16 +43,15 @@ NOT = "\ue000"
 @lru_cache(maxsize=1)
 def _patterns() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
     """Return patterns of a distinctive !, of space between words, and of dropped characters."""
+    categories = ((character, unicodedata.category(character)) for character in map(chr, BMP))
     dropped = [
-        chr(code)
-        for code in range(0x10000)
-        if unicodedata.category(chr(code))[0] in "PZ"
-        or unicodedata.category(chr(code)) in ("Cc", "Cf")
+        re.escape(character)
+        for character, category in categories
+        if (category[0] in "PZ" or category in ("Cc", "Cf")) and character not in DISTINCTIVE
     ]
-    dropped = [character for character in dropped if character not in DISTINCTIVE]
-    both = "".join(map(re.escape, dropped))
-    white = "".join(re.escape(character) for character in dropped if character.isspace())
-    marks = "".join(re.escape(character) for character in dropped if not character.isspace())
+    both = "".join(dropped)
+    white = "".join(character for character in dropped if character[-1].isspace())
+    marks = "".join(character for character in dropped if not character[-1].isspace())
     return (
         re.compile(r"!(?=[a-z0-9(=])"),
         re.compile(rf"(?<=[a-z0-9])[{marks}]*[{white}][{both}]*(?=[a-z0-9])"),
@@ -68,8 +70,6 @@ def fold(text: str) -> str:
     if "!" in text:
         text = negation.sub(NOT, text)
     folded = dropped.sub("", between_words.sub(" ", text))
-    if not folded.isascii():  # an accent may stand behind another letter than before
-        folded = unicodedata.normalize("NFKC", folded)
     return (folded or " ".join(text.split())).replace(NOT, "!")
 
 
@@ -108,9 +108,7 @@ class NearIndex:
         self.texts = texts
         self.similarity = similarity
         self._common = common
-        parts = [
-            self._minima_of(texts[start : start + 1000]) for start in range(0, len(texts), 1000)
-        ]
+        parts = [self._minima_of(chunk) for chunk in chunks(texts)]
         self._minima = np.concatenate(parts)
         keys = np.concatenate([_band_keys(part) for part in parts])
         self._order = np.argsort(keys.T, axis=1, kind="stable").astype(np.int32)
@@ -163,7 +161,15 @@ class NearIndex:
         return best
 
     def _minima_of(self, texts: list[str]) -> np.ndarray:
-        return _minima([self._grams(text) for text in texts])
+        """Return the MinHash signatures of texts, uint32 [texts, BANDS * ROWS]."""
+        from datasketch import MinHash
+
+        sets = (self._grams(text) for text in texts)
+        hashed = (
+            (grams * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)).tolist() for grams in sets
+        )
+        signatures = MinHash.generator(hashed, num_perm=BANDS * ROWS, hashfunc=int)
+        return np.stack([signature.hashvalues for signature in signatures])
 
     def _grams(self, text: str) -> np.ndarray:
         """Return the trigrams of a text that count; all of them, if none does."""
@@ -193,15 +199,6 @@ def _grams(text: str) -> np.ndarray:
 def _jaccard(grams: np.ndarray, others: np.ndarray) -> float:
     shared = len(np.intersect1d(grams, others, assume_unique=True))
     return float(shared / (len(grams) + len(others) - shared))
-
-
-def _minima(sets: list[np.ndarray]) -> np.ndarray:
-    """Return the MinHash signatures of sets of trigrams, uint32 [sets, BANDS * ROWS]."""
-    from datasketch import MinHash
-
-    hashed = ((grams * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)).tolist() for grams in sets)
-    signatures = MinHash.generator(hashed, num_perm=BANDS * ROWS, hashfunc=int)
-    return np.stack([signature.hashvalues for signature in signatures])
 
 
 def _band_keys(minima: np.ndarray) -> np.ndarray:

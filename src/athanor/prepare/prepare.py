@@ -8,7 +8,7 @@ from typing import Any
 from athanor import console, files, switches
 from athanor.chat.contract import FAULT, NOTE, resolve_contract
 from athanor.chat.load import load_tokenizer
-from athanor.config.schema import DataConfig
+from athanor.config.schema import Config
 from athanor.errors import UserError
 from athanor.model.source import resolve_source
 from athanor.paths import SPLITS
@@ -20,26 +20,19 @@ from athanor.prepare.report import build_report, lengths_csv, mark_samples, metr
 from athanor.prepare.report_page import page
 
 
-def prepare(
-    data: Path,
-    out: Path,
-    *,
-    model_path: str,
-    revision: str | None,
-    config: DataConfig,
-    max_seq_length: int,
-    mask_prompt: bool,
-    end_token: str,
-) -> dict[str, Any]:
+def prepare(data: Path, out: Path, cfg: Config) -> dict[str, Any]:
     """Check the rows of `data`, find the model, write both to `out`, and return the report.
+
+    `cfg` has plain values, as from `to_dataclass`: OmegaConf's look-ups are too slow for each row.
 
     Raises:
         UserError: for faults that stop, and a model that can't be found or opened.
     """
     switches.parallel_tokenizers()
-    source = resolve_source(model_path, revision)
+    config = cfg.data
+    source = resolve_source(cfg.model.path, cfg.model.revision)
     tokenizer = load_tokenizer(source.folder())
-    contract = resolve_contract(source.folder(), tokenizer, end_token)
+    contract = resolve_contract(source.folder(), tokenizer, cfg.train.end_token)
     for finding in contract.findings(NOTE, FAULT):
         console.warn(f"{finding.about}: {finding.text}")
 
@@ -67,27 +60,13 @@ def prepare(
         folder = Path(name)
         findings = Findings(dict(config.checks), reasons)
         _note_files(origins, skipped, findings)
-        first = FirstPass(
-            origins,
-            config,
-            tokenizer,
-            findings,
-            max_seq_length=max_seq_length,
-            mask_prompt=mask_prompt,
-            end=contract.end,
-        )
+        first = FirstPass(origins, cfg, tokenizer, contract.end, findings)
         tally = first.run(folder)
         findings.stop(rejected)
         compare_rows(tally, config, findings, folder)
         findings.stop(rejected)
-        report = build_report(
-            tally,
-            findings,
-            first.token_checks.spelling,
-            model=model_path,
-            max_seq_length=max_seq_length,
-            samples=mark_samples(folder, tally, tokenizer, mask_prompt, contract.end),
-        )
+        samples = mark_samples(folder, tally, tokenizer, cfg.train.mask_prompt, contract.end)
+        report = build_report(cfg, tally, findings, first.token_checks.spelling, samples)
         files.write_json(out / "report.json", report)
         files.write_text(out / "report.html", page(report))
         for split in SPLITS:

@@ -11,6 +11,7 @@ import numpy as np
 from athanor import files
 from athanor.chat.tokens import mark_supervised
 from athanor.config.data_check import CHECKS
+from athanor.config.schema import Config
 from athanor.paths import SPLITS
 from athanor.prepare import characters
 from athanor.prepare.checks import Findings
@@ -27,12 +28,10 @@ MOST_NAMED = 100
 
 
 def build_report(
+    cfg: Config,
     tally: Tally,
     findings: Findings,
     spelling: characters.Spelling,
-    *,
-    model: str,
-    max_seq_length: int,
     samples: dict[str, list[dict[str, Any]]],
 ) -> dict[str, Any]:
     """Return the counts of rows, checks and characters as values for JSON; lengths in tokens."""
@@ -40,8 +39,8 @@ def build_report(
     kept = np.bincount(rows["origin"][~rows["augmented"]], minlength=len(tally.origins))
     edges = _edges(rows["tokens"])
     return {
-        "model": model,
-        "max_seq_length": max_seq_length,
+        "model": cfg.model.path,
+        "max_seq_length": cfg.train.max_seq_length,
         "rows": {
             "read": sum(tally.read),
             "kept": int(kept.sum()),
@@ -58,8 +57,7 @@ def build_report(
             for i, origin in enumerate(tally.origins)
         ],
         "splits": {
-            split: _split(rows[rows["split"] == i], tally, max_seq_length, edges)
-            for i, split in enumerate(SPLITS)
+            split: _split(rows[rows["split"] == i], tally, edges) for i, split in enumerate(SPLITS)
         },
         "checks": _checks(findings),
         "spelled": [
@@ -118,9 +116,7 @@ def _edges(lengths: np.ndarray) -> np.ndarray:
     return np.arange(0, longest + width + 1, width)
 
 
-def _split(
-    rows: np.ndarray, tally: Tally, max_seq_length: int, edges: np.ndarray
-) -> dict[str, Any]:
+def _split(rows: np.ndarray, tally: Tally, edges: np.ndarray) -> dict[str, Any]:
     tokens = rows["tokens"]
     histogram, _ = np.histogram(tokens, edges)
     return {
@@ -168,10 +164,7 @@ def _checks(findings: Findings) -> list[dict[str, Any]]:
             "action": findings.actions[name],
             "rows": count,
             "says": CHECKS[name][0],
-            "examples": [
-                {"where": example.where, "text": example.text}
-                for example in findings.examples[name]
-            ],
+            "examples": findings.examples[name],
         }
         for name, count in findings.counts.items()
     ]

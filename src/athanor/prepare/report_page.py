@@ -4,11 +4,13 @@ The page loads nothing: no script, no font and no picture from elsewhere. Rows a
 everything is escaped, and the page's own policy forbids scripts as well.
 """
 
+from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from math import ceil
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from athanor import console
 from athanor.pages.render import render_page
@@ -75,16 +77,15 @@ def _total(splits: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _group(counts: dict[str, dict[str, int]]) -> dict[str, Any] | None:
     """Return counts by split, with the same names in the same order, the largest first."""
-    totals: dict[str, int] = {}
+    totals: Counter[str] = Counter()
     for by_name in counts.values():
-        for name, rows in by_name.items():
-            totals[name] = totals.get(name, 0) + rows
+        totals.update(by_name)
     if not totals:
         return None
     names = sorted(totals, key=lambda name: (-totals[name], name))
     named, others = names[:LARGEST], names[LARGEST:]
     splits = {}
-    longest = 0.0
+    shares = [0.0]
     for split, by_name in counts.items():
         bars = [(name, by_name.get(name, 0), False) for name in named]
         if others:
@@ -92,8 +93,8 @@ def _group(counts: dict[str, dict[str, int]]) -> dict[str, Any] | None:
             bars.append((f"others ({len(others):,})", rest, True))
         whole = sum(by_name.values())
         splits[split] = {"bars": bars, "rows": whole}
-        longest = max([longest] + [rows / whole for _, rows, _ in bars if whole])
-    return {"splits": splits, "longest": longest}
+        shares += [rows / whole for _, rows, _ in bars if whole]
+    return {"splits": splits, "longest": max(shares)}
 
 
 def _plot(splits: dict[str, Any], limit: int) -> dict[str, Any] | None:
@@ -114,15 +115,12 @@ def _plot(splits: dict[str, Any], limit: int) -> dict[str, Any] | None:
     steps = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
     top = next((step for step in steps if highest <= step), 1.0)
     step = ceil(len(bins) / 5)
-    at = None
-    for number, (low, high) in enumerate(pairwise(edges)):
-        if low <= limit <= high:
-            at = (number + (limit - low) / (high - low)) / len(bins)
-            break
     return {
         "splits": {name: [share / top for share in bars] for name, bars in shares.items()},
         "bins": bins,
         "top": top,
         "ticks": [(i / len(bins), edges[i]) for i in range(0, len(edges), step)],
-        "limit": at,
+        "limit": np.interp(limit, edges, range(len(edges))) / len(bins)
+        if limit <= edges[-1]
+        else None,
     }
