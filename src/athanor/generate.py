@@ -13,6 +13,7 @@ import sys
 
 from athanor import console, files
 from athanor.config.compose import load_config
+from athanor.config.schema import Config
 from athanor.errors import UserError
 from athanor.model.source import Source
 from athanor.paths import Workspace
@@ -57,16 +58,8 @@ def read_base(workspace: Workspace) -> Source:
     return source
 
 
-def ask(
-    questions: list[str],
-    system: str | None,
-    *,
-    batch_size: int,
-    max_tokens: int,
-    temp: float,
-    seed: int,
-) -> list[dict[str, tuple[str, bool]]]:
-    """Return the answers of "base" and "tuned" to each question, and whether they stopped.
+def ask(questions: list[str], system: str | None, cfg: Config) -> dict[str, list[tuple[str, bool]]]:
+    """Return the answers of "base" and "tuned" to the questions, and whether each stopped.
 
     Raises:
         UserError: where a model, its adapters, or a chat template for `system` is missing.
@@ -93,22 +86,23 @@ def ask(
     except Exception as error:  # chat templates raise what they like
         raise UserError("generate.cannot_ask", model=source.path, error=error) from error
 
-    by_question: list[dict[str, tuple[str, bool]]] = [{} for _ in questions]
+    answers = {}
     for name in ("base", "tuned"):
         if name == "tuned":
             load_adapters(model, workspace.trained / "adapters")
-        answers = generate_answers(
+        generated = generate_answers(
             model,
             tokenizer,
             prompts,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            temp=temp,
-            seed=seed,
+            batch_size=cfg.test.batch_size,
+            max_tokens=cfg.test.max_tokens,
+            temp=cfg.test.temp,
+            seed=cfg.seed,
         )
-        for by_model, answer in zip(by_question, answers, strict=True):
-            by_model[name] = (templates.decode_answer(answer.ids, tokenizer), answer.stopped)
-    return by_question
+        answers[name] = [
+            (templates.decode_answer(answer.ids, tokenizer), answer.stopped) for answer in generated
+        ]
+    return answers
 
 
 def main() -> None:
@@ -128,17 +122,11 @@ def main() -> None:
     # As overrides they are checked like all values.
     overrides = {key: getattr(options, name) for name, key in of_test.items()}
     cfg = load_config([f"{key}={value}" for key, value in overrides.items() if value is not None])
-    by_question = ask(
-        questions,
-        options.system,
-        batch_size=cfg.test.batch_size,
-        max_tokens=cfg.test.max_tokens,
-        temp=cfg.test.temp,
-        seed=cfg.seed,
-    )
-    for question, by_model in zip(questions, by_question, strict=True):
+    answers = ask(questions, options.system, cfg)
+    for place, question in enumerate(questions):
         lines = [question]
-        for name, (text, stopped) in by_model.items():
+        for name, replies in answers.items():
+            text, stopped = replies[place]
             end = "stopped" if stopped else f"cut off after {cfg.test.max_tokens} tokens"
             lines.append(f"  {name + ':':6} {text}  ({end})")
         console.out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

@@ -25,8 +25,7 @@ from athanor.chat.load import load_tokenizer, load_with_tokenizer
 from athanor.compute import evaluation
 from athanor.fuse.export_gguf import write_gguf
 from athanor.model.gguf_architecture import architecture_fields
-from athanor.model.gguf_fields import gguf_fields
-from athanor.model.gguf_tokenizer import PRE_TOKENIZERS
+from athanor.model.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_fields
 from support.llama import Llama
 from support.prompts import PROMPTS
 from support.refused import refused
@@ -559,7 +558,7 @@ def test_merges_that_are_not_sentence_pieces_are_refused(tmp_path: Path) -> None
     config = {**SHAPE, "model_type": "llama", "vocab_size": 2000}
     files.write_json(tmp_path / "config.json", config)
     with refused("model.gguf_merge_missing", left=left, right=right):
-        gguf_fields(config, load_tokenizer(tmp_path), [2])
+        tokenizer_fields(load_tokenizer(tmp_path), config, [2])
 
 
 def test_a_tensor_without_a_name_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:

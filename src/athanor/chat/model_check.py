@@ -15,14 +15,16 @@ def refuse_model_misfits(config: Config, folder: Path) -> None:
         ConfigError: with all problems.
     """
     from athanor.chat.load import load_tokenizer
-    from athanor.model.gguf_fields import gguf_fields
+    from athanor.model.gguf_architecture import architecture_fields
+    from athanor.model.gguf_tokenizer import tokenizer_fields
 
     model = read_config(folder)
     problems = list(training_misfits(model, config.train))
     if config.fuse.gguf is not None:
         tokenizer = load_tokenizer(folder)
         try:
-            gguf_fields(model, tokenizer, sorted(tokenizer.eos_token_ids))
+            architecture_fields(model)
+            tokenizer_fields(tokenizer, model, sorted(tokenizer.eos_token_ids))
         except UserError as error:
             problems.append(Problem("chat.no_gguf", "fuse.gguf", reason=error))
     if problems:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 WHEEL = "wheel"
-# The logical processors of one's core.
+# The logical processors on the same core as this one.
 SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 # What openblas_get_parallel returns for a library built with OpenMP.
 OPENMP = 2
@@ -44,7 +44,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def physical_cores() -> int:
-    """Count the physical cores this process may use, or its logical ones where none are told."""
+    """Count the physical cores this process may use, or its logical ones where they are unknown."""
     if sys.platform != "linux":
         return os.cpu_count() or 1
     cpus = os.sched_getaffinity(0)

@@ -92,23 +92,17 @@ def find_damage(changes: list[WeightChange]) -> UserError | None:
     damaged = [change for change in changes if change.is_damaged]
     if not damaged:
         return None
-    worst = max(damaged, key=lambda change: change.share_lost)
+    count = len(damaged)
     if all(change.is_unchanged for change in damaged):
         trained = sum(change.storable > 0.5 for change in changes)
         return UserError(
-            "fuse.adapters_missing", count=len(damaged), trained=trained, name=worst.name
+            "fuse.adapters_missing", count=count, trained=trained, name=damaged[0].name
         )
+    worst = max(damaged, key=lambda change: change.share_lost)
+    facts = {"count": count, "total": len(changes), "name": worst.name}
     if not worst.wanted:
-        return UserError(
-            "fuse.untrained_weight_differs", count=len(damaged), total=len(changes), name=worst.name
-        )
-    return UserError(
-        "fuse.weights_differ",
-        count=len(damaged),
-        total=len(changes),
-        name=worst.name,
-        share=worst.share_lost,
-    )
+        return UserError("fuse.untrained_weight_differs", **facts)
+    return UserError("fuse.weights_differ", share=worst.share_lost, **facts)
 
 
 def explain_rounding(changes: list[WeightChange]) -> UserError:

@@ -5,7 +5,7 @@ writes a `.gguf` with weights, tokenizer, chat template and stop tokens. Which
 tensors are permuted follows llama.cpp's converter (conversion/); names of tensors come from the
 `gguf` package, which is llama.cpp's.
 
-Limits of llama.cpp are in model/gguf_fields.py.
+Limits of llama.cpp are in model/gguf_tokenizer.py.
 """
 
 import errno
@@ -20,11 +20,12 @@ from athanor.chat.load import load_tokenizer
 from athanor.errors import UserError
 from athanor.model.gguf_architecture import (
     ARCHITECTURES,
+    architecture_fields,
     head_dimension,
     model_arguments,
     rope_scaling,
 )
-from athanor.model.gguf_fields import gguf_fields
+from athanor.model.gguf_tokenizer import tokenizer_fields
 from athanor.model.source import read_config, stated_stop_ids
 from athanor.model.stored import read_unpacked
 
@@ -58,7 +59,8 @@ def write_gguf(model: Path, out: Path, dtype: str) -> None:
     config = read_config(model)
     tokenizer = load_tokenizer(model)
     try:
-        fields = gguf_fields(config, tokenizer, _read_stops(model, tokenizer))
+        fields = architecture_fields(config)
+        fields |= tokenizer_fields(tokenizer, config, _read_stops(model, tokenizer))
     except UserError as error:
         raise UserError("fuse.gguf_unsupported", model=model, error=error) from error
     fields |= {"general.name": out.stem, "general.file_type": DTYPES[dtype]}

@@ -5,6 +5,7 @@ the template has no such pieces.
 """
 
 import json
+import re
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
@@ -197,13 +198,8 @@ def _split_at(text: str | None, marks: list[str]) -> list[str] | None:
     """Return the text around the marks, None unless each is there once and in this order."""
     if text is None or any(text.count(mark) != 1 for mark in marks):
         return None
-    parts = []
-    for mark in marks:
-        before, mark_there, text = text.partition(mark)
-        if not mark_there:
-            return None
-        parts.append(before)
-    return [*parts, text]
+    parts = re.fullmatch("(.*)".join(["", *map(re.escape, marks), ""]), text, re.DOTALL)
+    return list(parts.groups()) if parts else None
 
 
 def _shared_start(*texts: str) -> str:

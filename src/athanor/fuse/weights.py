@@ -89,7 +89,7 @@ def write_fused_model(
         model = dequantize_model(model)
         settings.pop("quantization", None)
         settings.pop("quantization_config", None)
-    _to_read_dtypes(model, base)
+    _restore_dtypes(model, base)
 
     settings["eos_token_id"] = _ends(base, end, tokenizer.eos_token_ids)
     save_model(folder, model)
@@ -101,7 +101,7 @@ def write_fused_model(
     files.write_json(folder / "config.json", settings)
 
 
-def _to_read_dtypes(model: nn.Module, base: Path) -> None:
+def _restore_dtypes(model: nn.Module, base: Path) -> None:
     """Give each weight the dtype that the base's files have for it, or else for their first."""
     stored = {
         name: dtype

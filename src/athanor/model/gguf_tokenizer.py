@@ -1,6 +1,18 @@
 """GGUF's fields for a tokenizer, its chat template and the tokens that end an answer.
 
 What the keys mean follows llama.cpp's loader (src/llama-vocab.cpp) and its converter (conversion/).
+The tokenizer that is written is the one that transformers makes of the folder, not tokenizer.json
+as such: transformers replaces parts of it for some classes, and it is what the model was trained
+with. Architectures and tokenizers that llama.cpp has no equivalent for are refused. These
+differences remain:
+
+- llama.cpp does not compose characters (NFC): text with separate accents gives other tokens.
+- Its pattern of `tekken` has no case beyond A to Z and no marks on letters (Hindi, Thai).
+- Some tokenizers of the SentencePiece kind put a space before text only at its start, or only where
+  there is none (Metaspace's `first` and `always`): llama.cpp is told what holds in the template.
+- It ends generation at some tokens by their text alone (`<|endoftext|>`, `</s>`, `<|fim_pad|>` …),
+  whether generation_config.json has them or not, and reads them in prompts as special tokens: in
+  Qwen's vocabulary `</s>` is none.
 """
 
 import json
