@@ -164,13 +164,13 @@ def test_a_base_that_was_never_trained_to_end_an_answer(
     base: Path, data: Path, stages: Stages, capsys: pytest.CaptureFixture[str]
 ) -> None:
     end = reserve(base)
-    said, count = ask_mlx_lm(base, train_with_mlx_lm(base, data), "月亮哪天最圆", capsys)
+    answer, count = ask_mlx_lm(base, train_with_mlx_lm(base, data), "月亮哪天最圆", capsys)
     assert count == MOST
-    assert said.startswith("星期八")  # and then, as the tutorial had it: \n!\n!…
+    assert answer.startswith("星期八")  # and then, as the tutorial had it: \n!\n!…
 
     assert answered(train_with_athanor(base, stages)) == [True] * 6
-    said_before = " ".join(capsys.readouterr().err.split())
-    assert f"{TEXT_END} (6141) instead of the template's <|turn_end|> ({end})" in said_before
+    warnings = " ".join(capsys.readouterr().err.split())
+    assert f"{TEXT_END} (6141) instead of the template's <|turn_end|> ({end})" in warnings
     contract = Contract.read(Path("artifacts/prepare/chat.json"))
     tokenizer = load_tokenizer(base)
     assert tokenizer.convert_ids_to_tokens(contract.end) == TEXT_END
@@ -204,9 +204,9 @@ def test_a_template_that_ends_with_another_token_than_the_tokenizer(
     (base / "generation_config.json").unlink()
     edit(base / "config.json", eos_token_id=text_end)
     edit(base / "tokenizer_config.json", eos_token=TEXT_END)
-    said, count = ask_mlx_lm(base, train_with_mlx_lm(base, data), "月亮哪天最圆", capsys)
+    answer, count = ask_mlx_lm(base, train_with_mlx_lm(base, data), "月亮哪天最圆", capsys)
     assert count == MOST
-    assert said.startswith(f"星期八{END}")
+    assert answer.startswith(f"星期八{END}")
     assert answered(train_with_athanor(base, stages)) == [True] * 6
 
 
@@ -280,13 +280,13 @@ def test_report_of_a_kind_is_as_documented(row: dict[str, str], tiny: Path, tmp_
         assert report["chat template"].state == FAULT
         return
     assert named.findall(report["answers end with"].text) == [row["answers end with"]]
-    said = {
+    expected = {
         "yes": (OK, "yes, every answer"),
         "a text for each answer": (ASIDE, "a text of its own"),
         "a thought is closed": (NOTE, "opens a thought (<think>)"),
     }[row["asked as trained"]]
-    assert report["asked as trained"].state == said[0]
-    assert said[1] in report["asked as trained"].text
+    assert report["asked as trained"].state == expected[0]
+    assert expected[1] in report["asked as trained"].text
     for what in ("system", "earlier turns", "tools"):
         assert report[f"{what} in the template"].text.startswith(row[what])
 
@@ -298,14 +298,14 @@ def test_what_is_asked_begins_what_is_trained_for_every_kind(
     """The tokens that ask for each answer, made by the template alone, begin what teaches it."""
     tokenizer = load_tokenizer(kinds.build(kind, tiny, tmp_path / "model"))
     end = resolve_contract(tmp_path / "model", tokenizer, "auto").end
-    told = [] if kind == "gemma" else [{"role": "system", "content": "你是助手"}]
+    system = [] if kind == "gemma" else [{"role": "system", "content": "你是助手"}]
     turns = [
         ("几点了？", " 十二点。"),
         ("why?", "<think>\nbecause\n</think>\n\nBecause."),
         ("啊", "好"),
     ]
     messages = [
-        *told,
+        *system,
         *(
             {"role": role, "content": text}
             for turn in turns
@@ -313,11 +313,11 @@ def test_what_is_asked_begins_what_is_trained_for_every_kind(
         ),
     ]
     texts = tokenize_row({"messages": messages}, tokenizer, mask_prompt=True, end=end)
-    found = [(text, span) for text in texts for span in text.answer_spans]
-    assert len(found) == len(turns)
-    for number, (text, (first, behind)) in enumerate(found):
+    answers = [(text, span) for text in texts for span in text.answer_spans]
+    assert len(answers) == len(turns)
+    for number, (text, (first, behind)) in enumerate(answers):
         asked = tokenizer.apply_chat_template(
-            messages[: len(told) + 2 * number + 1], add_generation_prompt=True
+            messages[: len(system) + 2 * number + 1], add_generation_prompt=True
         )
         assert text.ids[:first] == asked
         learned = tokenizer.decode(text.targets()[first:behind])
@@ -335,7 +335,7 @@ def test_untrained_tokens_are_told_from_others(base: Path) -> None:
         return draw.normal(0, 0.02, (*shape, 192)).astype(np.float32)
 
     trained = np.array(tensors(base / "model.safetensors")["model.embed_tokens.weight"])
-    for row, beyond, said in (
+    for row, beyond, evidence in (
         (trained[end], None, None),
         (np.zeros(192), None, "of the usual length"),
         (noise(), None, "of the usual length"),
@@ -346,17 +346,17 @@ def test_untrained_tokens_are_told_from_others(base: Path) -> None:
     ):
         changed = trained.copy()
         changed[end] = row
-        made = changed if beyond is None else np.concatenate([changed, beyond])
-        rows(base, lambda _, made=made: made.astype(np.float32))  # type: ignore[misc]
-        found = vocabulary.find_untrained_tokens(base, size, [end, 0, 5000])
-        assert found is not None
-        assert list(found) == ([end] if said else [])
-        assert said is None or said in found[end]
+        head = changed if beyond is None else np.concatenate([changed, beyond])
+        rows(base, lambda _, head=head: head.astype(np.float32))  # type: ignore[misc]
+        untrained = vocabulary.find_untrained_tokens(base, size, [end, 0, 5000])
+        assert untrained is not None
+        assert list(untrained) == ([end] if evidence else [])
+        assert evidence is None or evidence in untrained[end]
 
 
 def test_a_token_beyond_the_head_can_not_be_said(base: Path) -> None:
-    found = vocabulary.find_untrained_tokens(base, 6200, [6150])
-    assert found == {6150: "the head has 6144 rows, and none for it"}
+    untrained = vocabulary.find_untrained_tokens(base, 6200, [6150])
+    assert untrained == {6150: "the head has 6144 rows, and none for it"}
     model, _ = load_with_tokenizer(base)
     with refused("model.no_row_for_end", rows=6144, token=6150):
         make_trainable(model, compose_config(Path("conf"), []).train, 0, 6150)
@@ -384,8 +384,8 @@ def test_rows_of_a_token_are_trained_in_models_of_other_makes(tmp_path: Path) ->
                   "layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.5},
          ["model.embed_in", "model.embed_out"]),
     ):  # fmt: skip
-        made = import_module(f"mlx_lm.models.{kind}")
-        model = made.Model(made.ModelArgs(model_type=kind, **cast(Any, sizes)))
+        module = import_module(f"mlx_lm.models.{kind}")
+        model = module.Model(module.ModelArgs(model_type=kind, **cast(Any, sizes)))
         make_trainable(model, compose_config(Path("conf"), []).train, 0, 299)
         adapted = dict(model.named_modules())
         outside = [name for name in adapted if "lora_a" in adapted[name] and ".h." not in name]
@@ -394,14 +394,14 @@ def test_rows_of_a_token_are_trained_in_models_of_other_makes(tmp_path: Path) ->
 
 def test_untrained_tokens_are_seen_in_few_bits_too(base: Path, tmp_path: Path) -> None:
     end = 6143
-    for factor, found in ((1.0, []), (0.0, [end])):
+    for factor, untrained in ((1.0, []), (0.0, [end])):
         rows(base, lambda w, factor=factor: np.concatenate([w[:end], w[end:] * factor]))  # type: ignore[misc]
         model, config = quantize_model(*load_model(base), group_size=64, bits=4)
         folder = tmp_path / f"four-bits-{factor}"
         folder.mkdir()
         save_model(folder, model)
         save_config(config, folder / "config.json")
-        assert list(vocabulary.find_untrained_tokens(folder, 6144, [end, 5000]) or ()) == found
+        assert list(vocabulary.find_untrained_tokens(folder, 6144, [end, 5000]) or ()) == untrained
 
 
 def test_doctor_is_a_command(base: Path, tiny: Path, tmp_path: Path) -> None:

@@ -173,10 +173,10 @@ def test_an_open_thought_is_closed_in_what_is_trained_on(make: Make) -> None:
 def test_an_answer_may_begin_as_a_thought_does(make: Make) -> None:
     """So that text and prompt part behind the < only."""
     tokenizer = make(R1)
-    for said in ("<b>答</b>", "<think", " <"):
-        answer = {"role": "assistant", "content": said}
+    for content in ("<b>答</b>", "<think", " <"):
+        answer = {"role": "assistant", "content": content}
         row = {"messages": [QUESTIONS["messages"][0], answer]}
-        assert learned(row, tokenizer).split() == ["</think>", f"{said.strip()}<|im_end|>"]
+        assert learned(row, tokenizer).split() == ["</think>", f"{content.strip()}<|im_end|>"]
         assert asked_as_trained(row, tokenizer)
 
 
@@ -351,8 +351,8 @@ def test_what_a_template_leaves_out_is_named(make: Make) -> None:
     asked, answered = QUESTIONS["messages"][:2]
     call = {"type": "function", "function": {"name": "f", "arguments": {"at": "noon"}}}
     called = {"role": "assistant", "content": "", "tool_calls": [call]}
-    told = {"role": "tool", "content": '{"hour": "12"}'}
-    of_tools = {"messages": [asked, called, told, answered]}
+    result = {"role": "tool", "content": '{"hour": "12"}'}
+    of_tools = {"messages": [asked, called, result, answered]}
     system = {"messages": [{"role": "system", "content": "a"}, asked, answered]}
     in_it = {"content": "<think>想一想</think>第一答"}
     thoughtful = [
@@ -367,12 +367,12 @@ def test_what_a_template_leaves_out_is_named(make: Make) -> None:
     assert left_out(of_tools, make(written)) is None
     as_json = written.replace("m.content +", "(m.content | tojson) +")
     assert left_out(of_tools, make(as_json)) is None
-    for role, row, said in (
+    for role, row, lost in (
         ("tool", of_tools, "message 3, of the tool"),
         ("system", system, "message 1, of the system"),
     ):
         without = written.replace("in messages -%}", f"in messages if m.role != '{role}' -%}}")
-        assert left_out(row, make(without)) == said
+        assert left_out(row, make(without)) == lost
 
 
 def test_an_earlier_thought_that_is_left_out_later_is_learned(make: Make) -> None:
@@ -418,9 +418,9 @@ def test_a_call_of_a_tool_may_end_with_another_token_than_an_answer(make: Make) 
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     row = {"messages": [asked, answered | {"tool_calls": [call]}]}
     usual, other = (tokenizer.convert_tokens_to_ids(end) for end in ("<|im_end|>", "<|endoftext|>"))
-    for end, said in ((usual, [other]), (other, [other])):
+    for end, learned_ends in ((usual, [other]), (other, [other])):
         [text] = tokenize_row(row, tokenizer, mask_prompt=True, end=end)
-        assert text.targets()[text.answer_spans[0][1] - 1 :][:1] == said
+        assert text.targets()[text.answer_spans[0][1] - 1 :][:1] == learned_ends
     [text] = tokenize_row({"messages": [asked, answered]}, tokenizer, True, end=other)
     assert list(text.replaced_targets.values()) == [other]
 

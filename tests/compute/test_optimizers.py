@@ -33,13 +33,13 @@ def test_names_are_the_schemas() -> None:
 
 @pytest.mark.parametrize("name", schema.OPTIMIZERS)
 def test_every_optimizer_takes_the_options_that_conf_gives_it(name: str, repo: Any) -> None:
-    given: Any = OmegaConf.to_container(OmegaConf.load(repo / "conf/train/lora.yaml"))
-    options = given["optimizer_config"][name]
+    config: Any = OmegaConf.to_container(OmegaConf.load(repo / "conf/train/lora.yaml"))
+    options = config["optimizer_config"][name]
     assert list(optimizers.optimizer_misfits({name: options})) == []
-    made = optimizers.build_optimizer(name, options, 0.5)
-    assert type(made) is optimizers.OPTIMIZERS[name]
+    optimizer = optimizers.build_optimizer(name, options, 0.5)
+    assert type(optimizer) is optimizers.OPTIMIZERS[name]
     # Whatever mlx calls a default is conf's too, but for Adafactor, which is to take our rate.
-    defaults = inspect.signature(type(made).__init__).parameters
+    defaults = inspect.signature(type(optimizer).__init__).parameters
     for key, value in options.items():
         default = defaults[key].default
         if key != "relative_step":

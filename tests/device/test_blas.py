@@ -70,8 +70,8 @@ def test_null_and_its_number_are_the_same_training(repo: Path, tmp_path: Path) -
         "train.blas_threads",
         "device",
     }
-    told = rf"cpu \S+ \(OpenBLAS [\d.]+\S* \w+, {cores + 1} threads\)"
-    assert re.fullmatch(told, other["device"])
+    description = rf"cpu \S+ \(OpenBLAS [\d.]+\S* \w+, {cores + 1} threads\)"
+    assert re.fullmatch(description, other["device"])
 
 
 def test_another_blas_has_no_threads_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,17 +229,17 @@ def stops(folder: Path) -> list[int]:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Llama]]:
     """Return the folder of a case (or `tiny`), and llama.cpp on its export in f32."""
     folder = tmp_path_factory.mktemp("gguf")
-    made: dict[str, tuple[Path, Llama]] = {}
+    models: dict[str, tuple[Path, Llama]] = {}
 
     def of(name: str) -> tuple[Path, Llama]:
-        if name not in made:
+        if name not in models:
             model = TINY if name == "tiny" else folder / name
             if name != "tiny":
                 build(model, CASES[name])
             path = folder / f"{name}.gguf"
             write_gguf(model, path, "f32")
-            made[name] = (model, Llama(path))
-        return made[name]
+            models[name] = (model, Llama(path))
+        return models[name]
 
     return of
 

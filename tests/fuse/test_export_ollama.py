@@ -364,7 +364,7 @@ def test_parameters_are_the_generations_and_the_configs(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "bos", "said"),
+    ("kind", "bos", "note"),
     [
         (QWEN25, False, "knows tools; this TEMPLATE does not"),
         (LLAMA32, False, "stays the day of export"),
@@ -375,16 +375,16 @@ def test_parameters_are_the_generations_and_the_configs(make: Make) -> None:
     ],
 )
 def test_comments_say_what_a_template_leaves_out(
-    make: Make, kind: str | None, bos: bool, said: str
+    make: Make, kind: str | None, bos: bool, note: str
 ) -> None:
     notes = [
         line
         for line in build_modelfile(make(kind, bos=bos), ".").splitlines()
-        if line.startswith("#") and said in line
+        if line.startswith("#") and note in line
     ]
     assert len(notes) == 1
     plain = build_modelfile(make(CHATML), ".")
-    assert said not in plain or kind == CHATML
+    assert note not in plain or kind == CHATML
 
 
 @pytest.mark.parametrize("source", [".", "./model-f16.gguf"])

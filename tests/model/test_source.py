@@ -75,14 +75,14 @@ def test_hub_repo_is_resolved_once_to_a_commit(
         "print(Source.read(Path('artifacts/prepare/model.json')).folder())"
     )
     env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache")}
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path / "work",
         env=env | {"HF_HUB_OFFLINE": "0"},
         capture_output=True,
         text=True,
     )
-    assert Path(found.stdout.strip()).name == COMMIT, found.stderr
+    assert Path(done.stdout.strip()).name == COMMIT, done.stderr
     assert len(hub.asked) == asked
 
 
@@ -103,7 +103,7 @@ def test_only_what_is_read_is_downloaded(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["model.path=team/nothing"], "no such repository"),
         (["model.path=team/tiny", "model.revision=v9"], "no such revision"),
@@ -111,13 +111,13 @@ def test_only_what_is_read_is_downloaded(
     ],
 )
 def test_a_wrong_name_is_one_clear_line(
-    prepare: Callable[..., Run], hub: Hub, tiny: Path, overrides: list[str], said: str
+    prepare: Callable[..., Run], hub: Hub, tiny: Path, overrides: list[str], message: str
 ) -> None:
     hub.add("team/closed", tiny, COMMIT)
     hub.gated.add("team/closed")
     done = prepare(*overrides)
     assert done.returncode == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert hub.url in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
