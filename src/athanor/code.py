@@ -3,7 +3,6 @@
 import ast
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ def digest_code(modules: Iterable[str]) -> str:
     """
     total = hashlib.sha256()
     for name in sorted(find_imports(modules)):
-        total.update(f"{name} {_read(name).digest}\n".encode())
+        total.update(f"{name} {_read(name)[1]}\n".encode())
     return total.hexdigest()
 
 
@@ -33,7 +32,7 @@ def find_imports(modules: Iterable[str]) -> set[str]:
         name = todo.pop()
         if name not in reached and room(name) not in NO_OUTPUT:
             reached.add(name)
-            todo += _read(name).imports
+            todo += _read(name)[0]
     return reached
 
 
@@ -41,7 +40,7 @@ def read_imports() -> dict[str, set[str]]:
     """Return the modules of ours that each of them imports, by their dotted names."""
     paths = [path.relative_to(SRC) for path in sorted((SRC / "athanor").rglob("*.py"))]
     names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths]
-    return {name: set(_read(name).imports - {name}) for name in names}
+    return {name: _read(name)[0] - {name} for name in names}
 
 
 def room(module: str) -> str:
@@ -55,20 +54,15 @@ def module_path(name: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-@dataclass(frozen=True)
-class _Module:
-    imports: frozenset[str]
-    digest: str
-
-
-def _read(name: str) -> _Module:
+def _read(name: str) -> tuple[set[str], str]:
+    """Return the modules of ours that a module imports, and the digest of its syntax tree."""
     return _parse(module_path(name).read_bytes())
 
 
 @lru_cache(256)
-def _parse(content: bytes) -> _Module:
+def _parse(content: bytes) -> tuple[set[str], str]:
     tree = ast.parse(content)
-    imports = set()
+    imports = set[str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             imports |= {alias.name for alias in node.names}
@@ -77,7 +71,7 @@ def _parse(content: bytes) -> _Module:
             # `from athanor.chat import templates` uses nothing of the package's own file.
             imports |= {name for name in below if _is_ours(name)} or {node.module}
     digest = hashlib.sha256(repr(_fields(tree)).encode()).hexdigest()
-    return _Module(frozenset(name for name in imports if _is_ours(name)), digest)
+    return set(filter(_is_ours, imports)), digest
 
 
 def _is_ours(name: str) -> bool:

@@ -23,13 +23,8 @@ class UserError(Exception):
         super().__init__(message(code, facts))
 
     def rename(self, old: Path, new: Path) -> None:
-        """Replace a path in the text and the facts, such as a temporary one by its final one."""
+        """Replace a path in the text, such as a temporary one by its final one."""
         self.args = (str(self).replace(str(old), str(new)),)
-        for name, value in self.facts.items():
-            if isinstance(value, UserError):
-                value.rename(old, new)
-            elif isinstance(value, str | Path):
-                self.facts[name] = str(value).replace(str(old), str(new))
 
 
 @dataclass(init=False)

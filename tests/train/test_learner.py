@@ -63,15 +63,17 @@ def test_an_update_is_mlx_s_own(name: str, compile: bool, limit: float | None) -
 
 def test_small_arrays_are_updated_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """By their dtypes, and never more at once than makes a pack."""
-    given, names = arrays(0), list(SHAPES)
-    assert packs(given) == [names, ["norm"]]
-    assert len(Learner(given, optimizers.build_optimizer("adam", {}, 0.1)).optimizer.state) == 2 + 2
+    weights, names = arrays(0), list(SHAPES)
+    assert packs(weights) == [names, ["norm"]]
+    assert (
+        len(Learner(weights, optimizers.build_optimizer("adam", {}, 0.1)).optimizer.state) == 2 + 2
+    )
     assert len(
-        Learner(given, optimizers.build_optimizer("muon", {}, 0.1)).optimizer.state
-    ) == 2 + len(given)
+        Learner(weights, optimizers.build_optimizer("muon", {}, 0.1)).optimizer.state
+    ) == 2 + len(weights)
     monkeypatch.setattr(learner, "PACK", 300)  # lora_a takes 384 bytes, lora_b 272, m 20
-    packed = packs(given)
-    assert sorted(name for pack in packed for name in pack) == sorted(given)
+    packed = packs(weights)
+    assert sorted(name for pack in packed for name in pack) == sorted(weights)
     assert [len(pack) for pack in packed] == [1, 2, 1, 2, 1, 2, 1]
 
 

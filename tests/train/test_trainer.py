@@ -107,7 +107,7 @@ def trainer(fresh: Callable[..., nn.Module], tokens: list[TokenizedText]) -> Cal
     """A trainer of a few iterations on two of five rows at a time, with dropout."""
 
     def make(**changed: Any) -> Trainer:
-        given: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "rows": tokens,
             "optimizer": "adam",
             "learning_rate": 1e-3,
@@ -119,34 +119,48 @@ def trainer(fresh: Callable[..., nn.Module], tokens: list[TokenizedText]) -> Cal
             "dropout": 0.2,
             "method": "lora",
         } | changed
-        rows, seed = given.pop("rows"), given["seed"]
-        model = fresh(seed, dropout=given.pop("dropout"), method=given.pop("method"))
-        how = {key: given.pop(key) for key in ("grad_checkpoint",) if key in given}
-        forward = with_frozen_layers(model, rows, compile=given.get("compile", False), **how)
-        optimizer = given.pop("optimizer")
+        rows, seed = settings.pop("rows"), settings["seed"]
+        model = fresh(seed, dropout=settings.pop("dropout"), method=settings.pop("method"))
+        options = {key: settings.pop(key) for key in ("grad_checkpoint",) if key in settings}
+        forward = with_frozen_layers(model, rows, compile=settings.get("compile", False), **options)
+        optimizer = settings.pop("optimizer")
         if isinstance(optimizer, str):
-            optimizer = optimizers.build_optimizer(optimizer, {}, given["learning_rate"])
-        del given["learning_rate"]
-        batches = given.pop("batches", Batches(rows, given["batch_size"], seed))
-        valid = given.pop("valid", tokens[:3])
-        hooks = Hooks(**{name: given.pop(name) for name in HOOKS & given.keys()})
-        saved = given.pop("checkpoints", None)
-        forward = given.pop("forward", forward)
-        return Trainer(TrainingPlan(**given), forward, batches, valid, optimizer, saved, hooks)
+            optimizer = optimizers.build_optimizer(optimizer, {}, settings["learning_rate"])
+        del settings["learning_rate"]
+        batches = settings.pop("batches", Batches(rows, settings["batch_size"], seed))
+        valid = settings.pop("valid", tokens[:3])
+        hooks = Hooks(**{name: settings.pop(name) for name in HOOKS & settings.keys()})
+        saved = settings.pop("checkpoints", None)
+        forward = settings.pop("forward", forward)
+        return Trainer(TrainingPlan(**settings), forward, batches, valid, optimizer, saved, hooks)
 
     return make
 
 
-def with_frozen_layers(model: nn.Module, rows: list[TokenizedText], **how: Any) -> Forward:
+def with_frozen_layers(model: nn.Module, rows: list[TokenizedText], **options: Any) -> Forward:
     """Return the forward pass of a training, which computes the frozen layers once."""
     frozen = FrozenLayers(Parts.find(model, probe_tokens(rows)), Budget(10**9, 0, Path()))
     trained = trainable_weights(model)
-    return Forward(model, frozen.parts, frozen, frozen.choose_cut(trained), **how)
+    return Forward(model, frozen.parts, frozen, frozen.choose_cut(trained), **options)
 
 
 def ran(trainer: Trainer) -> Weights:
     trainer.run()
     return arrays(trainer)
+
+
+class Killed(Exception):
+    """The end of a process in the middle of a training."""
+
+
+def run_until_killed(trainer: Trainer, last: int) -> None:
+    def kill(iteration: int) -> None:
+        if iteration == last:
+            raise Killed
+
+    trainer.hooks = replace(trainer.hooks, on_iteration=kill)
+    with pytest.raises(Killed):
+        trainer.run()
 
 
 def arrays(trainer: Trainer) -> Weights:
@@ -165,9 +179,9 @@ def test_losses_are_mlx_lms_with_its_own_loss_and_batches(
     seen: list[tuple[mx.array, mx.array]] = []
     theirs: list[float] = []
 
-    def remembered(**given: Any) -> Iterator[tuple[mx.array, mx.array]]:
+    def remembered(**arguments: Any) -> Iterator[tuple[mx.array, mx.array]]:
         np.random.seed(5)
-        for batch in peer.iterate_batches(**given):
+        for batch in peer.iterate_batches(**arguments):
             seen.append(batch)
             yield batch
 
@@ -236,8 +250,8 @@ def test_padding_and_prompts_move_no_parameter(
     assert beyond.any()
     other = ready.batch._replace(inputs=mx.where(beyond, 7, inputs))
     assert ready.activations is not None
-    given = mx.where(beyond[..., None], 7.0, ready.activations)
-    np.testing.assert_array_equal(together, flat_gradient(PreparedBatch(other, given)))
+    activations = mx.where(beyond[..., None], 7.0, ready.activations)
+    np.testing.assert_array_equal(together, flat_gradient(PreparedBatch(other, activations)))
     # Rows whose answers are not supervised have no gradient at all.
     silent = ready.batch._replace(counts=mx.zeros_like(ready.batch.counts))
     assert not flat_gradient(PreparedBatch(silent, ready.activations)).any()
@@ -301,11 +315,11 @@ def test_reports_are_means_over_supervised_tokens(
 
 def test_gradients_are_clipped_to_their_limit(trainer: Callable[..., Trainer]) -> None:
     """With plain gradient descent at rate 1 the step is the clipped gradient, 0.5 long."""
-    given = {"optimizer": "sgd", "learning_rate": 1.0, "iters": 1}
-    free = trainer(**given)
+    settings = {"optimizer": "sgd", "learning_rate": 1.0, "iters": 1}
+    free = trainer(**settings)
     before = arrays(free)
     after = ran(free)
-    clipped = ran(trainer(**given, max_grad_norm=0.5))
+    clipped = ran(trainer(**settings, max_grad_norm=0.5))
 
     def distance(weights: Weights) -> float:
         return math.sqrt(sum(float(((weights[k] - before[k]) ** 2).sum()) for k in before))
@@ -318,8 +332,8 @@ def test_gradients_are_clipped_to_their_limit(trainer: Callable[..., Trainer]) -
 
 def test_an_update_reuses_the_memory_of_the_gradient(trainer: Callable[..., Trainer]) -> None:
     """In full training the weights are most of the memory: one more copy would show."""
-    one = trainer(iters=3, method="full", batch_size=1)
-    learner, update = one.learner, one.learner.update
+    training = trainer(iters=3, method="full", batch_size=1)
+    learner, update = training.learner, training.learner.update
     size = sum(array.nbytes for array in learner.weights.values())
     before: list[int] = []
 
@@ -332,10 +346,10 @@ def test_an_update_reuses_the_memory_of_the_gradient(trainer: Callable[..., Trai
 
     learner.update = watched  # type: ignore[method-assign]
     sets: list[float] = []
-    one.hooks = Hooks(
+    training.hooks = Hooks(
         on_iteration=lambda _: sets.append((mx.get_peak_memory() - before[-1]) / size)
     )
-    one.run()
+    training.run()
     assert max(sets[1:]) < 2.2  # in the first, what the model was loaded with is there, too
 
 
@@ -365,7 +379,7 @@ def test_every_optimizer_learns_and_resumes_to_the_byte(
     """Stopped between the two batches of an update, with dropout: its sum of gradients is kept."""
     options = vars_of(cfg)["optimizer_config"][name]
     schedule = optimizers.build_schedule("cosine", 1e-3, 0.0, 2, 4)
-    given = {
+    settings = {
         "iters": 8,
         "grad_accumulation_steps": 2,
         "steps_per_eval": 3,
@@ -374,29 +388,20 @@ def test_every_optimizer_learns_and_resumes_to_the_byte(
         "save_every": 5,
     }
 
-    def made(checkpoints: Checkpoints | None = None) -> Trainer:
+    def build(checkpoints: Checkpoints | None = None) -> Trainer:
         optimizer = optimizers.build_optimizer(name, options, schedule)
-        return trainer(**given, optimizer=optimizer, valid=tokens, checkpoints=checkpoints)
+        return trainer(**settings, optimizer=optimizer, valid=tokens, checkpoints=checkpoints)
 
-    whole = made()
+    whole = build()
     weights = ran(whole)
     losses = [m.values["val_loss"] for m in whole.state.history if "val_loss" in m.values]
     assert losses[-1] < losses[0]
 
-    class Killed(Exception):
-        pass
-
-    def kill(iteration: int) -> None:
-        if iteration == 6:
-            raise Killed
-
     first = Checkpoints(tmp_path, {"run": name})
-    interrupted = made(first)
-    interrupted.hooks = replace(interrupted.hooks, on_iteration=kill)
-    with pytest.raises(Killed):
-        interrupted.run()
+    interrupted = build(first)
+    run_until_killed(interrupted, 6)
     first.close()
-    again = made(Checkpoints(tmp_path, {"run": name}))
+    again = build(Checkpoints(tmp_path, {"run": name}))
     assert again.resume() == 5
     assert again.learner.gradient is not None
     assert same(weights, ran(again))
@@ -412,36 +417,27 @@ def test_it_resumes_to_the_byte_wherever_activations_are(
     kept: str, tiny: Path, cfg: Config, tokens: list[TokenizedText], tmp_path: Path
 ) -> None:
     """Interrupted in the middle, with dropout above the cut; the first three are one training."""
-    given = copy.deepcopy(cfg)
-    given.train.num_layers, given.train.dropout, given.train.batch_size = 2, 0.2, 2
-    given.train.iters, given.train.save_every, given.train.steps_per_eval = 9, 2, 3
-    given.train.reuse_activations = kept != "off"
+    own = copy.deepcopy(cfg)
+    own.train.num_layers, own.train.dropout, own.train.batch_size = 2, 0.2, 2
+    own.train.iters, own.train.save_every, own.train.steps_per_eval = 9, 2, 3
+    own.train.reuse_activations = kept != "off"
 
-    def made(memory: float, disk: float, checkpoints: Checkpoints | None) -> Trainer:
-        given.train.activations_memory, given.train.activations_disk = memory, disk
+    def build(memory: float, disk: float, checkpoints: Checkpoints | None) -> Trainer:
+        own.train.activations_memory, own.train.activations_disk = memory, disk
         model, _ = load_with_tokenizer(tiny)
-        make_trainable(model, given.train, given.seed)
+        make_trainable(model, own.train, own.seed)
         return build_trainer(
-            given, Workspace.here(), model, tokens, tokens[:3], checkpoints=checkpoints
+            own, Workspace.here(), model, tokens, tokens[:3], checkpoints=checkpoints
         )
 
     memory, disk = {"disk": (0.0, 1.0), "recomputed": (0.0, 0.0)}.get(kept, (1.0, 0.0))
-    expected = ran(made(1.0, 0.0, None))
-
-    class Killed(Exception):
-        pass
-
-    def kill(iteration: int) -> None:
-        if iteration == 5:
-            raise Killed
+    expected = ran(build(1.0, 0.0, None))
 
     saved = Checkpoints(tmp_path, {"kept": kept})
-    interrupted = made(memory, disk, saved)
-    interrupted.hooks = replace(interrupted.hooks, on_iteration=kill)
-    with pytest.raises(Killed):
-        interrupted.run()
+    interrupted = build(memory, disk, saved)
+    run_until_killed(interrupted, 5)
     saved.close()
-    again = made(memory, disk, Checkpoints(tmp_path, {"kept": kept}))
+    again = build(memory, disk, Checkpoints(tmp_path, {"kept": kept}))
     assert again.resume() == 4
     assert same(expected, ran(again))
     frozen = again.forward.frozen
@@ -457,21 +453,22 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(
     """Trained on some facts and validated on others, it gets better, then worse."""
     snapshots: dict[int, Weights] = {}
     history: list[Metrics] = []
-    given = {"rows": tokens[:2], "valid": tokens[2:], "iters": 18, "learning_rate": 3e-4}
-    given |= {"dropout": 0.0}
-    one = trainer(**given, on_metrics=history.append)
-    one.hooks = replace(
-        one.hooks, on_iteration=lambda iteration: snapshots.update({iteration: arrays(one)})
+    settings = {"rows": tokens[:2], "valid": tokens[2:], "iters": 18, "learning_rate": 3e-4}
+    settings |= {"dropout": 0.0}
+    training = trainer(**settings, on_metrics=history.append)
+    training.hooks = replace(
+        training.hooks,
+        on_iteration=lambda iteration: snapshots.update({iteration: arrays(training)}),
     )
-    one.run()
+    training.run()
     losses = {m.iteration: m.values["val_loss"] for m in history if "val_loss" in m.values}
     del losses[0]
     best = min(losses, key=lambda iteration: losses[iteration])
-    assert one.state.best_iteration == best != 18
-    assert one.state.best_loss == losses[best]
-    assert same(snapshots[best], {key: np.array(value) for key, value in one.best.items()})
+    assert training.state.best_iteration == best != 18
+    assert training.state.best_loss == losses[best]
+    assert same(snapshots[best], {key: np.array(value) for key, value in training.best.items()})
     # With patience it ends two validations after the best one, and reports what it had done.
-    patient = trainer(**given, patience=2, steps_per_report=5)
+    patient = trainer(**settings, patience=2, steps_per_report=5)
     patient.run()
     assert patient.state.iteration == best + 4
     assert patient.state.window_tokens == 0
@@ -495,7 +492,7 @@ def test_a_loss_that_is_not_finite_names_the_rows_and_keeps_the_last_good_state(
             return loss / (self.calls != 5), gradient
 
     model = fresh()
-    one = trainer(
+    training = trainer(
         batches=sound,
         forward=Poisoned(model, Parts.find(model, probe_tokens(tokens))),
         iters=9,
@@ -505,7 +502,7 @@ def test_a_loss_that_is_not_finite_names_the_rows_and_keeps_the_last_good_state(
     )
     rows = [f"train.jsonl:{row + 1}" for row in sound(5).numbers]
     with refused("train.loss_diverged", iteration=5, rows=rows, rate=0.001) as caught:
-        one.run()
+        training.run()
     assert not math.isfinite(caught.value.facts["loss"])
     latest = saved.latest()
     assert latest is not None
@@ -517,10 +514,10 @@ def test_a_training_without_a_gradient_is_stopped(
     trainer: Callable[..., Trainer],
 ) -> None:
     """Its loss is a number, and not even the highest; but what every row asks for is the same."""
-    one = trainer(learning_rate=1e3, iters=60, dropout=0.0)
+    training = trainer(learning_rate=1e3, iters=60, dropout=0.0)
     with refused("train.gradient_vanished", rate=1000):
-        one.run()
-    assert one.state.iteration < 40
+        training.run()
+    assert training.state.iteration < 40
 
 
 def test_a_training_that_has_learned_everything_is_not_stopped(
@@ -535,9 +532,9 @@ def test_a_training_that_has_learned_everything_is_not_stopped(
 
     model = fresh()
     known = Known(model, Parts.find(model, probe_tokens(tokens)))
-    one = trainer(forward=known, iters=8)
-    one.run()
-    assert one.state.iteration == 8
+    training = trainer(forward=known, iters=8)
+    training.run()
+    assert training.state.iteration == 8
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
@@ -553,9 +550,9 @@ def test_a_fresh_model_shares_weights_and_learns_alone(
         assert all(array is shared[name] for name, array in tree_flatten(model.parameters()))
         cfg.train.method, cfg.train.iters, cfg.train.dropout = method, 3, 0.1
         make_trainable(model, cfg.train, cfg.seed)
-        one = build_trainer(cfg, Workspace.here(), model, tokens[:4], tokens[:2])
-        one.run()
-        learned.append(arrays(one))
+        training = build_trainer(cfg, Workspace.here(), model, tokens[:4], tokens[:2])
+        training.run()
+        learned.append(arrays(training))
     assert same(*learned)
     after = dict(tree_flatten(base.parameters()))
     assert before.keys() == after.keys()
@@ -571,7 +568,7 @@ def test_peak_is_predicted_before_the_first_step(
     grad_accumulation_steps: int,
 ) -> None:
     long = [TokenizedText(row.ids * 4, [True] * (4 * len(row))) for row in tokens]
-    one = trainer(
+    training = trainer(
         rows=long,
         valid=long[:2],
         method=method,
@@ -579,12 +576,16 @@ def test_peak_is_predicted_before_the_first_step(
         iters=4,
         grad_accumulation_steps=grad_accumulation_steps,
     )
-    before = arrays(one)
+    before = arrays(training)
     predicted = predict_peak(
-        one.forward, one.learner, max(long, key=len), 4, accumulates=grad_accumulation_steps > 1
+        training.forward,
+        training.learner,
+        max(long, key=len),
+        4,
+        accumulates=grad_accumulation_steps > 1,
     )
-    assert same(before, arrays(one))
-    one.run()
+    assert same(before, arrays(training))
+    training.run()
     assert 0.95 < predicted / mx.get_peak_memory() < 1.25
 
 
@@ -637,12 +638,12 @@ def test_mlx_lm_learns_a_stray_token_after_the_end_and_ours_does_not(
 
     chats = [completion(row["prompt"], row["completion"]) for row in rows]
     tokenized = tokenize_rows(chats, tokenizer, True, 2048)
-    one = trainer(rows=tokenized, batch_size=3, iters=60, steps_per_eval=100, dropout=0.0)
-    one.run()
-    one.forward.model.eval()
+    training = trainer(rows=tokenized, batch_size=3, iters=60, steps_per_eval=100, dropout=0.0)
+    training.run()
+    training.forward.model.eval()
 
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    for model, stray in ((theirs, True), (one.forward.model, False)):
+    for model, stray in ((theirs, True), (training.forward.model, False)):
         continuations = [
             after_the_end(model, templates.encode_prompt(row, tokenizer), end) for row in chats
         ]

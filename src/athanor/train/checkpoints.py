@@ -8,7 +8,7 @@
             manifest.json                    sizes and sha256 of the other files; written last
 
 The key is a digest of everything that decides the result, so a training resumes from its own
-checkpoints and never from those of another one. A checkpoint gets its name when all of it is on the
+checkpoints and never from another's. A checkpoint gets its name when all of it is on the
 disk; the two latest are kept; a damaged one is skipped. When the training's result is written, the
 folder is removed.
 """
@@ -46,9 +46,10 @@ class Checkpoints:
 
     def __init__(self, root: Path, identity: dict[str, Any]) -> None:
         self.folder = root / key(identity)
-        self._lock = files.try_lock(self.folder / "lock")
-        if self._lock is None:
+        lock = files.try_lock(self.folder / "lock")
+        if lock is None:
             raise UserError("train.already_running", folder=self.folder)
+        self._lock = lock
         for leftover in [*self.folder.glob(".*"), *root.glob(".*")]:
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -108,9 +109,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Let other processes resume this training."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        self._lock.release()
 
     def _folders(self) -> list[Path]:
         """Return the checkpoints' folders, the latest first."""
