@@ -99,10 +99,10 @@ def find_damage(changes: list[WeightChange]) -> UserError | None:
             "fuse.adapters_missing", count=count, trained=trained, name=damaged[0].name
         )
     worst = max(damaged, key=lambda change: change.share_lost)
-    facts = {"count": count, "total": len(changes), "name": worst.name}
+    name, share, total = worst.name, worst.share_lost, len(changes)
     if not worst.wanted:
-        return UserError("fuse.untrained_weight_differs", **facts)
-    return UserError("fuse.weights_differ", share=worst.share_lost, **facts)
+        return UserError("fuse.untrained_weight_differs", count=count, total=total, name=name)
+    return UserError("fuse.weights_differ", count=count, total=total, name=name, share=share)
 
 
 def explain_rounding(changes: list[WeightChange]) -> UserError:

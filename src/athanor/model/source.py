@@ -157,21 +157,24 @@ def _download(repo: str, revision: str | None) -> Path:
     import httpx2
     from huggingface_hub import constants, errors, snapshot_download
 
-    source = {"repo": repo, "revision": revision or "main", "hub": constants.ENDPOINT}
+    at, hub, cache = revision or "main", constants.ENDPOINT, constants.HF_HUB_CACHE
     try:
         folder = snapshot_download(
             repo, revision=revision, allow_patterns=PATTERNS, ignore_patterns="*/*"
         )
     except errors.GatedRepoError as error:
-        raise UserError("model.gated", **source) from error
+        raise UserError("model.gated", repo=repo, revision=at, hub=hub) from error
     except errors.RevisionNotFoundError as error:
-        raise UserError("model.no_revision", **source) from error
+        raise UserError("model.no_revision", repo=repo, revision=at, hub=hub) from error
     except errors.RepositoryNotFoundError as error:
-        raise UserError("model.no_repository", **source) from error
+        raise UserError("model.no_repository", repo=repo, revision=at, hub=hub) from error
     except (OSError, httpx2.HTTPError, errors.HfHubHTTPError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise UserError("model.disk_full", cache=constants.HF_HUB_CACHE, **source) from error
-        raise UserError("model.unreachable", error=type(error).__name__, **source) from error
+            raise UserError(
+                "model.disk_full", repo=repo, revision=at, hub=hub, cache=cache
+            ) from error
+        kind = type(error).__name__
+        raise UserError("model.unreachable", repo=repo, revision=at, hub=hub, error=kind) from error
     return Path(folder)
 
 
