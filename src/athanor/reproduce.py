@@ -288,7 +288,8 @@ def verdict(
         lacks = " and ".join(lacking)
         return False, f"no match: the run has {lacks} to compare; nothing else differs"
     losses = {key: pair for key, pair in pairs.items() if "loss" in key}
-    if elsewhere and same_rows and losses and all(_is_near(*pair) for pair in losses.values()):
+    near = all(abs(a - b) <= max(NEAR, RELATIVELY * abs(a)) for a, b in losses.values())
+    if elsewhere and same_rows and losses and near:
         return False, (
             f"close: losses within {RELATIVELY:.0%} of the record's, on a different machine, with "
             "different libraries or on a GPU"
@@ -310,10 +311,6 @@ def _describe_weights(record: RunRecord, workspace: Workspace) -> str:
     if difference is None:
         return "weights of different names or shapes"
     return f"at most {difference:.2g} of the greatest weight apart"
-
-
-def _is_near(a: float, b: float) -> bool:
-    return abs(a - b) <= max(NEAR, RELATIVELY * abs(a))
 
 
 def main() -> None:

@@ -114,8 +114,10 @@ def configure_mlflow() -> None:
 
 @contextmanager
 def mlflow_timeout(seconds: int) -> Iterator[None]:
-    """Give MLflow's server at least so long to answer while the block runs."""
-    configure_mlflow()
+    """Give MLflow's server at least so long to answer while the block runs.
+
+    `configure_mlflow` was called before.
+    """
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     previous = os.environ[name]
     os.environ[name] = str(max(int(previous), seconds))

@@ -43,7 +43,7 @@ def find_page(base: str, prefixes: Sequence[str]) -> str:
     client = tracking_store.connect()
     experiment = client.get_experiment_by_name(tracking_store.EXPERIMENT)
     if experiment is None:
-        raise UserError("ui.no_runs", store=tracking_store.shown_uri())
+        raise UserError("runs.no_runs", store=tracking_store.shown_uri())
     if not prefixes:
         query = mlflow_views.save_runs_view(client, experiment.experiment_id)
         return mlflow_views.link_runs(base, experiment.experiment_id, query=query)

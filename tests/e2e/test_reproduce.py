@@ -17,14 +17,14 @@ TRAIN = Path("data/train.jsonl")
 
 
 def stages(clone: Workspace, *names: str) -> str:
-    """Runs stages as a person does by hand; returns the id of the run."""
+    """Run stages as a person does by hand; return the id of the run."""
     for name in names:
         clone.run("python", "-m", f"athanor.{name}")
     return str(clone.json("artifacts/train/run.json")["run_id"])
 
 
 def reproduce(clone: Workspace, run_id: str, **variables: str) -> tuple[int, str]:
-    """What `reproduce` exits with and prints; whatever happens it leaves no worktree."""
+    """Return the exit status and output of `reproduce`, which leaves no worktree in any case."""
     done = subprocess.run(
         ["python", "-m", "athanor.reproduce", run_id],
         cwd=clone.folder,
@@ -38,7 +38,7 @@ def reproduce(clone: Workspace, run_id: str, **variables: str) -> tuple[int, str
 
 
 def row(text: str, name: str) -> list[str]:
-    """The cells of the last table's row of that name."""
+    """Return the cells of a row of the last table."""
     lines = reversed([line.strip() for line in text.splitlines()])
     line = next(line for line in lines if line.startswith(f"{name}  "))
     return re.split(r"\s{2,}", line)[1:]
@@ -46,7 +46,7 @@ def row(text: str, name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(repo: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, str]:
-    """A repository whose code, rows and configuration are others than those of its run."""
+    """A repository whose code, rows and configuration differ from those of its run."""
     clone = workspace.of_the_repository(repo, tmp_path_factory.mktemp("clone") / "athanor")
     shutil.copytree(data, clone.folder / "data")
     text = (clone.folder / LORA).read_text(encoding="utf-8")
@@ -54,7 +54,7 @@ def runs(repo: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     clone.edit(LORA, iters, "iters: 3")
     clone.edit(TRAIN, "德哥", "李哥")
     clone.run("dvc", "add", "-q", "data")
-    clone.run("git", "commit", "-qam", "Rows and iterations of then")
+    clone.run("git", "commit", "-qam", "The rows and iterations of the run")
     then = stages(clone, "config", "prepare", "train", "test")
 
     clone.edit(LORA, "iters: 3", "iters: 2")
@@ -68,7 +68,7 @@ def runs(repo: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 @pytest.fixture(scope="module")
 def dirty(runs: tuple[Workspace, str]) -> str:
-    """A run of code that was never committed, and is gone."""
+    """A run of code that was never committed and is lost."""
     clone, _ = runs
     clone.edit(MODELS, "seed + 1", "seed + shift.BY")
     clone.edit(MODELS, "import files", "import files, shift")
@@ -93,7 +93,7 @@ def test_older_commit_other_rows_and_another_configuration_match(
     assert row(printed, "train rows") == ["6", "6", "the same"]
     assert row(printed, "test_loss")[2] == "the same"
     assert "note:" not in printed
-    # Nothing of the person's is another now.
+    # The person's files are unchanged.
     assert clone.run("git", "status", "--porcelain") == before
     path = clone.folder / "artifacts/train/adapters/adapters.safetensors"
     assert path.read_bytes() == kept
@@ -132,20 +132,23 @@ def test_rows_that_were_altered_are_named(
 
 def test_diff_says_what_differs_in_a_few_lines(runs: tuple[Workspace, str], dirty: str) -> None:
     clone, then = runs
-    said = clone.run("python", "-m", "athanor.diff", then[:8], dirty[:8])
-    assert "  train.iters: 3 -> 2" in said
-    assert re.search(r"  data/: \w{12} -> \w{12}", said)
-    # Two rows of six are others.
-    assert re.search(r"train rows: 2 \(lines .*\) only in the first; 2 \(.*second; 4 in both", said)
-    assert "valid rows" not in said
-    assert re.search(r"  code: \w{12} -> \w{12} with changes", said)
-    assert re.search(r"src/athanor/model/adapters.py \| +2 ", said)
-    assert (
-        "not committed in the second: src/athanor/model/adapters.py, src/athanor/shift.py" in said
+    printed = clone.run("python", "-m", "athanor.diff", then[:8], dirty[:8])
+    assert "  train.iters: 3 -> 2" in printed
+    assert re.search(r"  data/: \w{12} -> \w{12}", printed)
+    # Two rows of six differ.
+    assert re.search(
+        r"train rows: 2 \(lines .*\) only in the first; 2 \(.*second; 4 in both", printed
     )
-    assert "mlx" not in said.replace("mlx-lm", "")
-    assert "device" not in said
-    loss = row(said, "val_loss")
+    assert "valid rows" not in printed
+    assert re.search(r"  code: \w{12} -> \w{12} with changes", printed)
+    assert re.search(r"src/athanor/model/adapters.py \| +2 ", printed)
+    assert (
+        "not committed in the second: src/athanor/model/adapters.py, src/athanor/shift.py"
+        in printed
+    )
+    assert "mlx" not in printed.replace("mlx-lm", "")
+    assert "device" not in printed
+    loss = row(printed, "val_loss")
     assert float(loss[2]) == pytest.approx(float(loss[1]) - float(loss[0]), rel=1e-3)
     assert clone.run("python", "-m", "athanor.diff", then, then).splitlines()[-1] == (
         "nothing differs"

@@ -99,7 +99,7 @@ class Server:
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Waits until a thing is so."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"still waiting after {seconds} s"
@@ -111,17 +111,17 @@ def postgres() -> Iterator[Postgres]:
     if not PROGRAMS:
         pytest.skip("PostgreSQL is not installed: `apt-get install postgresql`")
     folder = Path(tempfile.mkdtemp())  # a socket's path is short, and pytest's folders are root's
-    found = Postgres(folder)
-    yield found
-    found.kill()
+    database = Postgres(folder)
+    yield database
+    database.kill()
     shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
 def server(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    found = Server(tmp_path_factory.mktemp("server"), postgres.uri)
-    yield found
-    found.kill()
+    server = Server(tmp_path_factory.mktemp("server"), postgres.uri)
+    yield server
+    server.kill()
 
 
 # Stage train, which sends as soon as it can, and waits at the iteration that a file names: so it is
@@ -131,12 +131,12 @@ import time
 from pathlib import Path
 from athanor.runs import run as runs
 runs.SECONDS_BETWEEN_SENDS = runs.SECONDS_BETWEEN_TRIES = 1
-record = runs.Run.metrics
+record = runs.Run.log_metrics
 def wait_and_record(run, step, values, once=False):
     while step > int(Path("until").read_text() or 0):
         time.sleep(0.05)
     record(run, step, values, once)
-runs.Run.metrics = wait_and_record
+runs.Run.log_metrics = wait_and_record
 from athanor import console
 from athanor.train.__main__ import main
 console.run_command(main)
@@ -144,7 +144,7 @@ console.run_command(main)
 
 
 class Training:
-    """A training as a process; what it says is read as it comes."""
+    """A training as a process, whose output is read while it runs."""
 
     def __init__(self, folder: Path, env: dict[str, str]) -> None:
         self.log = folder / "log"
@@ -159,11 +159,11 @@ class Training:
         )
 
     def iteration(self) -> int:
-        found = re.findall(r"^iteration +(\d+)", self.log.read_text("utf-8"), re.MULTILINE)
-        return int(found[-1]) if found else 0
+        lines = re.findall(r"^iteration +(\d+)", self.log.read_text("utf-8"), re.MULTILINE)
+        return int(lines[-1]) if lines else 0
 
     def goes_on_without(self, service: Postgres | Server) -> None:
-        """Kills a service, sees that the training goes on, and brings the service back."""
+        """Kill a service, check that the training goes on, and bring the service back."""
         service.kill()
         before = self.iteration()
         self.until.write_text(str(before + 60))
@@ -181,9 +181,9 @@ def runs(client: Any) -> list[Any]:
     return list(client.search_runs([experiment.experiment_id])) if experiment else []
 
 
-def points(client: Any, run: Any, key: str) -> list[tuple[int, float]]:
-    found = client.get_metric_history(run.info.run_id, key)
-    return sorted((point.step, point.value) for point in found)
+def read_metric(client: Any, run: Any, key: str) -> list[tuple[int, float]]:
+    history = client.get_metric_history(run.info.run_id, key)
+    return sorted((metric.step, metric.value) for metric in history)
 
 
 def test_nothing_is_lost_while_server_and_database_are_killed(
@@ -200,7 +200,7 @@ def test_nothing_is_lost_while_server_and_database_are_killed(
     training = Training(tmp_path, env)
 
     def stored() -> int:
-        steps = [step for run in runs(client) for step, _ in points(client, run, "train_loss")]
+        steps = [step for run in runs(client) for step, _ in read_metric(client, run, "train_loss")]
         return max(steps, default=0)
 
     until(lambda: stored() > 0)
@@ -210,9 +210,9 @@ def test_nothing_is_lost_while_server_and_database_are_killed(
         until(lambda: stored() >= reached)  # noqa: B023  # called at once
     training.until.write_text("200")
     assert training.process.wait() == 0, training.log.read_text("utf-8")
-    said = training.log.read_text("utf-8")
-    assert "note:" not in said, said
-    assert not any((tmp_path / Workspace.here().outbox).iterdir())
+    log = training.log.read_text("utf-8")
+    assert "note:" not in log, log
+    assert not any((tmp_path / "mlruns/outbox").iterdir())
 
     [run] = runs(client)
     assert run.info.status == "FINISHED"
@@ -221,9 +221,9 @@ def test_nothing_is_lost_while_server_and_database_are_killed(
     assert int(lines[-1]["iteration"]) == 200
     for key in set(lines[0]) - {"iteration"}:
         written = [(int(line["iteration"]), float(line[key])) for line in lines if line[key]]
-        assert points(client, run, key) == written, key
+        assert read_metric(client, run, key) == written, key
     for key in ("tokens_per_second", "peak_memory"):
-        assert [step for step, _ in points(client, run, key)] == list(range(2, 201, 2)), key
+        assert [step for step, _ in read_metric(client, run, key)] == list(range(2, 201, 2)), key
     assert run.info.artifact_uri.startswith("mlflow-artifacts:")
     trained = tmp_path / "artifacts/train/adapters/adapters.safetensors"
     kept = client.download_artifacts(run.info.run_id, "adapters/adapters.safetensors")
@@ -248,7 +248,7 @@ def test_what_ended_while_the_server_was_away_is_sent_when_it_is_back(
     send_left_journals()
     [run] = [run for run in runs(client) if run.data.tags["athanor.run"] == ended.name]
     assert run.info.status == "FINISHED"
-    assert points(client, run, "train_loss") == [(1, 2.5)]
+    assert read_metric(client, run, "train_loss") == [(1, 2.5)]
     kept = client.download_artifacts(run.info.run_id, "params.yaml")
     assert Path(kept).read_text("utf-8") == "seed: 0"
     assert not any(Workspace.here().outbox.iterdir())

@@ -1,5 +1,6 @@
 """MLflow's UI is served on the right store, and its views are what a person asked for."""
 
+import base64
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,26 +24,26 @@ from support.refused import refused
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Runs in the embedded store of a folder that the tests of this file are in: names to ids."""
+    """The ids by name of runs in the embedded store of these tests' working directory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("place"))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        found = {}
+        ids = {}
         for rate in ("1e-4", "3e-4", "1e-3"):
             params = {"train.learning_rate": rate, "train.num_layers": 2}
             with start_run(f"lr={rate}", params, {}, []) as run:
                 run.log_metrics(1, {"val_loss": 2.0, "kept_val_loss": 2.0})
                 run.log_text("seed: 0", "params.yaml")
             assert run.id is not None
-            found[f"lr={rate}"] = run.id
+            ids[f"lr={rate}"] = run.id
         client = tracking_store.connect()
         for child in ("lr=3e-4", "lr=1e-3"):
-            client.set_tag(found[child], "mlflow.parentRunId", found["lr=1e-4"])
-        yield found
+            client.set_tag(ids[child], "mlflow.parentRunId", ids["lr=1e-4"])
+        yield ids
 
 
 class Ui:
-    """`python -m athanor.ui` as a process, from its link on."""
+    """The process of `python -m athanor.ui`, which has printed its link."""
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
@@ -52,19 +54,26 @@ class Ui:
             text=True,
         )
         assert self.process.stdout is not None
-        self.said = ""
+        self.output = ""
         self.link = ""
         for line in self.process.stdout:
-            self.said += line
+            self.output += line
             if line.startswith("http"):
                 self.link = line.strip()
                 break
-        assert self.link, self.said
+        assert self.link, self.output
         self.base = self.link.split("/#")[0]
 
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(f"{self.base}/{path}") as answer:
             return json.loads(answer.read())
+
+
+def decode_view(value: str) -> tuple[str, dict[str, Any]]:
+    """The name and the state of a view, from its tag's value."""
+    envelope = json.loads(value)
+    compressed = base64.b64decode(envelope["state"].removeprefix("deflate;"))
+    return envelope["name"], json.loads(zlib.decompress(compressed))
 
 
 def test_it_serves_the_embedded_store_until_it_is_interrupted(runs: dict[str, str]) -> None:
@@ -78,8 +87,8 @@ def test_it_serves_the_embedded_store_until_it_is_interrupted(runs: dict[str, st
         place = urlsplit(opened.base)
         assert place.hostname == "127.0.0.1"
         assert place.port is not None and port < place.port < port + 100
-        asked = parse_qs(urlsplit(opened.link).fragment.partition("?")[2])
-        assert json.loads(asked["runs"][0]) == [first, second]
+        query = parse_qs(urlsplit(opened.link).fragment.partition("?")[2])
+        assert json.loads(query["runs"][0]) == [first, second]
         run = opened.get(f"ajax-api/2.0/mlflow/runs/get?run_id={first}")["run"]
         assert run["info"]["run_name"] == "lr=1e-4"
         kept = opened.get(f"ajax-api/2.0/mlflow/artifacts/list?run_id={first}")["files"]
@@ -91,7 +100,7 @@ def test_it_serves_the_embedded_store_until_it_is_interrupted(runs: dict[str, st
         other = Ui(env={"MLFLOW_TRACKING_URI": address})
         assert other.process.wait() == 0
         assert other.link.startswith(f"{opened.base}/#/experiments/")
-        assert "secret" not in other.said
+        assert "secret" not in other.output
     finally:
         taken.close()
         opened.process.send_signal(signal.SIGINT)
@@ -106,33 +115,33 @@ def test_two_at_a_time_take_two_ports() -> None:
     with socket.socket() as tried:
         tried.bind(("127.0.0.1", 0))
         first = tried.getsockname()[1]
-    with ui.hold_free_port(first) as one, ui.hold_free_port(first) as other:
-        assert first <= one < other
-    with ui.hold_free_port(one) as again:
-        assert again == one
+    with ui.hold_free_port(first) as port, ui.hold_free_port(first) as other:
+        assert first <= port < other
+    with ui.hold_free_port(port) as again:
+        assert again == port
 
 
 def test_a_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "athanor.ui", "--no-browser"]
     env = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
 
-    def said() -> str:
+    def run_ui() -> str:
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 1
         return done.stderr
 
-    assert "run the command in the repository's folder" in said()
+    assert "run the command in the repository's folder" in run_ui()
     (tmp_path / "conf").mkdir()
-    assert "`uv run dvc repro --pull` creates it" in said()
+    assert "`uv run dvc repro --pull` creates it" in run_ui()
     assert [path.name for path in tmp_path.iterdir()] == ["conf"]
 
 
 def test_the_link_is_to_what_was_asked_for(runs: dict[str, str]) -> None:
     base = "http://127.0.0.1:5199"
     experiment = tracking_store.connect().get_experiment_by_name("athanor").experiment_id
-    [one, *_] = runs.values()
+    [run_id, *_] = runs.values()
     page = f"{base}/#/experiments/{experiment}/runs"
-    assert ui.find_page(base, [one[:10]]).startswith(f"{page}/{one}?")
+    assert ui.find_page(base, [run_id[:10]]).startswith(f"{page}/{run_id}?")
     assert "viewStateShareKey=runs" in ui.find_page(base, [])
     assert ui.find_page(base, list(runs.values())).startswith(f"{base}/#/compare-runs?runs=")
     with refused("runs.no_such_run", prefix="0" * 32):
@@ -160,7 +169,7 @@ def test_a_sweeps_view_is_set_up_once_and_says_what_is_shown(runs: dict[str, str
     assert client.get_run(children[0]).data.tags["mlflow.runColor"] == "#000000"
     assert "compareRunsMode=CHART" in query
 
-    name, state = mlflow_views.decode_view(value)
+    name, state = decode_view(value)
     assert name == "lr=1e-4"
     shown = client.search_runs([experiment], state["searchFilter"])
     assert {run.info.run_id for run in shown} == set(children)
@@ -187,7 +196,7 @@ def test_a_sweep_over_one_setting_has_no_contour(runs: dict[str, str]) -> None:
         client, experiment, parent, ["train.learning_rate"], "kept_val_loss"
     )
     tags = client.get_experiment(experiment).tags
-    _, state = mlflow_views.decode_view(tags[f"mlflow.sharedViewState.sweep-{parent}"])
+    _, state = decode_view(tags[f"mlflow.sharedViewState.sweep-{parent}"])
     kinds = [chart["type"] for chart in state["compareRunCharts"]]
     assert kinds == ["PARALLEL", "LINE", "LINE", "SCATTER"]
 

@@ -83,9 +83,9 @@ def test_the_registered_model_answers_a_training_question(stages: Stages) -> Non
     stages("config", overrides=("train.iters=20", f"fuse.registered_model_name={NAME}"))
     stages("prepare", "train", "fuse")
     [row, *_] = files.read_jsonl(Path("artifacts/prepare/train.jsonl"))
-    [asked, expected] = [message["content"] for message in row["messages"]]
+    [prompt, expected] = [message["content"] for message in row["messages"]]
 
-    question = {"messages": [{"role": "user", "content": asked}], "max_tokens": 20}
+    question = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 20}
     Path("input.json").write_text(json.dumps(question, ensure_ascii=False), encoding="utf-8")
     command = ["predict", "-m", f"models:/{NAME}@best", "-i", "input.json", "-t", "json"]
     done = subprocess.run(
@@ -146,8 +146,8 @@ def test_the_best_of_what_was_validated_on_the_same_rows_has_the_alias(
         fused = fuse(digest, tiny, digest, loss=loss, rows=rows)
         assert words in fused.describe_version()
         assert best_version(client) == best
-    said_how = capsys.readouterr().err.partition("To move it: uv run python ")[2]
-    subprocess.run([sys.executable, *shlex.split(said_how)], check=True)
+    command = capsys.readouterr().err.partition("To move it: uv run python ")[2]
+    subprocess.run([sys.executable, *shlex.split(command)], check=True)
     assert best_version(client) == 4
 
 
@@ -171,7 +171,7 @@ def test_of_two_that_end_at_once_the_better_one_has_the_alias(
     for digest in losses:
         train(digest)
     with ThreadPoolExecutor() as pool:
-        runs = pool.map(lambda one: fuse(one[0], tiny, one[0], loss=one[1]), losses.items())
+        runs = pool.map(lambda digest: fuse(digest, tiny, digest, loss=losses[digest]), losses)
         texts = [run.describe_version() for run in runs]
     assert sum("(validation loss" in text for text in texts) == 1
     best = client.get_model_version_by_alias(NAME, "best")
@@ -214,11 +214,11 @@ def test_a_store_that_is_away_or_full_gets_the_model_later(
 
 def test_losses_compare_where_the_same_tokens_were_counted() -> None:
     row = TokenizedText([1, 2, 3], [False, True, True])
-    others = [
+    different = [
         row.truncate(2),
         TokenizedText([1, 2, 4], row.supervised),
         TokenizedText(row.ids, [True] * 3),
     ]
-    digests = {registry.digest_validation([one]) for one in [row, *others]}
+    digests = {registry.digest_validation([text]) for text in [row, *different]}
     assert len(digests) == 4
     assert registry.digest_validation([TokenizedText([1, 2, 3], [False, True, True])]) in digests

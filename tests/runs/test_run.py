@@ -26,7 +26,7 @@ from athanor.runs.entries import (
     SetTags,
     StartRun,
 )
-from athanor.runs.outbox import Journal
+from athanor.runs.outbox import Journal, read_entries
 from athanor.runs.run import Run, resume_run, start_run
 from athanor.runs.sender import Sender
 from support import mlflow_store
@@ -73,7 +73,7 @@ def opening(name: str) -> StartRun:
         run=name,
         store=tracking_store.journal_store(),
         experiment="athanor",
-        name="it",
+        name="tiny",
         time=1,
         params={},
         tags={"athanor.run": name},
@@ -203,7 +203,7 @@ def test_a_journal_that_was_cut_off_is_sent_as_far_as_it_goes(away: Store) -> No
     with start() as run:
         run.log_metrics(1, {"a": 2.0})
     states = {run.info.run_name: (run.info.status, run.data.metrics["a"]) for run in recorded()}
-    assert states == {"it": ("KILLED", 1.0), "tiny lora": ("FINISHED", 2.0)}
+    assert states == {"tiny": ("KILLED", 1.0), "tiny lora": ("FINISHED", 2.0)}
     assert waiting() == []
 
 
@@ -226,7 +226,7 @@ def test_a_line_that_is_no_entry_is_reported_and_kept(
     warnings = capsys.readouterr().err
     assert warnings.count("did not take line") == 2
     assert "missing required field `values`" in warnings
-    assert [run.data.metrics for run in recorded() if run.info.run_name == "it"] == [{"a": 1.0}]
+    assert [run.data.metrics for run in recorded() if run.info.run_name == "tiny"] == [{"a": 1.0}]
     assert {"start", "tags"} <= set(waiting())
 
 
@@ -312,7 +312,7 @@ def test_a_line_cut_inside_a_character_spoils_no_other(away: Store) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole + whole.strip()[: whole.strip().index("亮".encode()) + 1])
     journal.append(SetTags({}))
-    assert list(journal.entries()) == [LogText("月亮", "moon.txt"), SetTags({})]
+    assert list(read_entries(journal.folder)) == [LogText("月亮", "moon.txt"), SetTags({})]
     journal.close()
     away.come_back()
     with start():
@@ -388,5 +388,5 @@ def test_a_journal_names_each_call_and_its_values(away: Store) -> None:
     assert [line["do"] for line in lines] == ["start", "metrics", "artifact", "model", "end"]
     assert lines[1]["values"] == {"train_loss": float("inf"), "val_loss": 2.0}
     assert lines[4] == {"do": "end", "status": "FINISHED", "time": 3}
-    assert list(journal.entries()) == written
+    assert list(read_entries(journal.folder)) == written
     journal.close()

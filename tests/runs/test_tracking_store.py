@@ -38,7 +38,7 @@ def test_eight_processes_at_once_on_a_store_that_is_not_there(tmp_path: Path) ->
 def assert_complete(folder: Path) -> None:
     assert list((folder / "mlruns/outbox").iterdir()) == []
     client = mlflow_store.connect(folder)
-    assert {one.name for one in client.search_experiments()} == {"Default", "athanor"}
+    assert {experiment.name for experiment in client.search_experiments()} == {"Default", "athanor"}
     runs = {int(run.data.tags["number"]): run for run in mlflow_store.list_runs(folder)}
     assert sorted(runs) == list(range(PROCESSES))
     for number, run in runs.items():

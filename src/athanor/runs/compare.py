@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from athanor import switches
 from athanor.runs import lineage, tracking_store
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ class RunRecord:
             UserError: if the store, or the place of its artifacts, is unreachable.
         """
         parent = path.rpartition("/")[0]
-        switches.configure_mlflow()
         with tracking_store.report_errors():
             client = tracking_store.connect()
             if path not in {kept.path for kept in client.list_artifacts(self.id, parent or None)}:
@@ -161,15 +159,9 @@ def measure_weight_difference(a: Path, b: Path) -> float | None:
     first, second = (_load_weights(path) for path in (a, b))
     if {k: v.shape for k, v in first.items()} != {k: v.shape for k, v in second.items()}:
         return None
-    greatest = max(_max_abs(value) for value in first.values())
-    difference = max(_max_abs(first[name] - second[name]) for name in first)
+    greatest = max(float(abs(value).max()) for value in first.values())
+    difference = max(float(abs(first[name] - second[name]).max()) for name in first)
     return difference / greatest if greatest else difference
-
-
-def _max_abs(array: Any) -> float:
-    import mlx.core as mx
-
-    return float(mx.abs(array).max())
 
 
 def _load_weights(path: Path) -> dict[str, Any]:

@@ -181,11 +181,9 @@ def make_patch(top: Path) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": f"{folder}/index"}
         run_git(top, "read-tree", "HEAD", **index)
-        list_untracked = ("ls-files", "--others", "--exclude-standard", "-z")
+        list_untracked = ("ls-files", "--others", "--exclude-standard", "-z", "--", *CODE, *NO_CODE)
         new = []
-        for name in _git(top, *list_untracked, "--", *CODE, *NO_CODE, environment=index).split(
-            b"\0"
-        )[:-1]:
+        for name in _git(top, *list_untracked, environment=index).split(b"\0")[:-1]:
             size = (top / os.fsdecode(name)).lstat().st_size
             if size <= MOST_BYTES:
                 new.append(name)

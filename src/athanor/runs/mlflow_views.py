@@ -112,13 +112,6 @@ def save_runs_view(client: Any, experiment_id: str) -> str:
     return "viewStateShareKey=runs"
 
 
-def decode_view(value: str) -> tuple[str, dict[str, Any]]:
-    """Return the name and the state of a view from its tag's value."""
-    envelope = json.loads(value)
-    compressed = base64.b64decode(envelope["state"].removeprefix("deflate;"))
-    return envelope["name"], json.loads(zlib.decompress(compressed))
-
-
 def _columns(params: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
     """Return the state of the table: these columns, wide enough for their names."""
     named = [f"params.`{key}`" for key in params] + [f"metrics.`{key}`" for key in metrics]

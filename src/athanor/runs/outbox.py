@@ -61,10 +61,6 @@ class Journal:
             link_or_copy(str(path), str(kept))
         return str(kept.relative_to(self.folder))
 
-    def entries(self) -> Iterator[AnyEntry]:
-        """Yield the entries in their order."""
-        return read_entries(self.folder)
-
     def set_aside(self) -> None:
         """Rename the journal, and leave it to a stage that uses its store."""
         if self.folder.exists():

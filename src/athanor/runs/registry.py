@@ -59,7 +59,6 @@ def _write_folder(fused: Path, out: Path, entry: LogModel, ids: dict[str, str]) 
     Nothing is loaded or downloaded. `ids` are MLflow's of the logged model (artifact_path,
     model_id, model_uuid, run_id).
     """
-    switches.configure_mlflow()
     from mlflow.models import Model
     from mlflow.pyfunc import save_model
 

@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -46,7 +47,7 @@ class Run:
         self._ends = isinstance(opening, entries.StartRun)
         self._opened = threading.Event()
         self._entries: queue.Queue[entries.AnyEntry | None] = queue.Queue()  # None ends it
-        for left in journal.entries():
+        for left in read_entries(journal.folder):
             self._entries.put(left)
         self._append(opening)
         switches.switch_threads_often(True)
@@ -60,9 +61,11 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if self._ends:
+            status: entries.EndStatus = "FINISHED"
             if kind is not None:
+                status = "FAILED" if issubclass(kind, Exception) else "KILLED"
                 self.set_tags({"failure": tracking_store.hide_passwords(str(error))[:500]})
-            self._append(entries.EndRun(_end_status(kind), _now()))
+            self._append(entries.EndRun(status, _now()))
         self._entries.put(None)
         self._thread.join()
         switches.switch_threads_often(False)
@@ -166,13 +169,6 @@ class Run:
         self._journal.append(entry)
         self._entries.put(entry)
 
-    def _next_entries(self, seconds: float | None) -> "list[entries.AnyEntry | None]":
-        """Return the next entry, if one comes within so many seconds."""
-        try:
-            return [self._entries.get(timeout=seconds)]
-        except queue.Empty:
-            return []
-
     def _work(self) -> None:
         waiting: deque[entries.AnyEntry] = deque()
         sender, more = Sender(self._journal.folder, active=True), True
@@ -180,7 +176,8 @@ class Run:
         sent_left, failures, not_before = False, 0, 0.0
         while more:
             pause = max(0.0, not_before - time.monotonic()) if waiting else None
-            for entry in self._next_entries(pause):
+            with suppress(queue.Empty):
+                entry = self._entries.get(timeout=pause)
                 more = entry is not None
                 if entry is not None:
                     waiting.append(entry)
@@ -233,9 +230,9 @@ def _is_child(folder: Path) -> bool:
     )
 
 
-def _store_of(journal: Journal) -> str | None:
-    """Return the journal's name of its store, None if it was cut off before its first entry."""
-    for entry in journal.entries():
+def _store_of(folder: Path) -> str | None:
+    """Return a journal's name of its store, None if it was cut off before its first entry."""
+    for entry in read_entries(folder):
         if isinstance(entry, entries.StartRun | entries.ResumeRun):
             return entry.store
     return None
@@ -247,10 +244,10 @@ def _send_left(folder: Path) -> None:
         return
     sender = Sender(folder, active=False)
     try:
-        store = _store_of(journal)
+        store = _store_of(folder)
         if store is not None and store != tracking_store.journal_store():
             return
-        waiting, ended = deque(journal.entries()), True
+        waiting, ended = deque(read_entries(folder)), True
         for entry in waiting:
             if isinstance(entry, entries.StartRun | entries.EndRun):
                 ended = isinstance(entry, entries.EndRun)
@@ -292,7 +289,7 @@ def start_run(
         journal = Journal(run)
     if not journal.is_ours():
         journal = Journal(unique_name(run))
-    elif _store_of(journal) not in (None, store):
+    elif _store_of(journal.folder) not in (None, store):
         journal.set_aside()
     opening = entries.StartRun(
         run=run,
@@ -321,12 +318,6 @@ def resume_run(run: str, run_id: str | None) -> Run:
         experiment=tracking_store.EXPERIMENT,
     )
     return Run(Journal(unique_name(run)), opening)
-
-
-def _end_status(error: type[BaseException] | None) -> entries.EndStatus:
-    if error is None:
-        return "FINISHED"
-    return "FAILED" if issubclass(error, Exception) else "KILLED"
 
 
 def _report_refused(refused: list[str], folder: Path) -> None:

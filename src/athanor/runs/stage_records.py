@@ -44,7 +44,9 @@ def start_training(
         },
         {
             **lineage.collect_tags(),
-            **_model_tags(source),
+            "model.path": source.path,
+            "model.digest": source.digest,
+            **({"model.commit": source.commit} if source.commit else {}),
             "device": describe_device(),
             "athanor.point": digest,
         },
@@ -56,7 +58,10 @@ def start_training(
         stack.push(opened)  # an interrupt also ends the run here
         # With the overrides of this command.
         opened.log_text(OmegaConf.to_yaml(cfg), workspace.params.name)
-        _record_data(opened, workspace)
+        # The reports of prepare are no deps of the stage: they decide nothing.
+        for report in ("report.html", "report.json", "chat.json"):
+            if (workspace.prepared / report).exists():
+                opened.log_artifact(workspace.prepared / report, "data")
         lineage.record_lineage(opened, workspace.prepared)
         stack.pop_all()
     return opened
@@ -80,7 +85,10 @@ def record_training(run: Run, workspace: Workspace, out: Path, metrics: dict[str
         int(metrics["iterations"]), {"train_seconds": metrics["train_seconds"]}, once=True
     )
     # Not first: MLflow's page for several runs compares them by their first metric.
-    _record_counts(run, workspace)
+    if (workspace.prepared / "metrics.json").exists():
+        counts = files.read_json(workspace.prepared / "metrics.json")
+        rows = {f"{split}_rows": counts[split]["rows"] for split in SPLITS}
+        run.log_metrics(0, rows | {"rejected_rows": counts["rows"]["rejected"]}, once=True)
     run.set_tags({"adapters.digest": lineage.hash_adapters(out / "adapters")})
     run.log_artifact(out / "adapters", "adapters")
     run.log_artifact(out / "other_adapters", "other_adapters")
@@ -135,20 +143,6 @@ def _trained_layers(cfg: Config, folder: Path) -> dict[str, int]:
     return {LAYERS: layers if cfg.train.num_layers == -1 else cfg.train.num_layers}
 
 
-def _record_data(run: Run, workspace: Workspace) -> None:
-    """Record the reports of prepare, which are no deps of this stage: they decide nothing."""
-    for name in ("report.html", "report.json", "chat.json"):
-        if (workspace.prepared / name).exists():
-            run.log_artifact(workspace.prepared / name, "data")
-
-
-def _record_counts(run: Run, workspace: Workspace) -> None:
-    if (workspace.prepared / "metrics.json").exists():
-        counts = files.read_json(workspace.prepared / "metrics.json")
-        rows = {f"{split}_rows": counts[split]["rows"] for split in SPLITS}
-        run.log_metrics(0, rows | {"rejected_rows": counts["rows"]["rejected"]}, once=True)
-
-
 def name_run(cfg: Config) -> str:
     """Return the name of a training in a list of runs."""
     layers = "all" if cfg.train.num_layers == -1 else str(cfg.train.num_layers)
@@ -159,8 +153,3 @@ def name_run(cfg: Config) -> str:
         f"{Path(cfg.model.path).name} {cfg.train.method} "
         f"lr={cfg.train.learning_rate:g} layers={layers} {length}"
     )
-
-
-def _model_tags(source: Source) -> dict[str, str]:
-    tags = {"model.path": source.path, "model.digest": source.digest}
-    return tags | ({"model.commit": source.commit} if source.commit else {})
