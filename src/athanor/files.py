@@ -150,7 +150,7 @@ def lock(path: Path) -> "FileLock":
     from filelock import FileLock  # imports asyncio, which most commands need not
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path, poll_interval=0.2, thread_local=False)
+    return FileLock(path, thread_local=False)
 
 
 def try_lock(path: Path) -> "FileLock | None":

@@ -102,14 +102,14 @@ def load_record(prefix: str, folder: Path) -> RunRecord:
     )
 
 
-def list_children(record: RunRecord, most: int = 5) -> str:
-    """Return a line for each child of a run, those with the lowest validation loss first."""
+def list_children(record: RunRecord) -> str:
+    """Return a line for each of the five children of a run with the lowest validation loss."""
     with tracking_store.report_errors():
         client = tracking_store.connect()
         children = client.search_runs(
             [client.get_run(record.id).info.experiment_id],
             filter_string=f"tags.`mlflow.parentRunId` = '{record.id}'",
-            max_results=most,
+            max_results=5,
             order_by=["metrics.kept_val_loss ASC"],
         )
     return tracking_store.list_runs(children)

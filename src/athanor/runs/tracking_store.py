@@ -6,7 +6,7 @@ MLflow takes seconds to import, so it is imported only where it is used.
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,10 @@ def sqlite_path() -> Path | None:
     return Path(uri().removeprefix("sqlite:///")) if uri().startswith("sqlite:///") else None
 
 
-@contextmanager
-def hold_lock() -> Iterator[None]:
-    """Keep other processes out of their locked blocks on the same SQLite store."""
+def hold_lock() -> AbstractContextManager[Any]:
+    """Return a lock on an SQLite store for a `with` block, nothing for any other store."""
     path = sqlite_path()
-    if path is None:
-        yield
-        return
-    with files.lock(path.parent / ".lock"):
-        yield
+    return nullcontext() if path is None else files.lock(path.parent / ".lock")
 
 
 def connect() -> Any:
