@@ -233,7 +233,7 @@ def test_restored_training_logs_nothing_and_says_so(clone: Workspace) -> None:
     clone.edit(Path("conf/test/default.yaml"), "max_tokens: 64", "max_tokens: 5")
     printed = clone.run("dvc", "repro")
     assert f"run {before['run_id']} is not in" in printed
-    assert "nothing is logged" in printed
+    assert "Nothing is logged" in printed
 
 
 def test_experiment_runs_shows_and_leaves_nothing_stale(clone: Workspace) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import yaml
 
-from athanor.config.check import ConfigError
 from athanor.config.compose import compose_config
 from athanor.device import blas
 from athanor.prepare import result
@@ -27,7 +26,7 @@ from athanor.sweep.shared import load_shared
 from athanor.sweep.space import read_space, refuse_unprepared
 from athanor.sweep.supervise import COMMAND
 from support import mlflow_store, warm
-from support.refused import refused
+from support.refused import refused, refused_keys
 from support.stages import run_stages
 
 # Answers of so few tokens that a trial is mostly its training.
@@ -416,16 +415,16 @@ def test_a_space_that_no_sweep_can_search_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("argument", "problem"),
+    ("argument", "code", "key"),
     [
-        ("train.rnk=1,2", "did you mean train.rank?"),
-        ("train.learning_rate=1e-4,-1", "expected a finite number above 0, got -1.0"),
-        ("train.rank=4,", "command line: train.rank=4,"),
-        ("sweep=gird", "conf/sweep/ has no such file; it has grid, search, seeds"),
+        ("train.rnk=1,2", "unknown_key", "train.rnk"),
+        ("train.learning_rate=1e-4,-1", "not_positive", "train.learning_rate"),
+        ("train.rank=4,", "no_override", "train.rank=4,"),
+        ("sweep=gird", "unknown_option", "sweep=gird"),
     ],
 )
-def test_invalid_values_are_named(conf: Path, argument: str, problem: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(problem)):
+def test_invalid_values_are_named(conf: Path, argument: str, code: str, key: str) -> None:
+    with refused_keys((f"config.{code}", key)):
         read_space(conf, [argument])
 
 
