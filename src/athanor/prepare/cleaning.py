@@ -46,11 +46,8 @@ STEPS: dict[str, Callable[[str], str]] = {
 }
 
 
-def every_text(value: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """Return a row in the one form with each of its texts changed; tools and calls stay.
-
-    A label is its row's answer, and changes with it.
-    """
+def _change_texts(value: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Change each text of a row in the one form, its label as well; tools and calls stay."""
     if "text" in value:
         return value | {"text": change(value["text"])}
     changed = [message | {"content": change(message["content"])} for message in value["messages"]]
@@ -62,7 +59,7 @@ def clean(value: dict[str, Any], steps: list[str]) -> tuple[dict[str, Any], list
     """Return a row in the one form after the chosen steps, and the steps that changed it."""
     changed = []
     for step in steps:
-        after = every_text(value, STEPS[step])
+        after = _change_texts(value, STEPS[step])
         if after != value:
             changed.append(step)
         value = after

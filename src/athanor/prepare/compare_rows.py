@@ -176,12 +176,12 @@ def _check_shares(tally: Tally, config: DataConfig, findings: Findings) -> None:
 
 
 def _why_none(split: str, tally: Tally, findings: Findings) -> str:
-    skipped = [
-        f"{count:,} {name}" + (f" (data.checks.{name}=warn keeps them)" if keeps else "")
-        for name, count in findings.counts.items()
-        if findings.actions[name] == SKIP
-        for keeps in [WARN in CHECKS[name][1].split()]
-    ]
+    skipped = []
+    for name, count in findings.counts.items():
+        if findings.actions[name] == SKIP:
+            can_warn = WARN in CHECKS[name][1].split()
+            hint = f" (data.checks.{name}=warn keeps them)" if can_warn else ""
+            skipped.append(f"{count:,} {name}{hint}")
     rejected = f"; rejected.jsonl has the rejected rows: {', '.join(skipped)}" if skipped else ""
     own = [i for i, origin in enumerate(tally.origins) if origin.split == split]
     if own and not sum(tally.read[i] for i in own):

@@ -123,8 +123,7 @@ class RowBuilder:
 
     def _check_quality(self, value: dict[str, Any]) -> None:
         least = self.config.min_quality
-        quality = None if least is None else metadata_of(value, "quality_score")
-        if least is None or quality is None:
+        if least is None or (quality := metadata_of(value, "quality_score")) is None:
             return
         try:
             score = float(quality)
@@ -184,15 +183,13 @@ def special_tokens(tokenizer: "TokenizerWrapper") -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
-def metadata_of(value: Any, key: str) -> Any:
+def metadata_of(value: dict[str, Any], key: str) -> Any:
     """Return a record's value under a key, else the one under that key of its metadata."""
-    if not isinstance(value, dict):
-        return None
     metadata = value.get("metadata")
     return value.get(key, metadata.get(key) if isinstance(metadata, dict) else None)
 
 
-def source_of(value: Any) -> str | None:
+def source_of(value: dict[str, Any]) -> str | None:
     """Return the source that a record names; None where it names none."""
     source = metadata_of(value, "source")
     return replace_surrogates(source) if isinstance(source, str) and source else None

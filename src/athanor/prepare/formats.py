@@ -7,7 +7,6 @@ of it. Keys that no format names are for the report, and are never trained on.
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
@@ -27,8 +26,7 @@ from athanor.prepare.chats import (
     wrong_type,
 )
 from athanor.prepare.checks import Fault
-
-Canonical = dict[str, Any]
+from athanor.prepare.records import is_utf8
 
 
 @dataclass(slots=True)
@@ -39,7 +37,7 @@ class Row:
     label set that the format adds, which may grow.
     """
 
-    value: Canonical
+    value: dict[str, Any]
     format: str
     subject: str | None = None
 
@@ -69,9 +67,8 @@ class Row:
             return content.replace(self.subject, subject)
 
         messages = [
-            message | {"content": changed(message["content"])}
-            if message["role"] == "user"
-            else message
+            message
+            | ({"content": changed(message["content"])} if message["role"] == "user" else {})
             for message in self.value["messages"]
         ]
         return Row(self.value | {"messages": messages}, self.format, subject)
@@ -102,9 +99,7 @@ class Formats:
         }
         self._by_kind: dict[str, Callable[[Any], Row]] = {
             "chat": self._chat,
-            "completions": partial(
-                self._pair, config.prompt_feature, config.completion_feature, "completions"
-            ),
+            "completions": self._pair,
             "instruction": self._instruction,
             "classification": self._classification,
             "text": self._text,
@@ -169,7 +164,7 @@ class Formats:
         keys = (config.chat_feature, *CHAT_KEYS)
         key = next((key for key in keys if key in value), config.chat_feature)
         tools = read_tools(value["tools"]) if value.get("tools") else []
-        chat: Canonical = {"messages": read_messages(parse_cell(value.get(key)), key, tools)}
+        chat: dict[str, Any] = {"messages": read_messages(parse_cell(value.get(key)), key, tools)}
         system = value.get("system")
         if isinstance(system, str) and system.strip() and chat["messages"][0]["role"] != "system":
             chat["messages"].insert(0, {"role": "system", "content": system})
@@ -177,9 +172,10 @@ class Formats:
             chat["tools"] = tools
         return Row(chat, "chat")
 
-    def _pair(self, prompt: str, completion: str, kind: str, value: dict[str, Any]) -> Row:
-        question = _string(value, prompt, "empty_prompt")
-        return _exchange(value, question, _string(value, completion, "empty_completion"), kind)
+    def _pair(self, value: dict[str, Any]) -> Row:
+        question = _string(value, self.config.prompt_feature, "empty_prompt")
+        answer = _string(value, self.config.completion_feature, "empty_completion")
+        return _exchange(value, question, answer, "completions")
 
     def _instruction(self, value: dict[str, Any]) -> Row:
         question = _string(value, "instruction", "empty_prompt")
@@ -222,9 +218,8 @@ class Formats:
         if "text" in fields:
             return Row({"text": _string(fields, "text", "empty_text")}, "template")
         question = _string(fields, "prompt", "empty_prompt")
-        return _exchange(
-            fields, question, _string(fields, "completion", "empty_completion"), "template"
-        )
+        answer = _string(fields, "completion", "empty_completion")
+        return _exchange(fields, question, answer, "template")
 
     def _article(self, value: dict[str, Any]) -> Row:
         system = {"role": "system", "content": " › ".join(value["path"])}
@@ -252,7 +247,7 @@ def label_of(value: dict[str, Any], key: str) -> str:
         raise wrong_type(key, "a label: a text or a whole number", label)
     if not label.strip():
         raise Fault("empty_completion", f"no label under {key!r}")
-    if any("\ud800" <= character <= "\udfff" for character in label):
+    if not is_utf8(label):
         raise Fault("half_character", f"a lone surrogate in the label {label!r}")
     return label.strip()
 

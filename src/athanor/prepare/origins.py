@@ -39,7 +39,6 @@ SPLIT = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?:[-_.]?\d+(?:-of-\d+)?)?$")
 ABOUT = re.compile(r"(readme|license|changelog|contributing|dataset_?card)\b.*\.md$", re.IGNORECASE)
 
 Count = Callable[[str], int]
-Reader = Callable[[frozenset[str]], Iterator[Record]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Origin:
 
     name: str
     split: str | None
-    read: Reader
+    read: Callable[[frozenset[str]], Iterator[Record]]
     lines: Callable[[], int]
 
 

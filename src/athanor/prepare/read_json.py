@@ -113,22 +113,20 @@ def read_json_lines(path: Path, fixes: frozenset[str]) -> Iterator[Record]:
                 text = _decode(data).strip()
                 value, end = parse(text)
                 record = Record(name, number, value, faults, fixed)
-                if end == len(text):
-                    yield record
-                else:
-                    yield from _rest_of_line(record, text, end, fixes)
+                yield from _split_line(record, text, end, fixes) if end < len(text) else [record]
             except Fault as fault:
                 written = text or data.decode(errors="backslashreplace").rstrip("\r\n")
                 yield Record(name, number, written, [*faults, fault])
             except json.JSONDecodeError as error:
                 if joined := _join_lines(text, error, lines, ahead):
-                    record = Record(name, number, joined[0], [*faults], [*fixed])
                     reason = f"the object spans {joined[1]} lines; JSON Lines expects it on one"
                     split = Fault("split_object", reason)
-                    (record.fixed if split.name in fixes else record.faults).append(split)
-                    yield record
+                    (fixed if split.name in fixes else faults).append(split)
+                    yield Record(name, number, joined[0], faults, fixed)
                 else:
-                    yield Record(name, number, text, [*faults, _not_json(text, error)])
+                    hint = "; a file with a list of rows must be named .json"
+                    reason = f"{error.msg} (column {error.colno}){hint * text.startswith('[')}"
+                    yield Record(name, number, text, [*faults, Fault("invalid_json", reason)])
             faults, fixed = [], []
 
 
@@ -136,12 +134,7 @@ def _next_line(lines: Iterator[Line], ahead: deque[Line]) -> Line | None:
     return ahead.popleft() if ahead else next(lines, None)
 
 
-def _not_json(text: str, error: json.JSONDecodeError) -> Fault:
-    hint = "; a file with a list of rows must be named .json" if text.startswith("[") else ""
-    return Fault("invalid_json", f"{error.msg} (column {error.colno}){hint}")
-
-
-def _rest_of_line(first: Record, text: str, end: int, fixes: frozenset[str]) -> Iterator[Record]:
+def _split_line(first: Record, text: str, end: int, fixes: frozenset[str]) -> Iterator[Record]:
     """Yield the objects of a line with several, or one record with the fault of the line."""
     values = [first.value]
     fault: Fault | None = None

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -46,7 +46,7 @@ class Tally:
     formats: list[Counter[str]]
     labels: list[str]
     sources: list[str]
-    cleaned: Counter[str] = field(default_factory=Counter)
+    cleaned: Counter[str]
 
     def where(self, row: np.void) -> str:
         """Return a row's place."""
