@@ -70,18 +70,18 @@ def test_the_command_writes_each_format_in_each_locale(
 
 @pytest.mark.parametrize("format", KEYS)
 def test_metadata_comes_at_times_and_ids_are_unique(format: str) -> None:
-    found = draw(format, 1000)
-    assert len({row["id"] for row in found}) == 1000
-    assert 400 < sum("source" in row for row in found) < 600
-    scores = [row["quality_score"] for row in found if "quality_score" in row]
+    rows = draw(format, 1000)
+    assert len({row["id"] for row in rows}) == 1000
+    assert 400 < sum("source" in row for row in rows) < 600
+    scores = [row["quality_score"] for row in rows if "quality_score" in row]
     assert 400 < len(scores) < 600
     assert all(0 <= score <= 1 for score in scores)
 
 
 def test_locales_are_mixed_row_by_row() -> None:
-    found = [chinese(row["prompt"]) for row in draw("completions", 1000)]
-    assert 400 < sum(found) < 600
-    assert 400 < sum(one != next for one, next in pairwise(found)) < 600
+    languages = [chinese(row["prompt"]) for row in draw("completions", 1000)]
+    assert 400 < sum(languages) < 600
+    assert 400 < sum(language != next for language, next in pairwise(languages)) < 600
 
 
 def test_same_arguments_same_bytes_whatever_the_hash_seed(tmp_path: Path) -> None:
@@ -120,15 +120,15 @@ def test_rows_differ_from_one_another(format: str) -> None:
 def test_an_answer_is_the_field_of_its_question(locale: str) -> None:
     person = {field: f"<{field}>" for field in synthesize.COLUMNS}
     language = synthesize.LANGUAGES[locale]
-    asked = set()
+    fields = set()
     for seed in range(200):
         row = synthesize.FORMATS["completions"](synthesize.Random(seed), person, language)
         [field] = [field for field in synthesize.FIELDS if person[field] in row["completion"]]
         questions = tuple(text.format_map(person) for text in language.questions[field])
         assert row["prompt"].endswith(questions)
         assert person[field] in row["prompt"]
-        asked.add(field)
-    assert asked == set(synthesize.FIELDS)
+        fields.add(field)
+    assert fields == set(synthesize.FIELDS)
 
 
 def test_an_instructions_input_is_empty_at_times() -> None:
@@ -158,9 +158,9 @@ def test_roles_alternate(format: str, key: str, role: str, text: str, roles: lis
 
 
 def test_tool_calls_in_both_styles_name_a_function_that_is_offered() -> None:
-    found = draw("tools", 1000)
+    rows = draw("tools", 1000)
     styles, offers = [], set()
-    for row in found:
+    for row in rows:
         call = row["messages"][1]["tool_calls"][0]
         arguments = call["function"]["arguments"]
         styles.append(type(arguments))
@@ -197,8 +197,8 @@ def test_a_tools_result_comes_at_times_and_is_answered() -> None:
 
 @pytest.mark.parametrize("locale", LOCALES)
 def test_a_label_can_be_learned_from_its_text(locale: str) -> None:
-    found = draw("classification", 1000, [locale])
-    texts, labels = [row["text"] for row in found], [row["label"] for row in found]
+    rows = draw("classification", 1000, [locale])
+    texts, labels = [row["text"] for row in rows], [row["label"] for row in rows]
     assert set(labels) == {"positive", "negative", "neutral"}
     counts = CountVectorizer(analyzer="char", ngram_range=(2, 4)).fit_transform(texts)
     model = MultinomialNB().fit(counts[:500], labels[:500])
@@ -206,8 +206,8 @@ def test_a_label_can_be_learned_from_its_text(locale: str) -> None:
 
 
 def test_sql_runs_on_its_table() -> None:
-    found = draw("wikisql", 1000)
-    for row in found:
+    rows = draw("wikisql", 1000)
+    for row in rows:
         with sqlite3.connect(":memory:") as base:
             columns = ", ".join(row["table"]["header"])
             base.execute(f"CREATE TABLE {row['table']['name']} ({columns})")
@@ -282,8 +282,8 @@ def test_no_rows_are_refused_before_a_file_is_there(
 
 def test_fields_hold_what_they_are_called() -> None:
     """A name is no telephone number: each field is drawn from a pool of its own."""
-    made = list(synthesize.rows("text", 200, ["en_US"], 0))
-    sources = {row["source"] for row in made if "source" in row}
+    rows = list(synthesize.rows("text", 200, ["en_US"], 0))
+    sources = {row["source"] for row in rows if "source" in row}
     assert sources
     assert not any(character.isdigit() for source in sources for character in source)
-    assert any(" lives in " in row["text"] or "home of" in row["text"] for row in made)
+    assert any(" lives in " in row["text"] or "home of" in row["text"] for row in rows)

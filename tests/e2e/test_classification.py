@@ -29,17 +29,17 @@ def rows_of_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def counted(lines: list[dict[str, Any]], who: str) -> dict[str, float]:
+def counted(lines: list[dict[str, Any]], model: str) -> dict[str, float]:
     """Accuracy and macro F1 by hand, from predictions.jsonl."""
-    right, asked, given = Counter[str](), Counter[str](), Counter[str]()
+    right, expected, answered = Counter[str](), Counter[str](), Counter[str]()
     for line in lines:
-        said = line[who]["text"].strip() if line[who]["stopped"] else None
-        asked[line["label"]] += 1
-        if said in LABELS:
-            given[said] += 1
-        right[line["label"]] += said == line["label"]
-    f1 = [2 * right[label] / (asked[label] + given[label]) for label in asked]
-    return {"accuracy": right.total() / asked.total(), "macro_f1": sum(f1) / len(f1)}
+        answer = line[model]["text"].strip() if line[model]["stopped"] else None
+        expected[line["label"]] += 1
+        if answer in LABELS:
+            answered[answer] += 1
+        right[line["label"]] += answer == line["label"]
+    f1 = [2 * right[label] / (expected[label] + answered[label]) for label in expected]
+    return {"accuracy": right.total() / expected.total(), "macro_f1": sum(f1) / len(f1)}
 
 
 def test_a_classification_gets_its_figures(
@@ -63,9 +63,9 @@ def test_a_classification_gets_its_figures(
     for split, prefix in (("test", "test_"), ("valid", "test_valid_"), ("train", "test_train_")):
         part = [line for line in lines if line["split"] == split]
         assert [line["label"] for line in part] == [label for _, label in parts[split]]
-        for who, infix in (("base", "base_"), ("tuned", "")):
+        for model, infix in (("base", "base_"), ("tuned", "")):
             named = {figure: metrics[f"{prefix}{infix}{figure}"] for figure in FIGURES}
-            assert named == pytest.approx(counted(part, who)), (split, who)
+            assert named == pytest.approx(counted(part, model)), (split, model)
     # A label is right or wrong: how near an answer comes to it is not asked.
     assert not [key for key in metrics if key.endswith(("cer", "chrf"))]
     assert {"test_exact_match", "test_mean_length", "test_repetition_rate"} <= set(metrics)
@@ -77,10 +77,10 @@ def test_a_classification_gets_its_figures(
         (line["split"], line["label"]) for line in lines
     ]
     for row, line in zip(table, lines, strict=True):
-        for who in ("base", "tuned"):
-            said = line[who]["text"].strip()
-            label = said if line[who]["stopped"] and said in LABELS else OTHER
-            assert row[who] == label
+        for model in ("base", "tuned"):
+            answer = line[model]["text"].strip()
+            label = answer if line[model]["stopped"] and answer in LABELS else OTHER
+            assert row[model] == label
 
     run_id = files.read_json(Path("artifacts/train/run.json"))["run_id"]
     last = mlflow_store.connect(store).get_run(run_id)
@@ -91,12 +91,12 @@ def test_a_classification_gets_its_figures(
     ).read_bytes()
     pairs = Counter((row["expected"], row["tuned"]) for row in table if row["split"] == "test")
     confusion = {
-        (row["expected"], said): int(row[said])
+        (row["expected"], answer): int(row[answer])
         for row in rows_of_csv(kept / "confusion.csv")
-        for said in (*LABELS, OTHER)
+        for answer in (*LABELS, OTHER)
     }
     assert confusion == {
-        (label, said): pairs[label, said] for label in LABELS for said in (*LABELS, OTHER)
+        (label, answer): pairs[label, answer] for label in LABELS for answer in (*LABELS, OTHER)
     }
     printed = capfd.readouterr().out
     assert "answers of the tuned model to the test rows" in printed

@@ -214,8 +214,8 @@ def test_tokens_that_do_not_add_up_stay_within_the_budget() -> None:
     def count(text: str) -> int:
         return len(text) + text.count(". ") * 5
 
-    found = [p.text for p in pieces("Aa. Bb. Cc. Dd. Ee.", name="", count=count, budget=15)]
-    assert found == ["Aa. Bb.", "Cc. Dd.", "Ee."]
+    texts = [p.text for p in pieces("Aa. Bb. Cc. Dd. Ee.", name="", count=count, budget=15)]
+    assert texts == ["Aa. Bb.", "Cc. Dd.", "Ee."]
 
 
 # Everything that cuts look at, and what Markdown nests.
@@ -233,30 +233,30 @@ ANYTHING = st.one_of(MARKDOWN, st.text(st.characters()), st.text("[]()<>`*_-#>|:
 def blocks(text: str) -> list[tuple[str, str]]:
     """The kind and the lines of each block that is text, if no front matter is above."""
     lines = text.split("\n")
-    found = []
+    blocks = []
     safe = re.sub("[\ud800-\udfff]", "?", text)
     for token in MarkdownIt("commonmark").enable("table").parse(safe):
         if token.level == 0 and token.map and token.type not in ("heading_open", "hr"):
             source = "\n".join(lines[slice(*token.map)])
             comment = re.sub(r"<!--(?:-?>|.*?(?:-->|\Z))", "", source, flags=re.S).strip() == ""
             if token.type != "html_block" or not comment:
-                found.append((token.type, source))
-    return found
+                blocks.append((token.type, source))
+    return blocks
 
 
 @FUZZED
 @given(ANYTHING, st.sampled_from([0, 1, 5, 20, 1000]), COUNTS)
 def test_no_text_is_lost_or_doubled(text: str, budget: int, count: Callable[[str], int]) -> None:
     text = re.sub("\r\n?", "\n", f"<!-- no front matter -->\n\n{text}")
-    found = list(pieces(text, name="file", count=count, budget=budget))
-    assert bare("".join(piece.text for piece in found)) == bare(
+    cut_pieces = list(pieces(text, name="file", count=count, budget=budget))
+    assert bare("".join(piece.text for piece in cut_pieces)) == bare(
         "".join(source for _, source in blocks(text))
     )
     lines = text.split("\n")
-    for piece in found:
+    for piece in cut_pieces:
         assert piece.text.strip()
         assert piece.text.split("\n")[0] in lines[piece.line - 1]
-    assert [piece.line for piece in found] == sorted(piece.line for piece in found)
+    assert [piece.line for piece in cut_pieces] == sorted(piece.line for piece in cut_pieces)
 
 
 @FUZZED
@@ -282,9 +282,9 @@ def test_prose_never_exceeds_the_budget(
     paragraphs: list[str], budget: int, count: Callable[[str], int]
 ) -> None:
     text = "\n\n".join(paragraphs)
-    found = [piece.text for piece in pieces(text, name="file", count=count, budget=budget)]
-    assert bare("".join(found)) == bare(text)
-    assert all(count(piece) <= budget for piece in found)
+    parts = [piece.text for piece in pieces(text, name="file", count=count, budget=budget)]
+    assert bare("".join(parts)) == bare(text)
+    assert all(count(piece) <= budget for piece in parts)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_the_work_is_about_linear_in_the_length(part: str) -> None:
 
     text = part * (100_000 // len(part))
     began = time.process_time()
-    found = list(pieces(text, name="file", count=count, budget=200))
-    assert max(len(piece.text) for piece in found) <= 200
+    cut_pieces = list(pieces(text, name="file", count=count, budget=200))
+    assert max(len(piece.text) for piece in cut_pieces) <= 200
     assert counted < 30 * len(text)
     assert time.process_time() - began < 4

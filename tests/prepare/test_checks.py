@@ -44,14 +44,14 @@ def pair(question: str, answer: str) -> Object:
     return {"prompt": question, "completion": answer}
 
 
-def turns(*said: str) -> list[Object]:
+def turns(*texts: str) -> list[Object]:
     """Messages of a user and an assistant in turn."""
     roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def chat(*said: str, **more: Any) -> Object:
-    return {"messages": turns(*said), **more}
+def chat(*texts: str, **more: Any) -> Object:
+    return {"messages": turns(*texts), **more}
 
 
 def line(value: Any) -> str:
@@ -72,13 +72,13 @@ def parquet_bytes(rows: list[Object]) -> bytes:
 
 
 # What stands around the one bad row, in its own format. The answers tell the rows apart.
-SAID = [("天空是什么颜色", "蓝色的"), ("月亮离我们多远", "三十八万公里")]
+EXCHANGES = [("天空是什么颜色", "蓝色的"), ("月亮离我们多远", "三十八万公里")]
 GOOD: dict[str, list[Object]] = {
-    "completions": [pair(*said) for said in SAID],
-    "chat": [chat(*said) for said in SAID],
-    "text": [{"text": "".join(said)} for said in SAID],
-    "instruction": [{"instruction": q, "output": a} for q, a in SAID],
-    "classification": [{"text": q, "label": "甲"} for q, _ in SAID],
+    "completions": [pair(*exchange) for exchange in EXCHANGES],
+    "chat": [chat(*exchange) for exchange in EXCHANGES],
+    "text": [{"text": "".join(exchange)} for exchange in EXCHANGES],
+    "instruction": [{"instruction": q, "output": a} for q, a in EXCHANGES],
+    "classification": [{"text": q, "label": "甲"} for q, _ in EXCHANGES],
 }
 HELD_OUT: dict[str, list[Object]] = {
     "valid": [pair("水为什么会结冰", "因为天冷")],
@@ -91,7 +91,7 @@ class Bad:
     """A folder with one fault: where it is, and what rejected.jsonl has to hold of it.
 
     `stays` is the number of rows that are trained on without it. `config` changes data's
-    configuration; `fixed_file` says that the fault is not one row's, so that none is rejected.
+    configuration; `whole_file` means that the fault is not one row's, so that none is rejected.
     """
 
     id: str
@@ -126,7 +126,7 @@ def of_json(id: str, check: str, bad: Any, among: str = "completions", **more: A
 
 def of_csv(id: str, check: str, bad: str | bytes, row: Any, **more: Any) -> Bad:
     """A bad row on line 3 of 4, the header included."""
-    first, last = (",".join(said).encode() for said in SAID)
+    first, last = (",".join(exchange).encode() for exchange in EXCHANGES)
     written = bad if isinstance(bad, bytes) else bad.encode()
     data = b"\n".join((b"prompt,completion", first, written, last, b""))
     return Bad(id, check, {"train.csv": data}, "train.csv:3", row, **more)
@@ -152,10 +152,10 @@ def call(arguments: Any, name: Any = "time") -> Object:
 
 def calling(calls: Any, result: str | None = "noon", **more: Any) -> Object:
     """A conversation that calls a tool."""
-    said: list[Object] = [{"role": "user", "content": "几点了"}]
-    said.append({"role": "assistant", "content": "", "tool_calls": calls})
-    said += [] if result is None else [{"role": "tool", "content": result}]
-    return {"messages": [*said, {"role": "assistant", "content": "十二点"}], **more}
+    messages: list[Object] = [{"role": "user", "content": "几点了"}]
+    messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+    messages += [] if result is None else [{"role": "tool", "content": result}]
+    return {"messages": [*messages, {"role": "assistant", "content": "十二点"}], **more}
 
 
 TWENTY = (
@@ -336,7 +336,7 @@ TABLE = [
     of_parquet("completion-null-parquet", "missing_key", {"prompt": "a", "completion": None}),
     jsonl("text-among-pairs", "mixed_formats", {"text": "一段话"}),
     jsonl("chat-among-texts", "mixed_formats", chat("谁", "我"), "text"),
-    # Nothing said
+    # Empty texts
     jsonl("empty-prompt", "empty_prompt", pair("", "b")),
     jsonl("blank-prompt", "empty_prompt", pair(" \n\u3000", "b")),
     jsonl("empty-question", "empty_prompt", chat("", "b"), "chat"),
@@ -478,7 +478,13 @@ TABLE = [
         },
         "chat",
     ),
-    jsonl("said-otherwise", "answer_not_found", chat("a", "shout", "b", "c"), "chat", strange=True),
+    jsonl(
+        "an-answer-rewritten",
+        "answer_not_found",
+        chat("a", "shout", "b", "c"),
+        "chat",
+        strange=True,
+    ),
     jsonl("asked-otherwise", "asked_otherwise", chat("think", "b"), "chat", strange=True),
     jsonl("spelled", "spelled_characters", pair("𠮷𠮾𡃁𡈽𡌛", "𠮷𡃁")),
     Bad(
@@ -587,8 +593,8 @@ class Shop:
     def data(self) -> Path:
         return self.folder / "data"
 
-    def write(self, given: Files) -> None:
-        for name, content in given.items():
+    def write(self, files: Files) -> None:
+        for name, content in files.items():
             path = self.data / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -637,14 +643,14 @@ def test_every_check_is_in_the_table() -> None:
 def test_stop_names_the_row_and_nothing_else(bad: Bad, shop: Shop, strange: Path) -> None:
     with pytest.raises(UserError) as raised:
         prepared(bad, STOP, shop, strange)
-    found = [text for text in str(raised.value).splitlines() if text.startswith("  ")]
-    assert [text.partition(f": {bad.check}: ")[0] for text in found] == [f"  {shop.where(bad)}"]
+    listed = [text for text in str(raised.value).splitlines() if text.startswith("  ")]
+    assert [text.partition(f": {bad.check}: ")[0] for text in listed] == [f"  {shop.where(bad)}"]
 
 
 @pytest.mark.parametrize("bad", allowing(SKIP))
 def test_skip_keeps_the_row_from_training(bad: Bad, shop: Shop, strange: Path) -> None:
-    found = prepared(bad, SKIP, shop, strange)
-    assert [(check["name"], check["rows"]) for check in found["checks"]] == [(bad.check, 1)]
+    report = prepared(bad, SKIP, shop, strange)
+    assert [(check["name"], check["rows"]) for check in report["checks"]] == [(bad.check, 1)]
     (rejected,) = shop.rows("rejected")
     assert rejected["where"] == shop.where(bad)
     assert [reason["check"] for reason in rejected["reasons"]] == [bad.check]
@@ -665,8 +671,8 @@ def test_skip_keeps_the_row_from_training(bad: Bad, shop: Shop, strange: Path) -
 
 @pytest.mark.parametrize("bad", allowing(WARN))
 def test_warn_counts_the_row_and_keeps_it(bad: Bad, shop: Shop, strange: Path) -> None:
-    found = prepared(bad, WARN, shop, strange)
-    (check,) = found["checks"]
+    report = prepared(bad, WARN, shop, strange)
+    (check,) = report["checks"]
     assert (check["name"], check["action"], check["rows"]) == (bad.check, WARN, 1)
     assert [example["where"] for example in check["examples"]] == [shop.where(bad)]
     assert files_module.read_json(shop.folder / "out" / "report.json")["checks"] == [check]
@@ -743,15 +749,15 @@ MENDED: list[tuple[str, Files, list[Object]]] = [
 ]
 
 
-@pytest.mark.parametrize(("check", "given", "mended"), MENDED)
-def test_fix_mends_the_row(check: str, given: Files, mended: list[Object], shop: Shop) -> None:
-    shop.write(given)
-    found = shop.prepare(checks={check: FIX})
+@pytest.mark.parametrize(("check", "files", "mended"), MENDED)
+def test_fix_mends_the_row(check: str, files: Files, mended: list[Object], shop: Shop) -> None:
+    shop.write(files)
+    report = shop.prepare(checks={check: FIX})
     assert shop.rows("train") == mended
     assert shop.rows("rejected") == []
     (counted,) = files_module.read_json(shop.folder / "out" / "report.json")["checks"]
     assert (counted["name"], counted["action"], counted["rows"]) == (check, FIX, 1)
-    assert found["rows"]["rejected"] == 0
+    assert report["rows"]["rejected"] == 0
 
 
 def test_every_fix_is_tried() -> None:
@@ -914,8 +920,8 @@ def test_good_rows_in_the_one_form(
 ) -> None:
     shutil.rmtree(shop.data)
     shop.write({f"train.{suffix}": content, f"valid.{suffix}": content})
-    found = shop.prepare(checks={"leak": WARN, "left_out_by_template": WARN}, **config)
-    assert {check["name"] for check in found["checks"]} - {"left_out_by_template"} == {"leak"}
+    report = shop.prepare(checks={"leak": WARN, "left_out_by_template": WARN}, **config)
+    assert {check["name"] for check in report["checks"]} - {"left_out_by_template"} == {"leak"}
     assert shop.rows("train") == rows
     assert shop.rows("valid") == rows
 
@@ -977,8 +983,8 @@ def test_a_rejected_row_changes_no_labels(check: str, row: Any, shop: Shop) -> N
 def test_a_rejected_row_gives_its_file_no_format(shop: Shop) -> None:
     image = line({"image": "a.png", "caption": "b"})
     shop.write({"train.jsonl": table(image, *map(line, GOOD["completions"]))})
-    found = shop.prepare(checks={"image": SKIP})
-    assert [check["name"] for check in found["checks"]] == ["image"]
+    report = shop.prepare(checks={"image": SKIP})
+    assert [check["name"] for check in report["checks"]] == ["image"]
 
 
 HALF = {"name": "\ud83d"}
@@ -998,9 +1004,9 @@ def test_half_a_character_in_a_report(row: Object, shop: Shop) -> None:
     first = chat("c", "d") if "messages" in row else pair("c", "d")
     shop.write({"train.jsonl": table(line(first), line(row))})
     checks = dict.fromkeys(("mixed_formats", "malformed_tool_call", "half_character"), SKIP)
-    found = shop.prepare(checks=checks)
-    assert json.dumps(found, ensure_ascii=False).encode()
-    assert files_module.read_json(shop.folder / "out" / "report.json")["rows"] == found["rows"]
+    report = shop.prepare(checks=checks)
+    assert json.dumps(report, ensure_ascii=False).encode()
+    assert files_module.read_json(shop.folder / "out" / "report.json")["rows"] == report["rows"]
 
 
 def test_a_question_that_cleaning_empties(shop: Shop) -> None:
@@ -1011,8 +1017,12 @@ def test_a_question_that_cleaning_empties(shop: Shop) -> None:
 
 def test_augmented_copies_are_no_duplicates(shop: Shop) -> None:
     shop.write({"train.jsonl": line(pair("你 高兴 吗", "b"))})
-    said: Object = {"synonyms": {"高兴": ["快乐"]}, "augment_copies": 3, "augment_share": 1.0}
-    shop.prepare(checks={"duplicate": STOP}, **said)
+    augmentation: Object = {
+        "synonyms": {"高兴": ["快乐"]},
+        "augment_copies": 3,
+        "augment_share": 1.0,
+    }
+    shop.prepare(checks={"duplicate": STOP}, **augmentation)
     assert shop.rows("train") == [chat("你 高兴 吗", "b"), chat("你 快乐 吗", "b")]
 
 
@@ -1224,11 +1234,11 @@ def test_any_folder_is_prepared_or_refused(
         for checks in (LENIENT, MENDING, {}):
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                 try:
-                    found = shop.prepare(checks=checks, min_quality=0.5)
+                    report = shop.prepare(checks=checks, min_quality=0.5)
                 except UserError as error:
                     str(error).encode()
                 else:
                     assert (
                         files_module.read_json(shop.folder / "out" / "report.json")["rows"]
-                        == found["rows"]
+                        == report["rows"]
                     )

@@ -84,20 +84,20 @@ def rejected(out: Path) -> dict[str, list[str]]:
 def test_given_files_are_used_as_they_are(prepared: Prepare, tmp_path: Path) -> None:
     rows = [pair(f"第{n}问", f"甲{n}乙") for n in range(6)]
     prepared(train__jsonl=rows[:3], dev__json=json.dumps(rows[3:5]), test__jsonl=rows[5:])
-    found = [answers(tmp_path / "out", split) for split in SPLITS]
-    assert found == [["甲0乙", "甲1乙", "甲2乙"], ["甲3乙", "甲4乙"], ["甲5乙"]]
+    split_answers = [answers(tmp_path / "out", split) for split in SPLITS]
+    assert split_answers == [["甲0乙", "甲1乙", "甲2乙"], ["甲3乙", "甲4乙"], ["甲5乙"]]
 
 
 def test_other_files_are_shared_out_and_a_split_with_a_file_gets_none(
     prepared: Prepare, tmp_path: Path
 ) -> None:
     rows = list(synthesize.rows("completions", 300, ["zh_CN"], 0))
-    found = prepared("data.checks.near_leak=ignore", rows__jsonl=rows)["splits"]
-    assert [found[split]["rows"] for split in SPLITS] == pytest.approx([240, 30, 30], abs=15)
+    splits = prepared("data.checks.near_leak=ignore", rows__jsonl=rows)["splits"]
+    assert [splits[split]["rows"] for split in SPLITS] == pytest.approx([240, 30, 30], abs=15)
     own = [pair("天是什么颜色", "蓝"), pair("草是什么颜色", "绿")]
-    found = prepared("data.checks.near_leak=ignore", rows__jsonl=rows, valid__jsonl=own)["splits"]
-    assert found["valid"]["rows"] == 2
-    assert found["train"]["rows"] + found["test"]["rows"] == 300
+    splits = prepared("data.checks.near_leak=ignore", rows__jsonl=rows, valid__jsonl=own)["splits"]
+    assert splits["valid"]["rows"] == 2
+    assert splits["train"]["rows"] + splits["test"]["rows"] == 300
 
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1)
@@ -126,8 +126,8 @@ def test_adding_a_row_to_data_moves_no_other(prepared: Prepare, tmp_path: Path) 
     off = [f"data.checks.{name}=warn" for name in ("near_leak", "leak", "duplicate")]
     sizes = ["data.valid_size=0.3", "data.test_size=0.3"]
 
-    def sides(given: list[Row]) -> dict[str, str]:
-        prepared(*off, *sizes, rows__jsonl=given)
+    def sides(rows_so_far: list[Row]) -> dict[str, str]:
+        prepared(*off, *sizes, rows__jsonl=rows_so_far)
         out = tmp_path / "out"
         return {
             json.dumps(row, ensure_ascii=False): split
@@ -136,11 +136,11 @@ def test_adding_a_row_to_data_moves_no_other(prepared: Prepare, tmp_path: Path) 
         }
 
     chance = random.Random(0)
-    given = rows[:50]
-    before = sides(given)
+    rows_so_far = rows[:50]
+    before = sides(rows_so_far)
     for row in rows[50:53]:
-        given.insert(chance.randrange(len(given) + 1), row)
-        after = sides(given)
+        rows_so_far.insert(chance.randrange(len(rows_so_far) + 1), row)
+        after = sides(rows_so_far)
         assert len(after) == len(before) + 1
         assert {key: after[key] for key in before} == before
         before = after
@@ -149,9 +149,9 @@ def test_adding_a_row_to_data_moves_no_other(prepared: Prepare, tmp_path: Path) 
 def test_copies_fall_on_one_side(prepared: Prepare, tmp_path: Path) -> None:
     rows = list(synthesize.rows("completions", 80, ["en_US"], 1))
     copies = [pair(row["prompt"].upper(), row["completion"] + "!") for row in rows]
-    found = prepared("data.checks.near_leak=ignore", rows__jsonl=rows + copies)
-    assert [check for check in found["checks"] if check["name"] == "leak"] == []
-    assert found["rows"]["kept"] == 160
+    report = prepared("data.checks.near_leak=ignore", rows__jsonl=rows + copies)
+    assert [check for check in report["checks"] if check["name"] == "leak"] == []
+    assert report["rows"]["kept"] == 160
 
 
 def test_a_split_without_rows_is_an_error(prepared: Prepare) -> None:
@@ -207,9 +207,9 @@ def test_no_false_alarm_on_a_thousand_different_rows(prepared: Prepare) -> None:
     english.seed_instance(0)
     rows = [{"text": chinese.text(80)} for _ in range(500)]
     rows += [{"text": english.text(160)} for _ in range(500)]
-    found = prepared("data.valid_size=0.2", "data.test_size=0.2", rows__jsonl=rows)
-    assert found["checks"] == []
-    assert found["rows"]["kept"] == 1000
+    report = prepared("data.valid_size=0.2", "data.test_size=0.2", rows__jsonl=rows)
+    assert report["checks"] == []
+    assert report["rows"]["kept"] == 1000
 
 
 def test_the_tutorials_own_leak_is_beyond_it(prepared: Prepare, tmp_path: Path) -> None:
@@ -226,12 +226,14 @@ def test_the_tutorials_own_leak_is_beyond_it(prepared: Prepare, tmp_path: Path) 
 
 def test_text_of_the_format_makes_no_leak(prepared: Prepare) -> None:
     """A system message, a label set, an instruction: long, and the same in every row."""
-    told = "You are a patient assistant of a large library and answer in a single short sentence. "
+    system = (
+        "You are a patient assistant of a large library and answer in a single short sentence. "
+    )
     words = ["苹果", "海浪", "铁路", "森林"]
     chats = [
         {
             "messages": [
-                {"role": "system", "content": told * 3},
+                {"role": "system", "content": system * 3},
                 {"role": "user", "content": word},
                 {"role": "assistant", "content": f"{word}{n}"},
             ]
@@ -240,11 +242,11 @@ def test_text_of_the_format_makes_no_leak(prepared: Prepare) -> None:
     ]
     for rows in (
         chats,
-        [{"instruction": told * 3, "input": word, "output": word[::-1]} for word in words],
+        [{"instruction": system * 3, "input": word, "output": word[::-1]} for word in words],
         [{"text": word, "label": "甲" if n % 2 else "乙"} for n, word in enumerate(words)],
     ):
-        found = prepared(train__jsonl=rows[:2], valid__jsonl=rows[2:3], test__jsonl=rows[3:])
-        assert found["checks"] == []
+        report = prepared(train__jsonl=rows[:2], valid__jsonl=rows[2:3], test__jsonl=rows[3:])
+        assert report["checks"] == []
 
 
 @QUICK
@@ -272,31 +274,31 @@ def test_near_texts_are_those_that_a_full_comparison_finds() -> None:
         word for row in synthesize.rows("text", 50, ["en_US"], 0) for word in row["text"].split()
     ]
     base = [chance.choices(words, k=25) for _ in range(40)]
-    asked, held_out = [], []
+    queries, held_out = [], []
     for number, text in enumerate(base):
         other = [chance.choice(words) if chance.random() < number / 80 else word for word in text]
         held_out.append(near_duplicates.fold(" ".join(text)))
-        asked.append(near_duplicates.fold(" ".join(other)))
+        queries.append(near_duplicates.fold(" ".join(other)))
 
     def grams(text: str) -> set[str]:
         return {text[i : i + 3] for i in range(len(text) - 2)}
 
     expected = {}
-    for i, query in enumerate(asked):
+    for i, query in enumerate(queries):
         best = max(
             (len(grams(query) & grams(known)) / len(grams(query) | grams(known)), -j)
             for j, known in enumerate(held_out)
         )
         if best[0] >= 0.7:
             expected[i] = (-best[1], pytest.approx(best[0]))
-    found = dict(
+    nearest = dict(
         enumerate(
             near_duplicates.NearIndex(held_out, 0.7, near_duplicates.common_grams([])).nearest(
-                asked
+                queries
             )
         )
     )
-    assert {i: hit for i, hit in found.items() if hit is not None} == expected
+    assert {i: hit for i, hit in nearest.items() if hit is not None} == expected
     assert 5 < len(expected) < 35
 
 
@@ -305,9 +307,9 @@ def a_form(kind: str, count: int) -> list[Row]:
     words = [row["text"].split()[-1] for row in sentences(count)]
     numbers = random.Random(1).sample(range(100, 10_000), 2 * count)
     if kind == "sums":
-        asked = "Calculate the sum of the following two numbers and answer with the number alone: "
+        task = "Calculate the sum of the following two numbers and answer with the number alone: "
         return [
-            pair(f"{asked}{a} + {b}", str(a + b))
+            pair(f"{task}{a} + {b}", str(a + b))
             for a, b in zip(numbers[:count], numbers[count:], strict=True)
         ]
     if kind == "functions":
@@ -318,9 +320,9 @@ def a_form(kind: str, count: int) -> list[Row]:
             )
             for word, n in zip(words, numbers, strict=False)
         ]
-    told = "Judge whether the following sentence is grammatical, and answer with a single word."
+    task = "Judge whether the following sentence is grammatical, and answer with a single word."
     return [
-        {"instruction": told, "input": row["text"], "output": "yes" if n % 2 else "no"}
+        {"instruction": task, "input": row["text"], "output": "yes" if n % 2 else "no"}
         for n, row in enumerate(sentences(count))
     ]
 
@@ -335,10 +337,10 @@ def sentences(count: int) -> list[Row]:
 
 @pytest.mark.parametrize("kind", ["sums", "functions", "instructions"])
 def test_rows_of_one_form_are_no_leaks(prepared: Prepare, kind: str) -> None:
-    found = prepared(rows__jsonl=a_form(kind, 600))
-    near = [check["rows"] for check in found["checks"] if check["name"] == "near_leak"]
+    report = prepared(rows__jsonl=a_form(kind, 600))
+    near = [check["rows"] for check in report["checks"] if check["name"] == "near_leak"]
     assert sum(near) <= 12
-    assert found["rows"]["kept"] >= 588
+    assert report["rows"]["kept"] >= 588
 
 
 def test_a_leak_is_found_among_rows_of_one_form(prepared: Prepare, tmp_path: Path) -> None:
@@ -354,20 +356,22 @@ def test_a_leak_is_found_among_rows_of_one_form(prepared: Prepare, tmp_path: Pat
 
 def test_the_same_input_for_another_task_is_no_leak(prepared: Prepare) -> None:
     rows = sentences(40)
-    one, other = "Is this sentence grammatical?", "Does its writer sound polite to you?"
-    found = prepared(
+    grammatical, polite = "Is this sentence grammatical?", "Does its writer sound polite to you?"
+    report = prepared(
         "data.checks.near_leak=ignore",
-        train__jsonl=[{"instruction": one, "input": r["text"], "output": "yes"} for r in rows],
-        valid__jsonl=[{"instruction": other, "input": r["text"], "output": "yes"} for r in rows],
+        train__jsonl=[
+            {"instruction": grammatical, "input": r["text"], "output": "yes"} for r in rows
+        ],
+        valid__jsonl=[{"instruction": polite, "input": r["text"], "output": "yes"} for r in rows],
     )
-    assert found["checks"] == []
+    assert report["checks"] == []
 
 
 def test_a_new_label_moves_no_row(prepared: Prepare, tmp_path: Path) -> None:
     rows = [{"text": row["text"], "label": "ab"[n % 2]} for n, row in enumerate(sentences(80))]
 
-    def sides(given: list[Row]) -> dict[str, str]:
-        prepared("data.checks.near_leak=ignore", rows__jsonl=given)
+    def sides(labelled: list[Row]) -> dict[str, str]:
+        prepared("data.checks.near_leak=ignore", rows__jsonl=labelled)
         return {
             row["messages"][0]["content"].partition("\n")[0]: split
             for split in SPLITS
@@ -391,11 +395,11 @@ def test_cleaning_is_off_by_default_and_counted(prepared: Prepare, tmp_path: Pat
     ]
     files = {"train__jsonl": rows, "valid__jsonl": [pair("一", "二")]}
     assert prepared(**files)["cleaning"] == {}
-    asked = [row["messages"][0]["content"] for row in lines(tmp_path / "out/train.jsonl")]
-    assert asked == [row["prompt"] for row in rows]
+    questions = [row["messages"][0]["content"] for row in lines(tmp_path / "out/train.jsonl")]
+    assert questions == [row["prompt"] for row in rows]
     steps = ("whitespace", "full_width", "control", "html")
-    found = prepared(*(f"data.clean.{step}=true" for step in steps), **files)
-    assert found["cleaning"] == {"html": 1, "control": 1, "full_width": 2, "whitespace": 2}
+    report = prepared(*(f"data.clean.{step}=true" for step in steps), **files)
+    assert report["cleaning"] == {"html": 1, "control": 1, "full_width": 2, "whitespace": 2}
     cleaned = [[m["content"] for m in r["messages"]] for r in lines(tmp_path / "out/train.jsonl")]
     assert cleaned == [
         ["多 个 空格", "好"],
@@ -410,12 +414,12 @@ def test_questions_are_augmented_and_answers_are_not(prepared: Prepare, tmp_path
     chosen = ["data.augment_share=0.8", "data.checks.near_leak=ignore"]
     files: dict[str, Any] = {"train__jsonl": rows, "valid__jsonl": [pair("他高兴吗", "高兴")]}
     files["synonyms"] = {"高兴": ["快乐", "开心"], "老师": ["教师"]}
-    found = prepared(*chosen, **files)
-    made = lines(tmp_path / "out/train.jsonl")
-    assert found["rows"]["augmented"] == len(made) - 20 > 10
-    assert found["splits"]["valid"]["rows"] == 1
-    questions = [row["messages"][0]["content"] for row in made]
-    assert {row["messages"][1]["content"] for row in made} == {"老师很高兴"}
+    report = prepared(*chosen, **files)
+    rows_written = lines(tmp_path / "out/train.jsonl")
+    assert report["rows"]["augmented"] == len(rows_written) - 20 > 10
+    assert report["splits"]["valid"]["rows"] == 1
+    questions = [row["messages"][0]["content"] for row in rows_written]
+    assert {row["messages"][1]["content"] for row in rows_written} == {"老师很高兴"}
     assert any("教师" in question and "快乐" in question for question in questions)
     first = (tmp_path / "out/train.jsonl").read_bytes()
     prepared(*chosen, **files)
@@ -426,18 +430,18 @@ def test_questions_are_augmented_and_answers_are_not(prepared: Prepare, tmp_path
 
 def test_label_sets_are_not_augmented(prepared: Prepare, tmp_path: Path) -> None:
     rows = [{"text": f"第{n}位老师很好", "label": "很好" if n % 2 else "一般"} for n in range(8)]
-    found = prepared(
+    report = prepared(
         "data.augment_share=1.0",
         "data.checks.near_leak=ignore",
         synonyms={"老师": ["教师"], "很好": ["不错"], "一般": ["普通"]},
         train__jsonl=rows,
         valid__jsonl=[{"text": "还可以", "label": "一般"}],
     )
-    assert found["rows"]["augmented"] == 8
-    made = lines(tmp_path / "out/train.jsonl")
-    asked = [row["messages"][0]["content"] for row in made]
-    assert sum("教师不错\n\nLabel (一般, 很好):" in question for question in asked) == 8
-    assert {row["label"] for row in made} == {"很好", "一般"}
+    assert report["rows"]["augmented"] == 8
+    rows_written = lines(tmp_path / "out/train.jsonl")
+    questions = [row["messages"][0]["content"] for row in rows_written]
+    assert sum("教师不错\n\nLabel (一般, 很好):" in question for question in questions) == 8
+    assert {row["label"] for row in rows_written} == {"很好", "一般"}
 
 
 def test_augmented_copies_of_rejected_rows_are_rejected(prepared: Prepare, tmp_path: Path) -> None:
@@ -455,14 +459,14 @@ def test_augmented_copies_of_rejected_rows_are_rejected(prepared: Prepare, tmp_p
 def test_an_original_is_no_duplicate_of_an_augmented_copy(
     prepared: Prepare, tmp_path: Path
 ) -> None:
-    found = prepared(
+    report = prepared(
         "data.augment_share=1.0",
         synonyms={"高兴": ["快乐"]},
         train__jsonl=[pair("我很高兴", "好"), pair("我很快乐", "好")],
         valid__jsonl=[pair("一", "二")],
     )
     assert rejected(tmp_path / "out") == {}
-    assert found["rows"] == {"read": 3, "kept": 3, "rejected": 0, "augmented": 0}
+    assert report["rows"] == {"read": 3, "kept": 3, "rejected": 0, "augmented": 0}
 
 
 # ---- files
@@ -486,9 +490,9 @@ def test_splits_are_named_by_files_and_folders(prepared: Prepare, tmp_path: Path
     (tmp_path / "elsewhere" / "c.jsonl").write_text(row, encoding="utf-8")
     (data / "valid").symlink_to(tmp_path / "elsewhere")
     (data / "mine" / "again").symlink_to(data)  # leads back
-    found = prepared()
-    assert [found["splits"][split]["rows"] for split in SPLITS] == [3, 2, 2]
-    assert found["checks"] == []
+    report = prepared()
+    assert [report["splits"][split]["rows"] for split in SPLITS] == [3, 2, 2]
+    assert report["checks"] == []
 
 
 def test_a_long_list_of_json_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -534,8 +538,8 @@ def test_a_data_set_of_hugging_faces(
         write = table.to_parquet if kind == "parquet" else table.to_json
         write(str(folder / f"{split}.{kind}"))
     chosen = [f"data.dataset={folder}", "data.prompt_feature=q", "data.completion_feature=a"]
-    found = prepared(*chosen)
-    assert [found["splits"][split]["rows"] for split in SPLITS] == [4, 4, 0]
+    report = prepared(*chosen)
+    assert [report["splits"][split]["rows"] for split in SPLITS] == [4, 4, 0]
     assert answers(tmp_path / "out", "valid") == ["答案4", "答案5", "答案6", "答案7"]
     (tmp_path / "hub" / "empty").mkdir()
     empty = str(tmp_path / "hub" / "empty")
@@ -553,24 +557,24 @@ def test_the_report_counts_what_there_is(prepared: Prepare, tmp_path: Path) -> N
         {"text": f"第{n}条评论很好", "label": "好" if n else "差", "source": "网页", "id": n}
         for n in range(30)
     ]
-    found = prepared(
+    report = prepared(
         train__jsonl=rows,
         valid__jsonl=[{"text": "好 <script>alert(1)</script>", "label": "好"}],
         notes__txt="不读",
     )
-    train = found["splits"]["train"]
+    train = report["splits"]["train"]
     assert train["labels"] == {"好": 29, "差": 1}
     assert train["sources"] == {"网页": 30}
     assert train["scripts"] == {"Han": 30}
     assert sum(bar["rows"] for bar in train["lengths"]) == 30
-    checks = {check["name"]: check for check in found["checks"]}
+    checks = {check["name"]: check for check in report["checks"]}
     assert checks["imbalance"]["examples"][0]["text"].startswith("97% of 30 rows have the label")
     assert checks["unknown_file"]["examples"][0]["where"].endswith("notes.txt")
-    learned = [text for text, marked in found["samples"]["train"][0]["pieces"] if marked]
+    learned = [text for text, marked in report["samples"]["train"][0]["pieces"] if marked]
     assert learned == ["差<|im_end|>"]
     out = tmp_path / "out"
     assert json.loads((out / "report.json").read_text(encoding="utf-8")) == json.loads(
-        json.dumps(found)
+        json.dumps(report)
     )
     assert "<script>alert" not in (out / "report.html").read_text(encoding="utf-8")
     counts = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
@@ -625,11 +629,11 @@ def test_plain_texts_have_as_many_tokens_as_training_gives_them(
 ) -> None:
     texts = ["一段文字", "another text", "已经结束<|im_end|>", "x"]
     rows = [{"text": text} for text in texts]
-    found = prepared(train__jsonl=rows, valid__jsonl=[{"text": "其他"}])["splits"]["train"]
+    train = prepared(train__jsonl=rows, valid__jsonl=[{"text": "其他"}])["splits"]["train"]
     tokenizer = load_tokenizer(tiny)
     learned = [tokenize_row(row, tokenizer, mask_prompt=True)[0] for row in rows]
-    assert found["tokens"] == sum(map(len, learned))
-    assert found["supervised_tokens"] == sum(sum(row.supervised[1:]) for row in learned)
+    assert train["tokens"] == sum(map(len, learned))
+    assert train["supervised_tokens"] == sum(sum(row.supervised[1:]) for row in learned)
     assert not appends_end_token(tokenizer)
     end = "<|im_end|>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -114,46 +114,46 @@ class Page(HTMLParser):
             self.texts.append((self.open[-1], data))
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for found, attributes in self.tags if found == tag]
+        return [attributes for name, attributes in self.tags if name == tag]
 
     def text(self, tag: str = "") -> str:
         return "".join(data for inside, data in self.texts if tag in ("", inside))
 
 
 def test_a_full_report_has_every_section_in_order(report: dict[str, Any]) -> None:
-    found = Page(page(report))
-    assert [section["id"] for section in found.all("section")] == SECTIONS
-    ids = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
+    shown_page = Page(page(report))
+    assert [section["id"] for section in shown_page.all("section")] == SECTIONS
+    ids = [attributes["id"] for _, attributes in shown_page.tags if "id" in attributes]
     assert len(set(ids)) == len(ids)
-    assert "models/tiny" in found.text("title") and "models/tiny" in found.text("span")
+    assert "models/tiny" in shown_page.text("title") and "models/tiny" in shown_page.text("span")
 
 
 def test_an_empty_report_leaves_sections_out(empty: dict[str, Any]) -> None:
-    found = Page(page(empty))
-    assert [section["id"] for section in found.all("section")] == ["checks"]
-    assert "Every row passed every check" in found.text()
-    assert "augmented" not in found.text()
+    shown_page = Page(page(empty))
+    assert [section["id"] for section in shown_page.all("section")] == ["checks"]
+    assert "Every row passed every check" in shown_page.text()
+    assert "augmented" not in shown_page.text()
 
 
 @pytest.mark.parametrize("kind", ["labels", "sources", "scripts", "lengths"])
 def test_counts_without_rows_are_left_out(report: dict[str, Any], kind: str) -> None:
     for name, of in report["splits"].items():
         report["splits"][name] = of | {kind: type(of[kind])()}
-    found = [section["id"] for section in Page(page(report)).all("section")]
-    assert found == [name for name in SECTIONS if name != kind]
+    sections = [section["id"] for section in Page(page(report)).all("section")]
+    assert sections == [name for name in SECTIONS if name != kind]
 
 
 def test_figures_are_the_reports(report: dict[str, Any]) -> None:
-    found = Page(page(report))
-    figures = found.text("dd")
+    shown_page = Page(page(report))
+    figures = shown_page.text("dd")
     for shown in ("11,100of 12,345 read", "1,24510.1% of those read", "77made", "566,100in 3"):
         assert shown in figures
     assert "39.2%222,000 tokens" in figures
-    cells = found.text("td")
+    cells = shown_page.text("td")
     assert "10,0001,00010011,100" in cells  # rows of each split, and of all
     assert "50.550.550.5–" in cells
     assert "4,1204,1204,12012,360" in cells
-    text = found.text()
+    text = shown_page.text()
     assert "1,234 rows" in text and "1 row " in text
     assert "data/train.jsonl:17the same as data/train.jsonl:3" in text
     assert "2,34519.0%" in text
@@ -162,8 +162,8 @@ def test_figures_are_the_reports(report: dict[str, Any]) -> None:
 
 
 def test_cut_rows_are_counted(report: dict[str, Any]) -> None:
-    said = "3 rows are longer than 600 tokens; 4,120 tokens are cut off. 1 row loses its end"
-    assert Page(page(report)).text().count(said) == 3
+    sentence = "3 rows are longer than 600 tokens; 4,120 tokens are cut off. 1 row loses its end"
+    assert Page(page(report)).text().count(sentence) == 3
     report["splits"] = {"train": split(10, rows_cut=0, tokens_cut=0, ends_cut=0)}
     text = Page(page(report)).text()
     assert "Nothing is cut" in text and "longer than 600 tokens;" not in text
@@ -171,16 +171,16 @@ def test_cut_rows_are_counted(report: dict[str, Any]) -> None:
 
 def test_plots_share_their_axes_and_mark_the_limit(report: dict[str, Any]) -> None:
     html = page(report)
-    found = Page(html)
-    lines = [line for line in found.all("line") if line.get("class") == "limit"]
+    shown_page = Page(html)
+    lines = [line for line in shown_page.all("line") if line.get("class") == "limit"]
     # 600 is a half into the second of two bins on an axis from 36 to 336.
     assert [line["x1"] for line in lines] == ["261.0"] * 3
     assert html.count(">80%</text>") == 0 and html.count(">100%</text>") == 3
-    bars = [float(bar["height"] or 0) for bar in found.all("rect")]
+    bars = [float(bar["height"] or 0) for bar in shown_page.all("rect")]
     assert bars[0] == pytest.approx(125 * 0.9997, abs=0.01)
     assert bars[1] == 2  # three rows of 10,000 are still seen
     assert bars[4] == pytest.approx(125 * 0.97, abs=0.01)
-    assert "400 to 800 tokens: 3 rows, 3.0%" in found.text("title")
+    assert "400 to 800 tokens: 3 rows, 3.0%" in shown_page.text("title")
 
 
 @pytest.mark.parametrize(("limit", "arrow"), [(2048, "→"), (800, None), (0, None)])
@@ -194,14 +194,14 @@ def test_a_limit_beyond_the_plot_is_named(
 
 
 def test_every_plot_has_words(report: dict[str, Any]) -> None:
-    found = Page(page(report))
-    drawn = found.all("svg")
+    shown_page = Page(page(report))
+    drawn = shown_page.all("svg")
     assert len(drawn) == 3
     for plot, rows in zip(drawn, ("10,000", "1,000", "100"), strict=True):
         assert plot["role"] == "img"
         assert f"{rows} rows, the shortest of 12 tokens" in (plot["aria-label"] or "")
-    tables = [table for table in found.all("table") if table.get("class") == "bars"]
-    ids = {heading.get("id") for heading in found.all("h3")}
+    tables = [table for table in shown_page.all("table") if table.get("class") == "bars"]
+    ids = {heading.get("id") for heading in shown_page.all("h3")}
     assert len(tables) == 9
     assert all(table["aria-labelledby"] in ids for table in tables)
 
@@ -220,9 +220,9 @@ def test_nothing_comes_from_elsewhere(report: dict[str, Any]) -> None:
     html = page(report)
     assert not re.search(r"https?://|//[a-z]|@import|@font-face|\bsrc\s*=", html)
     assert not re.search(r"url\((?!#over\))", html)
-    found = Page(html)
-    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in found.tags}
-    policies = [meta for meta in found.all("meta") if "http-equiv" in meta]
+    shown_page = Page(html)
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in shown_page.tags}
+    policies = [meta for meta in shown_page.all("meta") if "http-equiv" in meta]
     assert policies[0]["content"] == "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -250,14 +250,16 @@ def test_rows_are_shown_and_never_run(report: dict[str, Any]) -> None:
     for check in report["checks"]:
         check["action"] = "skip"
     html = page(report)
-    found = Page(html)
+    shown_page = Page(html)
     # One badge's legend fewer: two actions became one.
-    assert [tag for tag, _ in found.tags if tag not in ("li", "span")] == [
+    assert [tag for tag, _ in shown_page.tags if tag not in ("li", "span")] == [
         tag for tag in clean if tag not in ("li", "span")
     ]
-    assert not any(name.startswith("on") for _, attributes in found.tags for name in attributes)
+    assert not any(
+        name.startswith("on") for _, attributes in shown_page.tags for name in attributes
+    )
     assert "<script" not in html
-    shown = found.text()
+    shown = shown_page.text()
     for after in ("models/tiny", "data/train.jsonl:1", "the same as", "星期八", "positive", "负面"):
         assert evil + after in shown
     assert evil + "whitespace" in shown and evil + "data/训练.jsonl" in shown
