@@ -75,10 +75,16 @@ class Findings:
         problems = console.counted(sum(self.counts[name] for name in checks), "problem")
         listing = "\n  ".join(lines)
         skips = " ".join(f"data.checks.{n}=skip" for n in checks if SKIP in CHECKS[n][1].split())
-        facts = {"problems": problems, "checks": checks, "listing": listing}
         if not skips:
-            raise UserError("prepare.faults", **facts)
-        raise UserError("prepare.faults_of_rows", **facts, rejected=where, overrides=skips)
+            raise UserError("prepare.faults", problems=problems, checks=checks, listing=listing)
+        raise UserError(
+            "prepare.faults_of_rows",
+            problems=problems,
+            checks=checks,
+            listing=listing,
+            rejected=where,
+            overrides=skips,
+        )
 
 
 def as_line(value: Any) -> str:
