@@ -8,7 +8,7 @@ import pytest
 from dvc.utils.cli_parse import to_path_overrides
 from dvc.utils.hydra import compose_and_dump, to_hydra_overrides
 
-from athanor.config.compose import load_config
+from athanor.config.compose import read_params
 from athanor.sweep.naming import format_value, promotion_command
 
 AWKWARD = [
@@ -90,7 +90,7 @@ def test_dvc_composes_a_promotion(
     overrides = to_path_overrides(shlex.split(line)[6::2])["params.yaml"]
     params = tmp_path / "params.yaml"
     compose_and_dump(params, str(repo / "conf"), None, "config", str(repo), overrides)
-    config = load_config([], params)
+    config = read_params(params)
     assert (config.train.learning_rate, config.train.num_layers, config.seed) == (1e-5, 3, 2)
     assert config.train.method == "dora" and config.test.temp == 0.5
 

@@ -56,9 +56,9 @@ def test_figures_are_named_by_split_and_model() -> None:
     metrics = compute_metrics(outcomes, predictions, "base", LABELS)
     metrics |= compute_metrics(outcomes, predictions, "tuned", LABELS)
     assert {key for key in metrics if key.endswith(FIGURES)} == {
-        f"test_{split}{who}{figure}"
+        f"test_{split}{model}{figure}"
         for split in ("", "valid_")
-        for who in ("", "base_")
+        for model in ("", "base_")
         for figure in FIGURES
     }
     assert metrics["test_base_accuracy"] == metrics["test_valid_base_macro_f1"] == 0
@@ -68,10 +68,10 @@ def test_figures_are_named_by_split_and_model() -> None:
 def test_confusion_is_of_the_test_rows_else_of_the_valid_ones() -> None:
     valid = answered("[b]", "x", split="valid")
     predictions = [valid, answered("c", "c", split="train")]
-    assert tabulate_confusion(predictions, ["[b]", "c"], "base") == (
+    assert tabulate_confusion(predictions, ["[b]", "c"]) == (
         "valid",
         ["expected", "[b]", "c", OTHER],
-        [["[b]", "0", "0", "1"], ["c", "0", "0", "0"]],
+        [["[b]", "1", "0", "0"], ["c", "0", "0", "0"]],
     )
 
 

@@ -14,11 +14,9 @@ from athanor.chat.load import load_tokenizer
 from athanor.config.compose import load_config
 from athanor.errors import UserError
 from athanor.model.source import find_model
-from athanor.paths import Workspace
 
 
 def main() -> None:
-    workspace = Workspace.here()
     parser = argparse.ArgumentParser(
         prog="python -m athanor.chat",
         description="Report how a model is asked, and whether it stops.",
@@ -29,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     path, revision = args.model, args.revision
     if path is None:
-        model = load_config([], workspace.params).model
+        model = load_config([]).model
         path, revision = model.path, model.revision
     folder = find_model(path, revision)
     contract = resolve_contract(folder, load_tokenizer(folder), args.end_token)

@@ -64,14 +64,14 @@ def multirun_config(conf: Path, overrides: list[str]) -> tuple[dict[str, Any], d
     return hydra["sweeper"], hydra["launcher"]
 
 
-def load_config(overrides: list[str], params: Path | None = None) -> Config:
+def load_config(overrides: list[str]) -> Config:
     """Read params.yaml for a stage, with Hydra overrides of values.
 
     Raises:
         ConfigError: with all problems.
         UserError: where there is no params.yaml.
     """
-    params = params or Workspace.here().params
+    params = Workspace.here().params
     if not params.exists():
         raise UserError("config.no_params", params=params)
     if not overrides:

@@ -168,7 +168,7 @@ class Examination:
         """Return the confusion matrix of the tuned model as CSV, None without labels."""
         if not select_labelled(self.predictions):
             return None
-        _, head, counts = tabulate_confusion(self.predictions, self.labels, "tuned")
+        _, head, counts = tabulate_confusion(self.predictions, self.labels)
         return files.csv_text(head, counts)
 
     def write(self, folder: Path) -> None:

@@ -63,14 +63,14 @@ def _texts(predictions: Sequence[Prediction], model: str) -> tuple[list[str], li
 
 
 def tabulate_confusion(
-    predictions: Sequence[Prediction], labels: Sequence[str], model: str
+    predictions: Sequence[Prediction], labels: Sequence[str]
 ) -> tuple[str, list[str], list[list[str]]]:
-    """Count the answers to each label on the test rows (else valid, else train rows).
+    """Count the tuned model's answers to each label on the test (else valid, else train) rows.
 
     Returns the split, the header and the rows. At least one row must have a label.
     """
     split = next(name for name in reversed(SPLITS) if select_labelled(predictions, name))
-    indices = index_labels(select_labelled(predictions, split), labels, model)
+    indices = index_labels(select_labelled(predictions, split), labels, "tuned")
     counts = scores.confusion(*indices, len(labels))
     rows = [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]
     return split, ["expected", *labels, OTHER], rows

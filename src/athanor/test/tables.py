@@ -58,7 +58,7 @@ def print_labels(examination: Examination) -> None:
         "", *_tabulate("labels of, model", OF_LABELS, examination.metrics, predictions)
     )
     if len(labels) <= LABELS_SHOWN:
-        split, head, counts = tabulate_confusion(predictions, labels, "tuned")
+        split, head, counts = tabulate_confusion(predictions, labels)
         title = f"answers of the tuned model to the {split} rows"
         console.print_table(title, [escape(name) for name in head], counts)
 
