@@ -83,7 +83,7 @@ def ask(questions: list[str], system: str | None, cfg: Config) -> dict[str, list
             prompts = [templates.encode_prompt(row, tokenizer) for row in rows]
         else:  # a model of plain texts continues them
             prompts = [list(tokenizer.encode(question)) for question in questions]
-    except Exception as error:  # chat templates raise what they like
+    except Exception as error:  # a chat template may raise any
         raise UserError("generate.cannot_ask", model=source.path, error=error) from error
 
     answers = {}

@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path) -> "TokenizerWrapper":
     try:
         tokenizer = load_with_ends(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
         end = find_turn_end(tokenizer)
-    except Exception as error:  # tokenizers and templates raise what they like
+    except Exception as error:  # tokenizers and templates may raise any
         raise UserError("chat.tokenizer_not_loaded", folder=folder, error=error) from error
     if end is not None:
         tokenizer.eos_token_ids = tokenizer.eos_token_ids | {end}

@@ -7,7 +7,7 @@ caller, so that several trainings can share one Forward.
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -61,7 +61,8 @@ class Forward:
         grad_checkpoint: bool = False,
         compile: bool = False,
     ) -> None:
-        self.model, self.parts, self.frozen = model, parts.of_model(model), frozen
+        self.model, self.frozen = model, frozen
+        self.parts = replace(parts, model=model)
         self.grad_checkpoint, self.compile = grad_checkpoint, compile
         self.cut = cut if frozen is not None else 0
         self.dtype = compute_dtype(model)

@@ -80,24 +80,16 @@ class Parts:
     def find(cls, model: nn.Module, ids: mx.array) -> "Parts":
         """Find the parts of a model, and try its head on tokens [rows, positions]."""
         with eval_mode(model):
-            return cls._find(model, ids)
-
-    @classmethod
-    def _find(cls, model: nn.Module, ids: mx.array) -> "Parts":
-        expected = model(ids)
-        size = expected.shape[-1]
-        parts = cls(model, ids, expected, size, size, (), "")
-        try:
-            path, layers_name = _find_layers(model)
-            parts = replace(parts, path=path, layers_name=layers_name)
-            hidden = parts._try_head(expected)
-            return replace(parts, probe_hidden=hidden, width=hidden.shape[-1])
-        except Exception as error:  # the model's own code, called in a way it was not written for
-            return replace(parts, unsplit_reason=_describe(error))
-
-    def of_model(self, model: nn.Module) -> "Parts":
-        """Return the same parts of another model of this architecture."""
-        return replace(self, model=model)
+            expected = model(ids)
+            size = expected.shape[-1]
+            parts = cls(model, ids, expected, size, size, (), "")
+            try:
+                path, layers_name = _find_layers(model)
+                parts = replace(parts, path=path, layers_name=layers_name)
+                hidden = parts._try_head(expected)
+                return replace(parts, probe_hidden=hidden, width=hidden.shape[-1])
+            except Exception as error:  # the model's code, called in a way it was not written for
+                return replace(parts, unsplit_reason=_describe(error))
 
     def in_layers(self, name: str) -> bool:
         """Return whether a parameter of this name belongs to a layer."""

@@ -56,7 +56,7 @@ def tokenize_questions(rows: list[Message], tokenizer: TokenizerWrapper) -> Iter
                 yield list(tokenizer.encode(row["text"]))[:TEXT]
             else:
                 yield templates.encode_prompt(row, tokenizer)
-        except Exception:  # chat templates raise what they like
+        except Exception:  # a chat template may raise any
             yield []
 
 

@@ -46,8 +46,7 @@ def write_peft(adapters: Path, out: Path, *, base: str, model: Path) -> None:
     import mlx.core as mx
 
     trained = files.read_json(adapters / "adapter_config.json")
-    method = trained["fine_tune_type"]
-    if method == "full":
+    if trained["fine_tune_type"] == "full":
         raise UserError("fuse.peft_full", adapters=adapters)
     settings = read_config(model)
     if is_quantized(settings):

@@ -218,8 +218,7 @@ def _largest(values: np.ndarray) -> float:
 
 def _coarsest_epsilon(folder: Path) -> float:
     """Return the coarsest epsilon of the dtypes that a model's weights are stored in."""
-    dtypes = [dtype for dtype in read_dtypes(folder).values() if mx.issubdtype(dtype, mx.floating)]
-    return max([EPSILON, *(mx.finfo(dtype).eps for dtype in dtypes)])
+    return max([EPSILON, *(mx.finfo(dtype).eps for dtype in read_dtypes(folder).values())])
 
 
 def _compare_answer(reply: Reply, logits: np.ndarray, tolerance: float) -> Answer:

@@ -72,7 +72,7 @@ def render(messages: list[Turn], tokenizer: "TokenizerWrapper", **options: Any) 
     options = {"add_generation_prompt": True} | options
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except Exception:  # chat templates raise what they like
+    except Exception:  # a chat template may raise any
         return None
     return text.removeprefix(str(tokenizer.bos_token)) if puts_bos(tokenizer) else text
 

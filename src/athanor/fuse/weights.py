@@ -103,11 +103,7 @@ def write_fused_model(
 
 def _restore_dtypes(model: nn.Module, base: Path) -> None:
     """Give each weight the dtype that the base's files have for it, or else for their first."""
-    stored = {
-        name: dtype
-        for name, dtype in read_dtypes(base).items()
-        if mx.issubdtype(dtype, mx.floating)
-    }
+    stored = read_dtypes(base)
     usual = next(iter(stored.values()), mx.float32)
     model.load_weights(
         [

@@ -22,8 +22,11 @@ def read_weights(folder: Path) -> "dict[str, mx.array]":
 
 
 def read_dtypes(folder: Path) -> "dict[str, mx.Dtype]":
-    """Return the dtype of each weight on disk by its name there."""
-    return {name: value.dtype for name, value in read_weights(folder).items()}
+    """Return the dtype of each weight on disk that holds floats, by its name there."""
+    import mlx.core as mx
+
+    weights = read_weights(folder).items()
+    return {name: w.dtype for name, w in weights if mx.issubdtype(w.dtype, mx.floating)}
 
 
 def read_unpacked(folder: Path, config: dict[str, Any]) -> "Iterator[tuple[str, mx.array]]":
