@@ -38,12 +38,14 @@ def test_data_comes_from_a_remote_where_the_cache_lacks_it(
     assert (notes, files.digest(restored.iterdir())) == ([], files.digest(data.iterdir()))
     tracked = yaml.safe_load((restored.parent / "data.dvc").read_text("utf-8"))
     assert tracked["outs"][0]["md5"] == md5
-    shutil.rmtree(here / ".dvc/demo-remote")
-    # A file that was edited in the cache, by way of a link to it, is not taken for the data.
+    # A file edited in the cache, through a link, is neither taken for the data nor deleted.
     file = json.loads((cache / md5[:2] / md5[2:]).read_text("utf-8"))[0]["md5"]
     edited = cache / file[:2] / file[2:]
     edited.chmod(0o644)
     edited.write_bytes(edited.read_bytes() + b"\n")
+    restored, notes = restore_data("edited, in the remote", md5)
+    assert (notes, files.digest(restored.iterdir())) == ([], files.digest(data.iterdir()))
+    shutil.rmtree(here / ".dvc/demo-remote")
     restored, [note] = restore_data("edited", md5)
     assert "edited in DVC's cache" in note
     assert edited.exists()  # the person's data, if it is a link
