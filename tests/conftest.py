@@ -9,6 +9,12 @@ from pathlib import Path
 
 import pytest
 
+# Each of xdist's processes computes on one core, with one thread: more threads than cores would
+# wait for each other in every product of matrices. Its own processes inherit that.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 import athanor  # noqa: F401  # before any test imports mlx: chooses its BLAS and threads
 from support import mlflow_store
 from support.stages import Stages, run_stages
