@@ -625,7 +625,7 @@ def test_mlx_lm_learns_a_stray_token_after_the_end_and_ours_does_not(
             "num_layers": -1,
             "val_batches": 1,
             "batch_size": 3,
-            "iters": 60,
+            "iters": 40,
             "learning_rate": 1e-3,
             "steps_per_eval": 100,
         },
@@ -638,7 +638,7 @@ def test_mlx_lm_learns_a_stray_token_after_the_end_and_ours_does_not(
 
     chats = [completion(row["prompt"], row["completion"]) for row in rows]
     tokenized = tokenize_rows(chats, tokenizer, True, 2048)
-    training = trainer(rows=tokenized, batch_size=3, iters=60, steps_per_eval=100, dropout=0.0)
+    training = trainer(rows=tokenized, batch_size=3, iters=40, steps_per_eval=100, dropout=0.0)
     training.run()
     training.forward.model.eval()
 
