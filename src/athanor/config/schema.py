@@ -2,7 +2,7 @@
 
 The types are here, the defaults in conf/. Nothing below has a default of its own, so each value
 has one home, and a key that conf/ forgets is an error. `register` puts the types into Hydra's
-ConfigStore; the plugin in hydra_plugins/ calls it, so that DVC's own composition knows them, too.
+ConfigStore; the plugin in hydra_plugins/ calls it, so that DVC's own composition also knows them.
 """
 
 import re

@@ -139,7 +139,7 @@ def _show_link(run_id: str, space: Space) -> None:
 
 
 def _read_trials(sweep: Sweep) -> list[choice.Trial]:
-    """Return all trials with their measurements; the chosen one's on the rows of `test` too."""
+    """Return all trials with their measurements; for the chosen one also on `test`."""
     records = sweep.records()
     finished = [
         recording.read_trial(record, trials_folder() / record.digest / str(record.tested))

@@ -5,7 +5,7 @@
 Reads params.yaml, artifacts/prepare/ and artifacts/train/; writes artifacts/test/metrics.json,
 predictions.jsonl and labels.csv (a line for each row of a classification), and adds them to the
 training's MLflow run, the answers also as a table. scores.py defines the figures. The training
-questions are asked, too: `test_train_*` show if they were learned by heart.
+questions are asked as well: `test_train_*` show if they were learned by heart.
 """
 
 import sys
