@@ -105,9 +105,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=5, help="kills in test_resuming")
+    parser.addoption("--altered", type=int, default=40, help="altered folders of each kind")
 
 
 @pytest.fixture
 def kills(request: pytest.FixtureRequest) -> int:
     """How often a training is killed."""
     return int(request.config.getoption("--kills"))
+
+
+@pytest.fixture
+def altered_folders(request: pytest.FixtureRequest) -> int:
+    """How many altered folders of a kind are tried."""
+    return int(request.config.getoption("--altered"))
