@@ -288,7 +288,10 @@ def test_a_sweep_and_queued_experiments_make_the_same_points(clone: Workspace) -
     printed = clone.run("python", "-m", "athanor.sweep", "-m", rates)
 
     clone.cold().run("dvc", "exp", "run", "--queue", "-S", rates)
-    clone.edit(Path("src/athanor/console.py"), "The terminal:", "A terminal:")
+    # Experiments run the code that they were queued with, as their lock files have it.
+    code = clone.folder / "src/athanor/train/fit.py"
+    queued_code = code.read_bytes()
+    code.write_text("raise RuntimeError('edited after queueing')", encoding="utf-8")
     clone.cold().run("dvc", "queue", "start", "--jobs", "2")
 
     def waiting() -> bool:
@@ -311,8 +314,8 @@ def test_a_sweep_and_queued_experiments_make_the_same_points(clone: Workspace) -
     assert points[0].keys() == {"0.0001", "0.0005"}
     weights = [{run.data.tags["adapters.digest"] for run in found} for found in (queued, swept)]
     assert weights[0] == weights[1]
-    # What ran is this folder's code as it was then, not the queue's copy of it.
-    assert "none" not in [run.data.tags["code.patch"] for run in queued]
+    assert {run.data.tags["code.patch"] for run in queued} == {"none"}
+    code.write_bytes(queued_code)
     shown = clone.run("dvc", "exp", "show", "--csv")
     assert "0.0001" in shown
     assert "0.0005" in shown

@@ -160,8 +160,7 @@ def _command() -> str:
 def find_repository() -> Path | None:
     """Return the git repository of the running code, None if the code was installed as a copy.
 
-    It can differ from the working directory's: a queued experiment of DVC runs in a folder of its
-    own, with the installed code.
+    It can differ from the working directory's, which may have no code of its own.
     """
     package = Path(__file__).parents[1]
     # A virtual environment can lie in a repository, which ignores it.

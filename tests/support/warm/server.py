@@ -101,7 +101,8 @@ def become(
             sys.stdout.reconfigure(line_buffering=True)
         own = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
         sys.path[:0] = [folder, *own]
-        sys.argv = [module, *arguments]
+        sys.orig_argv = [str(python), "-m", module, *arguments]
+        sys.argv = ["-m", *arguments]  # as Python has it until it finds the module
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as error:
