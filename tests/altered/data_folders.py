@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 REPO = Path(__file__).parents[2]
 LOADED: list[Any] = []
-WORDS = "tide lamp egg 月亮 潮水 caffè 🌊 north slow blue <b> | , ; # * 'x'".split()
+WORDS = ["tide", "lamp 4", "月亮", "潮水", "caffè", "🌊", "north", "<b>", "|", ",", ";", "# * 'x'"]
 MB = 2**20
 NESTING = (
     *("[", "*", ">", "`", "> ", "- ", "* a ", "[a](", "![", "<!--", "<a ", "_a", "`a", "a**b"),
