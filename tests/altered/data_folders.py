@@ -72,15 +72,14 @@ def _rows(chance: Random) -> list[dict[str, Any]]:
     for number in range(chance.randint(3, 12)):
         question, answer = f"{number} {_text(chance)}?", _text(chance)
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        rows.append(
-            {
-                "pair": {"prompt": question, "completion": answer},
-                "chat": {"messages": turns},
-                "text": {"text": f"{question} {answer}"},
-                "instruction": {"instruction": question, "input": "", "output": answer},
-                "label": {"text": question, "label": chance.choice(("yes", "no"))},
-            }[kind]
-        )
+        kinds: dict[str, dict[str, Any]] = {
+            "pair": {"prompt": question, "completion": answer},
+            "chat": {"messages": turns},
+            "text": {"text": f"{question} {answer}"},
+            "instruction": {"instruction": question, "input": "", "output": answer},
+            "label": {"text": question, "label": chance.choice(("yes", "no"))},
+        }
+        rows.append(kinds[kind])
     return rows
 
 
