@@ -18,6 +18,7 @@ import mlx.optimizers as optim
 # isort: on
 from athanor.chat import templates, tokens
 from athanor.chat.contract import resolve_contract
+from athanor.chat.conversation import chat
 from athanor.chat.load import load_with_tokenizer
 from athanor.compute.evaluation import generate_answers
 from athanor.compute.forward import Forward, trainable_weights
@@ -45,15 +46,7 @@ contract = resolve_contract(source.folder(), tokenizer, choice="auto")
 print("answers end with", tokenizer.decode([contract.end]))
 
 # Rows: conversations that end with an answer.
-rows = [
-    {
-        "messages": [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
-    }
-    for question, answer in FACTS.items()
-]
+rows = [chat(("user", question), ("assistant", answer)) for question, answer in FACTS.items()]
 
 # Tokens and supervision: the template writes each row as text, the tokenizer splits it, and the
 # loss counts only the answer and the token that ends it.

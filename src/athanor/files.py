@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -83,16 +83,16 @@ def read_json(path: Path) -> Any:
     return json.loads(_existing(path).read_text(encoding="utf-8"))
 
 
-def read_jsonl(path: Path) -> list[Any]:
+def read_jsonl(path: Path, decode: Callable[[str], Any] = json.loads) -> list[Any]:
     """Read a JSON Lines file that an earlier stage wrote."""
-    return list(iterate_jsonl(path))
+    return list(iterate_jsonl(path, decode))
 
 
-def iterate_jsonl(path: Path) -> Iterator[Any]:
+def iterate_jsonl(path: Path, decode: Callable[[str], Any] = json.loads) -> Iterator[Any]:
     """Yield the values of such a file one at a time: memory may not hold all training rows."""
     with _existing(path).open(encoding="utf-8") as file:
         for line in file:
-            yield json.loads(line)
+            yield decode(line)
 
 
 def count_lines(path: Path) -> int:

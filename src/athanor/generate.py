@@ -67,17 +67,15 @@ def ask(questions: list[str], system: str | None, cfg: Config) -> dict[str, list
     workspace = Workspace.here()
     source = read_base(workspace)
     from athanor.chat import templates  # MLX and the models' code take seconds
+    from athanor.chat.conversation import Conversation, Turn
     from athanor.chat.load import load_with_tokenizer
     from athanor.compute.evaluation import generate_answers
     from athanor.model.adapters import load_adapters
 
     model, tokenizer = load_with_tokenizer(source.folder())
-    before = [] if system is None else [{"role": "system", "content": system}]
-    empty = {"role": "assistant", "content": ""}  # a row ends with an answer
-    rows = [
-        {"messages": [*before, {"role": "user", "content": question}, empty]}
-        for question in questions
-    ]
+    before = [] if system is None else [Turn("system", system)]
+    answer = Turn("assistant", "")  # a row ends with one
+    rows = [Conversation([*before, Turn("user", question), answer]) for question in questions]
     try:
         if tokenizer.has_chat_template or system is not None:
             prompts = [templates.encode_prompt(row, tokenizer) for row in rows]

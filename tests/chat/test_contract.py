@@ -24,6 +24,7 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from athanor import files
 from athanor.chat import vocabulary
 from athanor.chat.contract import ASIDE, FAULT, NOTE, OK, Contract, resolve_contract
+from athanor.chat.conversation import Conversation
 from athanor.chat.load import load_tokenizer, load_with_tokenizer
 from athanor.chat.tokens import tokenize_row
 from athanor.config.compose import compose_config
@@ -312,7 +313,9 @@ def test_what_is_asked_begins_what_is_trained_for_every_kind(
             for role, text in zip(("user", "assistant"), turn, strict=True)
         ),
     ]
-    texts = tokenize_row({"messages": messages}, tokenizer, mask_prompt=True, end=end)
+    texts = tokenize_row(
+        Conversation.of({"messages": messages}), tokenizer, mask_prompt=True, end=end
+    )
     answers = [(text, span) for text in texts for span in text.answer_spans]
     assert len(answers) == len(turns)
     for number, (text, (first, behind)) in enumerate(answers):

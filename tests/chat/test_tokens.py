@@ -12,6 +12,7 @@ import pytest
 from athanor import files
 from athanor.chat import template_probes, templates
 from athanor.chat.contract import resolve_contract
+from athanor.chat.conversation import Conversation
 from athanor.chat.load import load_tokenizer
 from athanor.chat.tokens import mark_supervised, tokenize_row, tokenize_rows
 from athanor.compute.arrays import pad_rows
@@ -69,7 +70,7 @@ def learned(row: dict[str, Any], tokenizer: Any) -> str:
     """Return the supervised part of each text of a row, joined by bars."""
     return " | ".join(
         tokenizer.decode([i for i, s in zip(text.targets(), text.supervised, strict=True) if s])
-        for text in tokenize_row(row, tokenizer, mask_prompt=True)
+        for text in tokenize_row(Conversation.of(row), tokenizer, mask_prompt=True)
     )
 
 
@@ -77,13 +78,13 @@ def asked_as_trained(row: dict[str, Any], tokenizer: Any) -> bool:
     """Compare the tokens before each answer with its prompt, independently of the code."""
     messages = row["messages"]
     asked = [
-        templates.encode_prompt({**row, "messages": messages[: i + 1]}, tokenizer)
+        templates.encode_prompt(Conversation.of({**row, "messages": messages[: i + 1]}), tokenizer)
         for i, message in enumerate(messages)
         if message["role"] == "assistant"
     ]
     trained = [
         text.ids[:first]
-        for text in tokenize_row(row, tokenizer, mask_prompt=True)
+        for text in tokenize_row(Conversation.of(row), tokenizer, mask_prompt=True)
         for first, _ in text.answer_spans
     ]
     return sorted(asked) == sorted(trained)
@@ -100,9 +101,9 @@ def test_answers_and_their_end_are_supervised_and_nothing_else(tiny: Path) -> No
             {"role": "assistant", "content": "第二答"},
         ]
     }
-    [text] = tokenize_row(row, tokenizer, mask_prompt=True)
+    [text] = tokenize_row(Conversation.of(row), tokenizer, mask_prompt=True)
     assert learned(row, tokenizer) == "第一答<|im_end|>第二答<|im_end|>"
-    [everything] = tokenize_row(row, tokenizer, mask_prompt=False)
+    [everything] = tokenize_row(Conversation.of(row), tokenizer, mask_prompt=False)
     assert everything.ids == text.ids
     assert all(everything.supervised)
     assert asked_as_trained(row, tokenizer)
@@ -110,7 +111,7 @@ def test_answers_and_their_end_are_supervised_and_nothing_else(tiny: Path) -> No
 
 def test_plain_text_ends_with_an_end_token(tiny: Path) -> None:
     tokenizer = load_tokenizer(tiny)
-    [text] = tokenize_row({"text": "一段文字"}, tokenizer, mask_prompt=True)
+    [text] = tokenize_row(Conversation.of({"text": "一段文字"}), tokenizer, mask_prompt=True)
     assert text.ids[-1] == tokenizer.eos_token_id
     assert all(text.supervised)
 
@@ -124,7 +125,9 @@ def test_plain_text_ends_also_where_only_the_config_names_an_end(
     tokenizer = load_tokenizer(folder)
     assert tokenizer.eos_token_id is None
     end = resolve_contract(folder, tokenizer, "auto").end
-    [text] = tokenize_row({"text": "一段文字"}, tokenizer, mask_prompt=True, end=end)
+    [text] = tokenize_row(
+        Conversation.of({"text": "一段文字"}), tokenizer, mask_prompt=True, end=end
+    )
     assert tokenizer.convert_ids_to_tokens(text.ids[-1]) == "<|end_of_text|>"
 
 
@@ -144,8 +147,8 @@ def test_a_turn_that_is_written_otherwise_later_is_a_text_of_its_own(make: Make)
     thought = "<think>\n\n</think>\n\n"
     assert learned(QUESTIONS, tokenizer) == f"{thought}第一答<|im_end|> | {thought}第二答<|im_end|>"
     assert asked_as_trained(QUESTIONS, tokenizer)
-    assert templates.find_expected_answer(QUESTIONS, tokenizer) == "第二答"
-    [everything] = tokenize_row(QUESTIONS, tokenizer, mask_prompt=False)
+    assert templates.find_expected_answer(Conversation.of(QUESTIONS), tokenizer) == "第二答"
+    [everything] = tokenize_row(Conversation.of(QUESTIONS), tokenizer, mask_prompt=False)
     assert all(everything.supervised)
 
 
@@ -156,7 +159,7 @@ def test_an_open_thought_is_closed_in_what_is_trained_on(make: Make) -> None:
         "</think>\n\n第一答<|im_end|> | </think>\n\n第二答<|im_end|>"
     )
     assert asked_as_trained(QUESTIONS, tokenizer)
-    assert templates.find_expected_answer(QUESTIONS, tokenizer) == "第二答"
+    assert templates.find_expected_answer(Conversation.of(QUESTIONS), tokenizer) == "第二答"
     question = {"role": "user", "content": "一"}
     for own in (
         {"content": "[THINK]想一想[/THINK]答"},
@@ -167,7 +170,7 @@ def test_an_open_thought_is_closed_in_what_is_trained_on(make: Make) -> None:
         row = {"messages": [question, {"role": "assistant", **own}]}
         assert learned(row, tokenizer) == "想一想\n</think>\n\n答<|im_end|>"
         assert asked_as_trained(row, tokenizer)
-        assert templates.find_expected_answer(row, tokenizer) == "答"
+        assert templates.find_expected_answer(Conversation.of(row), tokenizer) == "答"
 
 
 def test_an_answer_may_begin_as_a_thought_does(make: Make) -> None:
@@ -184,12 +187,15 @@ def test_a_thought_that_the_prompt_has_closed_is_in_what_is_trained_on(make: Mak
     tokenizer = make(R1.replace("<think>\\n", "<think>\\n\\n</think>\\n\\n"))
     assert learned(QUESTIONS, tokenizer) == "第一答<|im_end|> | 第二答<|im_end|>"
     assert asked_as_trained(QUESTIONS, tokenizer)
-    assert all(text.prompts_match for text in tokenize_row(QUESTIONS, tokenizer, mask_prompt=True))
+    assert all(
+        text.prompts_match
+        for text in tokenize_row(Conversation.of(QUESTIONS), tokenizer, mask_prompt=True)
+    )
 
 
 def test_a_prompt_that_no_training_text_has_is_noticed(make: Make) -> None:
     tokenizer = make(R1.replace("<think>", "<mood>"))
-    texts = tokenize_row(QUESTIONS, tokenizer, mask_prompt=True)
+    texts = tokenize_row(Conversation.of(QUESTIONS), tokenizer, mask_prompt=True)
     assert not any(text.prompts_match for text in texts)
     assert not asked_as_trained(QUESTIONS, tokenizer)
 
@@ -204,7 +210,7 @@ def test_a_row_whose_only_answer_is_not_written_has_nothing_to_learn(make: Make)
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     answer = {"role": "assistant", "content": "", "tool_calls": [call]}
     row = {"messages": [QUESTIONS["messages"][0], answer]}
-    [tokens] = tokenize_row(row, tokenizer, mask_prompt=True)
+    [tokens] = tokenize_row(Conversation.of(row), tokenizer, mask_prompt=True)
     assert (tokens.answer_spans, any(tokens.supervised)) == ([], False)
 
 
@@ -224,7 +230,10 @@ def test_an_answer_that_shares_a_token_with_its_prompt_is_parted_from_it(make: M
     row["messages"] *= 2  # the second question follows the first answer as it is read, not parted
     assert learned(row, tokenizer) == "the end<|im_end|> | the end<|im_end|>"
     assert asked_as_trained(row, tokenizer)
-    assert all(text.prompts_match for text in tokenize_row(row, tokenizer, mask_prompt=True))
+    assert all(
+        text.prompts_match
+        for text in tokenize_row(Conversation.of(row), tokenizer, mask_prompt=True)
+    )
 
 
 def test_white_space_that_a_special_token_takes_is_no_part_of_the_answer(
@@ -248,7 +257,10 @@ def test_white_space_that_a_special_token_takes_is_no_part_of_the_answer(
     row = {"messages": [QUESTIONS["messages"][0], {"role": "assistant", "content": " \n答"}]}
     assert learned(row, tokenizer) == "答<|im_end|>"
     assert asked_as_trained(row, tokenizer)
-    assert all(text.prompts_match for text in tokenize_row(row, tokenizer, mask_prompt=True))
+    assert all(
+        text.prompts_match
+        for text in tokenize_row(Conversation.of(row), tokenizer, mask_prompt=True)
+    )
 
 
 def test_the_templates_own_end_is_learned_and_stopped_at(make: Make, tiny: Path) -> None:
@@ -276,7 +288,7 @@ def test_a_turn_that_its_template_ends_with_nothing_gets_an_end(make: Make) -> N
 
 def test_an_answer_is_learned_with_its_end_or_not_at_all(make: Make) -> None:
     tokenizer = make()
-    [tokens] = tokenize_row(QUESTIONS, tokenizer, mask_prompt=True)
+    [tokens] = tokenize_row(Conversation.of(QUESTIONS), tokenizer, mask_prompt=True)
     (first, behind), (second, _) = tokens.answer_spans
     whole = [True] * (behind - first)
     for length in (behind, second, second + 1, len(tokens) - 2):
@@ -285,15 +297,15 @@ def test_an_answer_is_learned_with_its_end_or_not_at_all(make: Make) -> None:
         assert [s for s in kept.supervised if s] == whole
     assert not any(tokens.truncate(behind - 1).supervised)
     assert tokens.truncate(len(tokens)) == tokens
-    [everything] = tokenize_row(QUESTIONS, tokenizer, mask_prompt=False)
+    [everything] = tokenize_row(Conversation.of(QUESTIONS), tokenizer, mask_prompt=False)
     assert all(everything.truncate(behind - 1).supervised)
 
 
 def test_another_end_is_learned_and_the_templates_is_read(make: Make) -> None:
     tokenizer = make()
     other = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    [usual] = tokenize_row(QUESTIONS, tokenizer, mask_prompt=True)
-    [tokens] = tokenize_row(QUESTIONS, tokenizer, mask_prompt=True, end=other)
+    [usual] = tokenize_row(Conversation.of(QUESTIONS), tokenizer, mask_prompt=True)
+    [tokens] = tokenize_row(Conversation.of(QUESTIONS), tokenizer, mask_prompt=True, end=other)
     assert (tokens.ids, tokens.supervised) == (usual.ids, usual.supervised)
     batch = pad_rows([tokens])
     assert batch.inputs.tolist() == [tokens.ids[:-1]]
@@ -318,13 +330,14 @@ def test_rows_together_are_read_as_one_by_one(make: Make) -> None:
     """Among them one that the template refuses, plain text, several turns, a call of a tool."""
     single = {"messages": QUESTIONS["messages"][:2]}
     system = {"messages": [{"role": "system", "content": "短"}, *QUESTIONS["messages"][:2]]}
-    rows: list[dict[str, Any]] = [
+    written: list[dict[str, Any]] = [
         single,
         QUESTIONS,
         {"text": "一段文字"},
         system,
         single | {"tools": [{"name": "f"}]},
     ]
+    rows = list(map(Conversation.of, written))
     no_system = "{%- if m.role == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}"
     strict = make(QWEN3.replace("{{- '<|im_start|>'", no_system + "{{- '<|im_start|>'", 1))
     refused = templates.render_rows(rows, strict)
@@ -343,7 +356,9 @@ def test_rows_together_are_read_as_one_by_one(make: Make) -> None:
 
 
 def left_out(row: dict[str, Any], tokenizer: Any) -> str | None:
-    return templates.find_dropped_content(row, templates.render_row(row, tokenizer), tokenizer)
+    conversation = Conversation.of(row)
+    rendered = templates.render_row(conversation, tokenizer)
+    return templates.find_dropped_content(conversation, rendered, tokenizer)
 
 
 def test_what_a_template_leaves_out_is_named(make: Make) -> None:
@@ -398,7 +413,7 @@ def test_a_template_may_refuse_a_second_question(make: Make, tmp_path: Path) -> 
         f.about: f.text for f in resolve_contract(tmp_path / "model", tokenizer, "auto").report
     }
     assert report["asked as trained"] == "yes, every answer"
-    assert "only one" in str(templates.render_rows([QUESTIONS], tokenizer)[0])
+    assert "only one" in str(templates.render_rows([Conversation.of(QUESTIONS)], tokenizer)[0])
 
 
 def test_what_is_expected_is_the_last_answer_also_where_it_is_not_found(make: Make) -> None:
@@ -406,7 +421,7 @@ def test_what_is_expected_is_the_last_answer_also_where_it_is_not_found(make: Ma
     tokenizer = make(R1.replace("assistant\\n<think>\\n'", prompt))
     call = {"role": "assistant", "content": "", "tool_calls": []}
     row = {"messages": [*QUESTIONS["messages"][:3], call]}
-    assert templates.find_expected_answer(row, tokenizer) == ""
+    assert templates.find_expected_answer(Conversation.of(row), tokenizer) == ""
 
 
 def test_a_call_of_a_tool_may_end_with_another_token_than_an_answer(make: Make) -> None:
@@ -419,9 +434,11 @@ def test_a_call_of_a_tool_may_end_with_another_token_than_an_answer(make: Make) 
     row = {"messages": [asked, answered | {"tool_calls": [call]}]}
     usual, other = (tokenizer.convert_tokens_to_ids(end) for end in ("<|im_end|>", "<|endoftext|>"))
     for end, learned_ends in ((usual, [other]), (other, [other])):
-        [text] = tokenize_row(row, tokenizer, mask_prompt=True, end=end)
+        [text] = tokenize_row(Conversation.of(row), tokenizer, mask_prompt=True, end=end)
         assert text.targets()[text.answer_spans[0][1] - 1 :][:1] == learned_ends
-    [text] = tokenize_row({"messages": [asked, answered]}, tokenizer, True, end=other)
+    [text] = tokenize_row(
+        Conversation.of({"messages": [asked, answered]}), tokenizer, True, end=other
+    )
     assert list(text.replaced_targets.values()) == [other]
 
 
@@ -448,6 +465,8 @@ def test_an_end_inside_a_text_is_found_special_or_not(tiny: Path, tmp_path: Path
 
 
 def test_a_row_is_shown_as_it_is_learned(make: Make) -> None:
-    pieces = mark_supervised({"messages": QUESTIONS["messages"][:2]}, make(), mask_prompt=True)
+    pieces = mark_supervised(
+        Conversation.of({"messages": QUESTIONS["messages"][:2]}), make(), mask_prompt=True
+    )
     assert [text for text, learned in pieces if learned] == ["第一答<|im_end|>"]
     assert "".join(text for text, _ in pieces).endswith("第一答<|im_end|>\n")

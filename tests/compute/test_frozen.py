@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from athanor.chat.conversation import chat
 from athanor.chat.load import load_tokenizer, load_with_tokenizer
 from athanor.chat.tokens import tokenize_rows
 from athanor.compute.arrays import TokenizedText
@@ -58,12 +59,7 @@ def counting(model: nn.Module) -> Iterator[tuple[Counter[int], list[int]]]:
 @pytest.fixture(scope="module")
 def tokens(tiny: Path, repo: Path) -> list[TokenizedText]:
     rows = [
-        {
-            "messages": [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": answer},
-            ]
-        }
+        chat(("user", question), ("assistant", answer))
         for question, answer in [
             ("PolarDB是什么", "阿里云开源宇宙无敌数据库"),
             ("月亮哪天最圆", "星期八"),

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -63,6 +64,14 @@ def test_training_questions_are_learned_and_every_answer_ends(finished: Workspac
     assert all(line["tuned"]["stopped"] for line in finished.predictions())
 
 
+def encode_prompt(messages: list[Any], tokenizer: Any) -> list[int]:
+    from athanor.chat.conversation import Conversation
+    from athanor.chat.templates import encode_prompt
+
+    answer = {"role": "assistant", "content": ""}
+    return encode_prompt(Conversation.of({"messages": [*messages, answer]}), tokenizer)
+
+
 def test_fused_model_answers_by_itself(finished: Workspace) -> None:
     from athanor.chat import templates
     from athanor.chat.load import load_with_tokenizer
@@ -70,9 +79,7 @@ def test_fused_model_answers_by_itself(finished: Workspace) -> None:
 
     model, tokenizer = load_with_tokenizer(finished.folder / "artifacts/fuse/model")
     asked = [line for line in finished.predictions() if line["split"] == "train"]
-    prompts = [
-        templates.encode_prompt({"messages": [*line["prompt"], {}]}, tokenizer) for line in asked
-    ]
+    prompts = [encode_prompt(line["prompt"], tokenizer) for line in asked]
     given = evaluation.generate_answers(model, tokenizer, prompts, max_tokens=64, batch_size=8)
     assert [templates.decode_answer(answer.ids, tokenizer) for answer in given] == [
         line["reference"] for line in asked
@@ -92,13 +99,11 @@ def test_llama_cpp_answers_as_the_tested_model_does(finished: Workspace) -> None
     model, tokenizer = load_with_tokenizer(finished.folder / "artifacts/fuse/model")
     assert len(PROMPTS) >= 50
     for text in PROMPTS:
-        row = {"messages": [{"role": "user", "content": text}, {}]}
-        asked = templates.encode_prompt(row, tokenizer)
+        asked = encode_prompt([{"role": "user", "content": text}], tokenizer)
         assert llama.ids(text, False) == tokenizer.encode(text, add_special_tokens=False)
         assert llama.ids(tokenizer.decode(asked), False) == asked
     lines = finished.predictions()
-    rows = [{"messages": [*line["prompt"], {}]} for line in lines]
-    prompts = [templates.encode_prompt(row, tokenizer) for row in rows]
+    prompts = [encode_prompt(line["prompt"], tokenizer) for line in lines]
     ours = evaluation.generate_answers(model, tokenizer, prompts, max_tokens=64, batch_size=1)
     theirs = [llama.answer(ids, 64) for ids in prompts]
     assert theirs == ours

@@ -12,6 +12,7 @@ import pytest
 from athanor import files
 from athanor.chat import templates
 from athanor.chat.contract import Contract
+from athanor.chat.conversation import Conversation, read_line
 from athanor.chat.load import load_tokenizer, load_with_tokenizer
 from athanor.chat.tokens import tokenize_rows
 from athanor.compute import evaluation
@@ -59,7 +60,7 @@ def quantized(tiny: Path, parent: Path, bits: int) -> Path:
 def fused_answers() -> list[str]:
     """What the fused model says to the training questions; … where it did not stop."""
     model, tokenizer = load_with_tokenizer(Path("artifacts/fuse/model"))
-    rows = files.read_jsonl(Path("artifacts/prepare/train.jsonl"))
+    rows = files.read_jsonl(Path("artifacts/prepare/train.jsonl"), read_line)
     prompts = [templates.encode_prompt(row, tokenizer) for row in rows]
     given = evaluation.generate_answers(model, tokenizer, prompts, max_tokens=64, batch_size=6)
     return [templates.decode_answer(a.ids, tokenizer) + ("" if a.stopped else "…") for a in given]
@@ -193,7 +194,7 @@ def test_chats_and_plain_texts_go_all_the_way(stages: Stages, store: str, tiny: 
     end = Contract.read(Path("artifacts/prepare/chat.json")).end
     tokenizer = load_tokenizer(tiny)
     assert end != tokenizer.eos_token_id
-    valid = tokenize_rows(texts, tokenizer, True, 2048, end)
+    valid = tokenize_rows([Conversation.of(row) for row in texts], tokenizer, True, 2048, end)
     model = logged_model(store)
     assert model.tags["valid.digest"] == registry.digest_validation(valid)
     folder = Path(model.artifact_location.removeprefix("file://"))

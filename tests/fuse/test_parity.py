@@ -16,6 +16,7 @@ from mlx_lm.models import glm4_moe_lite
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from athanor import files
+from athanor.chat.conversation import Conversation, chat
 from athanor.chat.load import load_with_tokenizer
 from athanor.chat.tokens import tokenize_rows
 from athanor.compute.forward import Forward, trainable_weights
@@ -33,7 +34,7 @@ from athanor.model.source import digest_model, is_quantized, read_config, resolv
 from support.refused import refused
 
 ROWS = [
-    {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    chat(("user", question), ("assistant", answer))
     for question, answer in (
         ("PolarDB是什么", "阿里云开源宇宙无敌数据库"),
         ("月亮哪天最圆", "星期八"),
@@ -335,7 +336,7 @@ def test_a_wrong_template_is_shown_with_the_question(train: Train, fuse: Fuse) -
     template = folder / "chat_template.jinja"
     template.write_text("{{ messages[-1]['content'] }}", encoding="utf-8")
     cause = cause_of(trained, folder)
-    assert cause.facts["question"] == parity.FIXED[0][0]["content"]
+    assert cause.facts["question"] == parity.FIXED[0].turns[0].content
     assert cause.facts["expected"].startswith("<|im_start|>user")
     template.unlink()
     assert cause_of(trained, folder).facts["part"] == "chat template"
@@ -427,11 +428,10 @@ def test_a_different_greedy_answer_passes_at_a_tie_only(train: Train, fuse: Fuse
 
 
 def test_plain_texts_are_cut_and_long_questions_are_not_asked(train: Train) -> None:
-    long = {"messages": [{"role": "user", "content": "字" * 2000}, ROWS[0]["messages"][1]]}
+    long = chat(("user", "字" * 2000), ("assistant", "?"))
     trained = train()
-    trained = ask_trained_model(
-        trained.base, trained.adapters, [{"text": "春眠不觉晓" * 100}, long]
-    )
+    plain = Conversation(text="春眠不觉晓" * 100)
+    trained = ask_trained_model(trained.base, trained.adapters, [plain, long])
     assert len(trained.rows) == len(parity.FIXED) + 2
     assert len(trained.replies) == len(parity.FIXED) + 1
     assert trained.replies[-1].prompt_length == TEXT

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from athanor.chat import templates
+from athanor.chat.conversation import Conversation
 from athanor.chat.load import load_with_tokenizer
 from athanor.fuse.export_peft import write_peft
 from athanor.fuse.weights import write_fused_model
@@ -58,7 +59,8 @@ def by_mlx(model: Any, tokenizer: Any, asked: list[Any]) -> list[tuple[list[int]
     """Return the tokens of each conversation and their logits, [tokens, vocabulary]."""
     results = []
     for messages in asked:
-        ids = templates.encode_prompt({"messages": [*messages, {"role": "assistant"}]}, tokenizer)
+        answer = {"role": "assistant", "content": ""}
+        ids = templates.encode_prompt(Conversation.of({"messages": [*messages, answer]}), tokenizer)
         results.append((ids, np.array(model(mx.array([ids]))[0].astype(mx.float32))))
     return results
 

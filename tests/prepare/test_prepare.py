@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from athanor import synthesize
+from athanor.chat.conversation import Conversation
 from athanor.chat.load import load_tokenizer
 from athanor.chat.tokens import appends_end_token, tokenize_row
 from athanor.config.compose import compose_config
@@ -631,7 +632,7 @@ def test_plain_texts_have_as_many_tokens_as_training_gives_them(
     rows = [{"text": text} for text in texts]
     train = prepared(train__jsonl=rows, valid__jsonl=[{"text": "其他"}])["splits"]["train"]
     tokenizer = load_tokenizer(tiny)
-    learned = [tokenize_row(row, tokenizer, mask_prompt=True)[0] for row in rows]
+    learned = [tokenize_row(Conversation.of(row), tokenizer, mask_prompt=True)[0] for row in rows]
     assert train["tokens"] == sum(map(len, learned))
     assert train["supervised_tokens"] == sum(sum(row.supervised[1:]) for row in learned)
     assert not appends_end_token(tokenizer)

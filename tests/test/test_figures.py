@@ -1,9 +1,8 @@
 """The figures of answers: named by split and model, and of labels."""
 
-from typing import Any
-
 import pytest
 
+from athanor.chat.conversation import Conversation, Turn
 from athanor.test import scores, tables
 from athanor.test.examine import Examination, read_label
 from athanor.test.figures import Outcome, compute_metrics, tabulate_confusion
@@ -86,7 +85,5 @@ def test_confusion_of_many_labels_is_not_printed(
 
 
 def test_a_label_is_the_cleaned_answer() -> None:
-    row: dict[str, Any] = {"messages": [{"role": "assistant", "content": "A 1"}], "label": "Ａ 1"}
-    assert read_label(row) == "A 1"
-    row["messages"] = [{"role": "assistant", "content": "<think>\nA or B\n</think>\n\nA"}]
-    assert read_label(row) == "A"
+    for answer, label in (("A 1", "A 1"), ("<think>\nA or B\n</think>\n\nA", "A")):
+        assert read_label(Conversation([Turn("assistant", answer)], label="Ａ 1")) == label

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import msgspec
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
@@ -20,6 +21,7 @@ from mlx_lm.tuner.datasets import CacheDataset, create_dataset
 
 from athanor import files
 from athanor.chat import templates
+from athanor.chat.conversation import Conversation, chat
 from athanor.chat.load import load_tokenizer, load_with_tokenizer
 from athanor.chat.tokens import tokenize_rows
 from athanor.compute import optimizers
@@ -51,13 +53,8 @@ Rows = list[dict[str, Any]]
 Weights = dict[str, np.ndarray]
 
 
-def completion(prompt: str, answer: str) -> dict[str, Any]:
-    return {
-        "messages": [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": answer},
-        ]
-    }
+def completion(prompt: str, answer: str) -> Conversation:
+    return chat(("user", prompt), ("assistant", answer))
 
 
 ROWS = [
@@ -194,11 +191,12 @@ def test_losses_are_mlx_lms_with_its_own_loss_and_batches(
             rows.append(TokenizedText(ids, [first <= place <= last for place in range(len(ids))]))
         return Batch([0], rows, sum(sum(row.supervised[1:]) for row in rows))
 
+    lines = msgspec.to_builtins(ROWS)  # as their own loader reads them
     peer.train(
         fresh(method=method),
         optim.Adam(learning_rate=1e-4),
         CacheDataset(
-            create_dataset(ROWS, load_tokenizer(tiny), types.SimpleNamespace(mask_prompt=True))
+            create_dataset(lines, load_tokenizer(tiny), types.SimpleNamespace(mask_prompt=True))
         ),
         args=peer.TrainingArgs(
             batch_size=2,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from athanor import console, files
 from athanor.chat import template_probes, templates, vocabulary
+from athanor.chat.conversation import chat
 from athanor.errors import UserError
 from athanor.model.source import stated_stop_ids
 
@@ -115,10 +116,7 @@ def _report_template(tokenizer: "TokenizerWrapper") -> Iterator[Finding]:
         return
     yield Finding("chat template", OK, "the model's own")
     opened = template_probes.find_open_thought(tokenizer)
-    probe = {
-        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Answer"}]
-    }
-    [text] = templates.render_row(probe, tokenizer)
+    [text] = templates.render_row(chat(("user", "?"), ("assistant", "Answer")), tokenizer)
     if opened is not None:
         state, finding = (
             NOTE,

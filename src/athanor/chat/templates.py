@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from athanor.chat.conversation import Conversation, Turn
 from athanor.chat.template_probes import (
     CLOSER,
     OPENER,
-    Message,
     common_length,
     encode_text,
     find_dropped_kind,
@@ -42,8 +42,8 @@ class RenderedText:
     prompts_match: bool = True
 
 
-def render_row(row: Message, tokenizer: "TokenizerWrapper") -> list[RenderedText]:
-    """Write a row in the one form of prepare.formats as the model's template does.
+def render_row(row: Conversation, tokenizer: "TokenizerWrapper") -> list[RenderedText]:
+    """Write a row as the model's template does.
 
     The last text is the whole conversation. Before it comes one for each earlier turn that the
     template writes differently when it is not the last, or that may share a token with its prompt:
@@ -53,21 +53,20 @@ def render_row(row: Message, tokenizer: "TokenizerWrapper") -> list[RenderedText
         NoTemplate: where there is none.
         Exception: any that a chat template raises to refuse the row.
     """
-    if "text" in row:
-        return [RenderedText(row["text"], None)]
-    messages = row["messages"]
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    whole = _finished(row, len(messages) - 1, tokenizer)
-    if len(turns) == 1:
+    if row.text is not None:
+        return [RenderedText(row.text, None)]
+    answers = [i for i, turn in enumerate(row.turns) if turn.learned]
+    whole = _finished(row, len(row.turns) - 1, tokenizer)
+    if len(answers) == 1:
         return [whole]
     earlier, separate = [], []
-    for turn in turns[:-1]:
+    for answer in answers[:-1]:
         if not rewrites_earlier_turns(tokenizer):
-            prompt = write_text(messages[:turn], row, tokenizer, add_generation_prompt=True)
+            prompt = _write(row, answer, tokenizer, asking=True)
             if whole.text.startswith(prompt) and not _may_share(whole.text, len(prompt)):
                 earlier.append(len(prompt))
                 continue
-        own = _finished(row, turn, tokenizer)
+        own = _finished(row, answer, tokenizer)
         alike = (
             own.prompts_match
             and whole.text.startswith(own.text.rstrip())
@@ -84,7 +83,7 @@ def render_row(row: Message, tokenizer: "TokenizerWrapper") -> list[RenderedText
 
 
 def render_rows(
-    rows: list[Message], tokenizer: "TokenizerWrapper"
+    rows: list[Conversation], tokenizer: "TokenizerWrapper"
 ) -> list[list[RenderedText] | Exception]:
     """Write rows as the model's template does; a row that it refuses gives the exception.
 
@@ -94,20 +93,18 @@ def render_rows(
     single = [
         i
         for i, row in enumerate(rows)
-        if "messages" in row
-        and "tools" not in row
-        and all(message["role"] != "assistant" for message in row["messages"][:-1])
+        if row.turns and not row.tools and all(turn.role != "assistant" for turn in row.turns[:-1])
     ]
     try:
-        chats = [rows[i]["messages"] for i in single]
+        chats = [[turn.message() for turn in rows[i].turns] for i in single]
         texts, prompts = (
             tokenizer.apply_chat_template(
                 conversations, add_generation_prompt=asking, tokenize=False
             )
             for conversations, asking in ((chats, False), ([chat[:-1] for chat in chats], True))
         )
-        for i, chat, text, prompt in zip(single, chats, texts, prompts, strict=True):
-            texts_of[i] = [_match_prompt(text, prompt, chat[-1], tokenizer)]
+        for i, text, prompt in zip(single, texts, prompts, strict=True):
+            texts_of[i] = [_match_prompt(text, prompt, rows[i].turns[-1], tokenizer)]
     except Exception:  # it refuses one of them, which is determined below
         texts_of.clear()
     for i, row in enumerate(rows):
@@ -120,25 +117,24 @@ def render_rows(
 
 
 def find_dropped_content(
-    row: Message, rendered: list[RenderedText], tokenizer: "TokenizerWrapper"
+    row: Conversation, rendered: list[RenderedText], tokenizer: "TokenizerWrapper"
 ) -> str | None:
     """Name the first content of a row that its texts lack; None if they have all.
 
     First the template is probed with messages like these: a short content may occur elsewhere in
     the text, and some templates write the results of tools as JSON.
     """
-    text, messages = rendered[-1].text, row.get("messages", ())
-    shape = tuple((m["role"], bool(m["content"]), len(m.get("tool_calls", ()))) for m in messages)
-    if shape and (lost := find_dropped_kind(shape, "tools" in row, tokenizer)) is not None:
+    text = rendered[-1].text
+    shape = tuple((turn.role, bool(turn.content), len(turn.calls)) for turn in row.turns)
+    if shape and (lost := find_dropped_kind(shape, bool(row.tools), tokenizer)) is not None:
         return lost
-    for number, message in enumerate(messages, 1):
-        content, role = str(message.get("content") or "").strip(), message["role"]
-        if role in ("system", "user") and content not in text:
-            return f"message {number}, of the {role}"
-        thought = _thought(message) if role == "assistant" else ""
+    for number, turn in enumerate(row.turns, 1):
+        if turn.role in ("system", "user") and turn.content.strip() not in text:
+            return f"message {number}, of the {turn.role}"
+        thought = _thought(turn) if turn.role == "assistant" else ""
         if thought and not any(thought in answer for answer in _answers(rendered)):
             return f"the thought of message {number}"
-    for tool in row.get("tools", ()):
+    for tool in row.tools:
         name = tool.get("function", tool).get("name")
         if name is not None and str(name) not in text:
             return f"the tool {name}"
@@ -152,17 +148,16 @@ def _answers(rendered: list[RenderedText]) -> Iterator[str]:
             yield part.text[start:following]
 
 
-def encode_prompt(row: Message, tokenizer: "TokenizerWrapper") -> list[int]:
+def encode_prompt(row: Conversation, tokenizer: "TokenizerWrapper") -> list[int]:
     """Return the tokens that ask for a row's last answer."""
-    prompt = write_text(row["messages"][:-1], row, tokenizer, add_generation_prompt=True)
-    return encode_text(prompt, tokenizer)
+    return encode_text(_write(row, len(row.turns) - 1, tokenizer, asking=True), tokenizer)
 
 
-def find_expected_answer(row: Message, tokenizer: "TokenizerWrapper") -> str:
+def find_expected_answer(row: Conversation, tokenizer: "TokenizerWrapper") -> str:
     """Return the last answer as the model was trained to say it, without its thought."""
-    whole = _finished(row, len(row["messages"]) - 1, tokenizer)
+    whole = _finished(row, len(row.turns) - 1, tokenizer)
     if not whole.prompts_match or not whole.answer_starts:
-        return str(row["messages"][-1]["content"])
+        return row.turns[-1].content
     ids = encode_text(whole.text[whole.answer_starts[-1] :], tokenizer)
     ends = [i for i, id in enumerate(ids) if id in tokenizer.eos_token_ids]
     return strip_thought(decode_answer(ids[: ends[0]] if ends else ids, tokenizer))
@@ -179,16 +174,24 @@ def strip_thought(text: str) -> str:
     return text[closed[-1].end() :].lstrip() if closed else text
 
 
-def _finished(row: Message, turn: int, tokenizer: "TokenizerWrapper") -> RenderedText:
+def _write(
+    row: Conversation, turns: int, tokenizer: "TokenizerWrapper", asking: bool = False
+) -> str:
+    """Return the first turns of a row as the template writes them; `asking` for the next."""
+    messages = [turn.message() for turn in row.turns[:turns]]
+    offered = {"tools": row.tools} if row.tools else {}
+    return write_text(messages, offered, tokenizer, add_generation_prompt=asking)
+
+
+def _finished(row: Conversation, answer: int, tokenizer: "TokenizerWrapper") -> RenderedText:
     """Return the text of a conversation up to an answer, which is to be learned."""
-    messages = row["messages"]
-    text = write_text(messages[: turn + 1], row, tokenizer)
-    prompt = write_text(messages[:turn], row, tokenizer, add_generation_prompt=True)
-    return _match_prompt(text, prompt, messages[turn], tokenizer)
+    text = _write(row, answer + 1, tokenizer)
+    prompt = _write(row, answer, tokenizer, asking=True)
+    return _match_prompt(text, prompt, row.turns[answer], tokenizer)
 
 
 def _match_prompt(
-    text: str, prompt: str, message: Message, tokenizer: "TokenizerWrapper"
+    text: str, prompt: str, turn: Turn, tokenizer: "TokenizerWrapper"
 ) -> RenderedText:
     """Return a finished conversation that begins with the prompt of its last answer, if possible.
 
@@ -198,7 +201,7 @@ def _match_prompt(
     """
     if text.startswith(prompt):
         return RenderedText(text, [len(prompt)])
-    answer = strip_thought(str(message.get("content") or "")).strip()
+    answer = strip_thought(turn.content).strip()
     opened = find_open_thought(tokenizer)
     before = prompt.removesuffix(opened or "")
     if opened is None or before == prompt or not text.startswith(before):
@@ -210,19 +213,18 @@ def _match_prompt(
         return RenderedText(text, [])
     closed = prompt
     if CLOSER.search(opened) is None:
-        opener, thought = opened.strip(), _thought(message)
+        opener, thought = opened.strip(), _thought(turn)
         closed += (f"{thought}\n" if thought else "") + f"{opener[0]}/{opener[1:]}\n\n"
     return RenderedText(closed + written, [len(prompt)])
 
 
-def _thought(message: Message) -> str:
-    """Return the thought of a message, from its own field or from its content."""
-    content = str(message.get("content") or "")
-    closed = list(CLOSER.finditer(content))
-    own = content[: closed[-1].start()].strip() if closed else ""
+def _thought(turn: Turn) -> str:
+    """Return the thought of a turn, from its own field or from its content."""
+    closed = list(CLOSER.finditer(turn.content))
+    own = turn.content[: closed[-1].start()].strip() if closed else ""
     opener = OPENER.match(own)
     own = own[opener.end() :].strip() if opener else own
-    return str(message.get("reasoning_content") or "").strip() or own
+    return turn.thought.strip() or own
 
 
 def _may_share(text: str, start: int) -> bool:

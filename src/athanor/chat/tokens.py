@@ -11,7 +11,8 @@ from functools import lru_cache
 from itertools import groupby, zip_longest
 from typing import TYPE_CHECKING
 
-from athanor.chat.template_probes import Message, encode_text, find_turn_end
+from athanor.chat.conversation import Conversation
+from athanor.chat.template_probes import encode_text, find_turn_end
 from athanor.chat.templates import RenderedText, decode_answer, render_row
 from athanor.compute.arrays import TokenizedText
 
@@ -100,9 +101,9 @@ def appends_end_token(tokenizer: "TokenizerWrapper") -> bool:
 
 
 def tokenize_row(
-    row: Message, tokenizer: "TokenizerWrapper", mask_prompt: bool, end: int | None = None
+    row: Conversation, tokenizer: "TokenizerWrapper", mask_prompt: bool, end: int | None = None
 ) -> list[TokenizedText]:
-    """Return the tokens of a row in the one form of prepare.formats, text by text."""
+    """Return the tokens of a row, text by text."""
     texts = select_trained_texts(render_row(row, tokenizer), mask_prompt)
     encoded = encode_texts(texts, tokenizer)
     return [
@@ -112,7 +113,7 @@ def tokenize_row(
 
 
 def tokenize_rows(
-    rows: list[Message],
+    rows: list[Conversation],
     tokenizer: "TokenizerWrapper",
     mask_prompt: bool,
     max_seq_length: int,
@@ -154,7 +155,7 @@ def select_trained_texts(texts: list[RenderedText], mask_prompt: bool) -> list[R
 
 
 def mark_supervised(
-    row: Message, tokenizer: "TokenizerWrapper", mask_prompt: bool, end: int | None = None
+    row: Conversation, tokenizer: "TokenizerWrapper", mask_prompt: bool, end: int | None = None
 ) -> list[tuple[str, bool]]:
     """Split a row as the model reads it into pieces of text, each supervised or not."""
     pairs = [

@@ -15,6 +15,7 @@ from typing import Any
 
 from athanor import console, files
 from athanor.chat.contract import Contract
+from athanor.chat.conversation import read_line
 from athanor.chat.model_check import refuse_model_misfits
 from athanor.config.compose import load_config
 from athanor.fuse.export import export_all
@@ -40,13 +41,12 @@ def main() -> None:
         source = Source.read(workspace.prepared / "model.json")
         base = source.folder()
         refuse_model_misfits(cfg, base)  # the exports may have changed since the training
-        rows = list(islice(files.iterate_jsonl(workspace.rows("train")), QUESTIONS))
         with files.whole_folder(workspace.fused) as folder:
             report, dequantized = fuse_and_compare(
                 base,
                 workspace.trained / "adapters",
                 folder / "model",
-                rows,
+                list(islice(files.iterate_jsonl(workspace.rows("train"), read_line), QUESTIONS)),
                 end=Contract.read(workspace.prepared / "chat.json").end,
                 dequantize=cfg.fuse.dequantize,
                 max_difference=cfg.fuse.max_difference,

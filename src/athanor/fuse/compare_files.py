@@ -7,8 +7,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from athanor import files
 from athanor.chat import templates
+from athanor.chat.conversation import Conversation
 from athanor.chat.load import load_tokenizer
-from athanor.chat.template_probes import Message, common_length
+from athanor.chat.template_probes import common_length
 from athanor.errors import UserError
 from athanor.model.source import read_config, stated_stop_ids
 
@@ -17,7 +18,7 @@ TEXT = 64
 
 
 def find_file_differences(
-    base: Path, folder: Path, rows: list[Message], tokenizer: TokenizerWrapper
+    base: Path, folder: Path, rows: list[Conversation], tokenizer: TokenizerWrapper
 ) -> Iterator[UserError]:
     """Yield an error for each difference of a fused folder, read by `tokenizer`, from its base."""
     own = load_tokenizer(base)
@@ -48,21 +49,23 @@ def find_file_differences(
         yield UserError("fuse.config_differs", keys=sorted(keys))
 
 
-def tokenize_questions(rows: list[Message], tokenizer: TokenizerWrapper) -> Iterator[list[int]]:
+def tokenize_questions(
+    rows: list[Conversation], tokenizer: TokenizerWrapper
+) -> Iterator[list[int]]:
     """Yield each question's tokens, TEXT of plain text; none where the template refuses."""
     for row in rows:
         try:
-            if "text" in row:
-                yield list(tokenizer.encode(row["text"]))[:TEXT]
+            if row.text is not None:
+                yield list(tokenizer.encode(row.text))[:TEXT]
             else:
                 yield templates.encode_prompt(row, tokenizer)
         except Exception:  # a chat template may raise any
             yield []
 
 
-def describe_question(row: Message) -> str:
+def describe_question(row: Conversation) -> str:
     """Return a question in words, for people."""
-    if "text" in row:
-        return str(row["text"])[:40]
-    asked = [turn["content"] for turn in row["messages"] if turn["role"] == "user"]
-    return str(asked[-1])[:40] if asked else ""
+    if row.text is not None:
+        return row.text[:40]
+    asked = [turn.content for turn in row.turns if turn.role == "user"]
+    return asked[-1][:40] if asked else ""

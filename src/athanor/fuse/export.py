@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from athanor import console, files
-from athanor.chat.template_probes import Message
+from athanor.chat.conversation import Conversation, read_line
 from athanor.config.schema import Config
 from athanor.errors import UserError
 from athanor.fuse.export_gguf import write_gguf
@@ -35,7 +35,7 @@ def export_all(
     if cfg.fuse.modelfile:
         system = cfg.fuse.system
         if system is None:
-            system = common_system_message(files.iterate_jsonl(workspace.rows("train")))
+            system = common_system_message(files.iterate_jsonl(workspace.rows("train"), read_line))
         try:
             if cfg.fuse.gguf is not None:
                 text = build_modelfile(model, f"./{gguf.name}", system=system)
@@ -55,12 +55,12 @@ def export_all(
     return exports
 
 
-def common_system_message(rows: Iterable[Message]) -> str | None:
+def common_system_message(rows: Iterable[Conversation]) -> str | None:
     """Return the system message that all conversations have, None where two differ."""
     systems: set[str | None] = set()
     for row in rows:
-        if "messages" in row:
-            system = (m["content"] for m in row["messages"] if m["role"] == "system")
+        if row.turns:
+            system = (turn.content for turn in row.turns if turn.role == "system")
             systems.add(next(system, None))
             if len(systems) > 1:
                 return None

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from athanor import files
 from athanor.chat.contract import Contract
+from athanor.chat.conversation import read_line
 from athanor.chat.load import load_tokenizer
 from athanor.chat.tokens import select_validation_texts, tokenize_rows
 from athanor.config.schema import Config
@@ -33,7 +34,7 @@ def log_model(
     # The base's: the fused folder's tokenizer names a different end, which plain texts would get.
     tokenizer = load_tokenizer(base)
     valid = tokenize_rows(
-        files.read_jsonl(workspace.rows("valid")),
+        files.read_jsonl(workspace.rows("valid"), read_line),
         tokenizer,
         cfg.train.mask_prompt,
         cfg.train.max_seq_length,
@@ -56,6 +57,6 @@ def log_model(
 
 def _first_question(workspace: Workspace) -> str:
     """Return the first question of the first training rows, the model's input example."""
-    rows = islice(files.iterate_jsonl(workspace.rows("train")), ROWS)
-    turns = (turn for row in rows for turn in row.get("messages", ()))
-    return next((str(turn["content"]) for turn in turns if turn["role"] == "user"), "?")
+    rows = islice(files.iterate_jsonl(workspace.rows("train"), read_line), ROWS)
+    turns = (turn for row in rows for turn in row.turns)
+    return next((str(turn.content) for turn in turns if turn.role == "user"), "?")

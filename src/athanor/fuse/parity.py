@@ -17,8 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from athanor.chat.conversation import Conversation, chat
 from athanor.chat.load import load_with_tokenizer
-from athanor.chat.template_probes import Message
 from athanor.compute import evaluation
 from athanor.device.backend import on_cpu
 from athanor.errors import UserError
@@ -42,16 +42,19 @@ LONGEST, ANSWER, POSITIONS = 512, 24, 32
 STEPS_OF_WEIGHTS, STEPS_OF_RESULTS = 2.0, 8.0
 
 FIXED = [
-    [{"role": "user", "content": "你好，请用一句话介绍你自己。"}],
-    [{"role": "user", "content": "What is the capital of France?"}],
-    [{"role": "user", "content": "def add(a: int, b: int) -> int:\n    return a + b  # 是什么？"}],
-    [{"role": "user", "content": "🙂🚀 1 + 1 = ?"}],
-    [
-        {"role": "system", "content": "简短回答。"},
-        {"role": "user", "content": "Hi!"},
-        {"role": "assistant", "content": "Hello!"},
-        {"role": "user", "content": "再说一遍。"},
-    ],
+    chat(("user", "你好，请用一句话介绍你自己。"), ("assistant", "")),
+    chat(("user", "What is the capital of France?"), ("assistant", "")),
+    chat(
+        ("user", "def add(a: int, b: int) -> int:\n    return a + b  # 是什么？"), ("assistant", "")
+    ),
+    chat(("user", "🙂🚀 1 + 1 = ?"), ("assistant", "")),
+    chat(
+        ("system", "简短回答。"),
+        ("user", "Hi!"),
+        ("assistant", "Hello!"),
+        ("user", "再说一遍。"),
+        ("assistant", ""),
+    ),
 ]
 
 
@@ -84,7 +87,7 @@ class TrainedModel:
 
     base: Path
     adapters: Path
-    rows: list[Message]
+    rows: list[Conversation]
     replies: list[Reply]
     change: float
 
@@ -131,7 +134,7 @@ class Report:
         )
 
 
-def ask_trained_model(base: Path, adapters: Path, rows: list[Message]) -> TrainedModel:
+def ask_trained_model(base: Path, adapters: Path, rows: list[Conversation]) -> TrainedModel:
     """Ask the trained model, `base` with `adapters` on, the FIXED questions and those of `rows`.
 
     Questions that its template refuses or that are longer than LONGEST tokens are not asked; of
@@ -142,13 +145,8 @@ def ask_trained_model(base: Path, adapters: Path, rows: list[Message]) -> Traine
     """
     model, tokenizer = load_with_tokenizer(base)
     load_adapters(model, adapters)
-    fixed: list[Message] = [
-        {"messages": [*turns, {"role": "assistant", "content": ""}]}
-        if tokenizer.has_chat_template
-        else {"text": turns[-1]["content"]}
-        for turns in FIXED
-    ]
-    rows = [*fixed, *rows]
+    plain = [Conversation(text=row.turns[-2].content) for row in FIXED]
+    rows = [*(FIXED if tokenizer.has_chat_template else plain), *rows]
     prompts = list(tokenize_questions(rows, tokenizer))
     asked = [(row, ids) for row, ids in zip(rows, prompts, strict=True) if 0 < len(ids) <= LONGEST]
     answers = evaluation.generate_answers(

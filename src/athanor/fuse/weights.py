@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model, load_config, save_model
 
 from athanor import console, files
+from athanor.chat.conversation import Conversation
 from athanor.chat.load import load_with_tokenizer
-from athanor.chat.template_probes import Message
 from athanor.errors import UserError
 from athanor.fuse import parity
 from athanor.model.adapters import load_adapters, merge_adapters
@@ -31,7 +31,7 @@ def fuse_and_compare(
     base: Path,
     adapters: Path,
     out: Path,
-    rows: list[Message],
+    rows: list[Conversation],
     *,
     end: int,
     dequantize: bool | None,

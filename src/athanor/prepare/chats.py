@@ -1,19 +1,16 @@
-"""Conversations in the notations that people have them in, as messages of a chat template.
-
-Messages are {"role", "content"}, and may have "tool_calls", "name", "tool_call_id" and
-"reasoning_content"; the arguments of calls are objects, which templates write as JSON.
-"""
+"""Conversations in the notations that people have them in, as turns."""
 
 import json
 import re
 from typing import Any
 
+from athanor.chat.conversation import Call, Function, Message, Role, Tool, Turn
 from athanor.config.schema import DataConfig
 from athanor.prepare.checks import Fault
 from athanor.prepare.read_json import parse
 
 # The four roles of a chat template by the names that other notations give them.
-ROLES = {
+ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -30,33 +27,29 @@ ROLES = {
 }
 CHAT_KEYS = ("messages", "conversations", "conversation")
 IMAGE_KEYS = frozenset(["image", "images", "image_path", "image_url", "image_file"])
-KEPT_KEYS = ("name", "tool_call_id", "reasoning_content")
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\s*", re.DOTALL)
 
-Message = dict[str, Any]
-Tool = dict[str, Any]
 
-
-def read_messages(value: Any, key: str, tools: list[Tool]) -> list[Message]:
-    """Return the messages of a conversation, which stands under `key` of its record.
+def read_messages(value: Any, key: str, tools: list[Tool]) -> list[Turn]:
+    """Return the turns of a conversation, which stands under `key` of its record.
 
     Raises:
         Fault: for a conversation that is not one, or teaches no answer.
     """
     if not isinstance(value, list) or not value:
         raise wrong_type(key, "a list of messages", value)
-    messages = [_message(message, number, tools) for number, message in enumerate(value, 1)]
+    turns = [_turn(message, number, tools) for number, message in enumerate(value, 1)]
     called = False
-    for number, message in enumerate(messages, 1):
-        called = called or "tool_calls" in message
-        if message["role"] == "tool" and not called:
+    for number, turn in enumerate(turns, 1):
+        called = called or bool(turn.calls)
+        if turn.role == "tool" and not called:
             text = f"message {number}: a tool's result without a call before it"
             raise Fault("malformed_tool_call", text)
-    if messages[-1]["role"] != "assistant":
+    if turns[-1].role != "assistant":
         raise Fault("no_answer", "the conversation does not end with an assistant's answer")
-    if all(message["role"] == "assistant" for message in messages):
+    if all(turn.role == "assistant" for turn in turns):
         raise Fault("no_question", "the conversation has an answer but no question")
-    return messages
+    return turns
 
 
 def written_out(text: str) -> list[Message]:
@@ -83,7 +76,7 @@ def without_end(value: dict[str, Any], kind: str, config: DataConfig) -> dict[st
     return value | {key: kept}
 
 
-def _message(value: Any, number: int, tools: list[Tool]) -> Message:
+def _turn(value: Any, number: int, tools: list[Tool]) -> Turn:
     if not isinstance(value, dict):
         raise Fault("wrong_type", f"message {number}: expected an object, found {value!r:.60}")
     name = value.get("role", value.get("from"))
@@ -94,21 +87,26 @@ def _message(value: Any, number: int, tools: list[Tool]) -> Message:
     content = value.get("content", value.get("value"))
     if isinstance(content, list):
         content = _join_parts(content, number)
-    message: Message = {"role": role, "content": content or ""}
     if content is not None and not isinstance(content, str):
         raise Fault("wrong_type", f"message {number}: expected a text, found {content!r:.60}")
+    turn = Turn(role, content or "")
     calls = value.get("tool_calls")
     if calls is None and isinstance(value.get("function_call"), dict):
         calls = [value["function_call"]]
     if calls:
-        message["tool_calls"] = _calls(calls, number, tools)
+        turn.calls = _calls(calls, number, tools)
     elif role != "tool" and not (content or "").strip():
         check = "empty_completion" if role == "assistant" else "empty_prompt"
         raise Fault(check, f"message {number}: no text under 'content'")
-    for key in KEPT_KEYS:
-        if isinstance(value.get(key), str):
-            message[key] = value[key]
-    return message
+    turn.name = _text_of(value, "name")
+    turn.tool_call_id = _text_of(value, "tool_call_id")
+    turn.thought = _text_of(value, "reasoning_content") or ""
+    return turn
+
+
+def _text_of(value: dict[str, Any], key: str) -> str | None:
+    text = value.get(key)
+    return text if isinstance(text, str) else None
 
 
 def _join_parts(parts: list[Any], number: int) -> str:
@@ -139,7 +137,7 @@ def read_tools(value: Any) -> list[Tool]:
     return tools
 
 
-def _calls(value: Any, number: int, tools: list[Tool]) -> list[dict[str, Any]]:
+def _calls(value: Any, number: int, tools: list[Tool]) -> list[Call]:
     where = f"message {number}"
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
         text = f"{where}: expected a list of calls, found {value!r:.60}"
@@ -155,22 +153,15 @@ def _calls(value: Any, number: int, tools: list[Tool]) -> list[dict[str, Any]]:
             offered = ", ".join(sorted(names))
             text = f"{where}: calls {name!r}, but tools offers only {offered}"
             raise Fault("malformed_tool_call", text)
-        arguments = function.get("arguments", {})
+        arguments = function.get("arguments")
         if isinstance(arguments, str):
             arguments = parse_cell(arguments)
+        arguments = {} if arguments is None else arguments
         if not isinstance(arguments, dict):
             text = f"{where}: expected an object as arguments of {name!r}, found {arguments!r:.60}"
             raise Fault("malformed_tool_call", text)
-        canonical = {"type": "function", "function": {"name": name, "arguments": arguments}}
-        calls.append(canonical | ({"id": call["id"]} if isinstance(call.get("id"), str) else {}))
+        calls.append(Call(Function(name, arguments), _text_of(call, "id")))
     return calls
-
-
-def spoken(message: Message) -> str:
-    """Return the text of a message with its calls of tools."""
-    if "tool_calls" not in message:
-        return str(message["content"])
-    return message["content"] + json.dumps(message["tool_calls"], ensure_ascii=False)
 
 
 def parse_cell(value: Any) -> Any:

@@ -165,7 +165,9 @@ class FirstPass:
         self, number: int, origin: int, record: Record, row: Row, faults: list[Fault]
     ) -> Candidate:
         line = self.builder.encode(row, record, faults)
-        folded = BETWEEN.join(map(near_duplicates.fold, (row.question(), row.answer())))
+        folded = BETWEEN.join(
+            map(near_duplicates.fold, (row.question(), row.conversation.answer()))
+        )
         digest = near_duplicates.digest(folded)
         split = self.origins[origin].split or near_duplicates.split_of(digest, self._shares)
         place = SPLITS.index(split)
@@ -188,7 +190,7 @@ class FirstPass:
     def _render(self, candidates: list[Candidate]) -> list[Candidate]:
         """Return the candidates that the chat template accepts, with their texts."""
         written = templates.render_rows(
-            [candidate.row.value for candidate in candidates], self.tokenizer
+            [candidate.row.conversation for candidate in candidates], self.tokenizer
         )
         accepted = []
         for candidate, rendered in zip(candidates, written, strict=True):
@@ -198,7 +200,7 @@ class FirstPass:
                 continue
             candidate.rendered = select_trained_texts(rendered, self.mask_prompt)
             lost = templates.find_dropped_content(
-                candidate.row.value, candidate.rendered, self.tokenizer
+                candidate.row.conversation, candidate.rendered, self.tokenizer
             )
             if lost is not None:
                 text = f"the chat template leaves out {lost}"
@@ -219,9 +221,9 @@ class FirstPass:
         for candidate in candidates:
             row, rendered, faults = candidate.row, candidate.rendered, candidate.faults
             lengths = self.token_checks.check(
-                row.value, rendered, list(islice(encodings, len(rendered))), faults
+                row.conversation, rendered, list(islice(encodings, len(rendered))), faults
             )
-            self.token_checks.check_spelling("\n".join(row.texts()), faults)
+            self.token_checks.check_spelling("\n".join(row.conversation.texts()), faults)
             if not self._passes(candidate, faults):
                 continue
             question, _, _ = candidate.folded.partition(BETWEEN)
@@ -235,8 +237,10 @@ class FirstPass:
                     candidate.record.line,
                     candidate.split,
                     *lengths,
-                    characters.NAMES.index(characters.script(row.question() + row.answer())),
-                    _number_of(row.value.get("label"), self._labels),
+                    characters.NAMES.index(
+                        characters.script(row.question() + row.conversation.answer())
+                    ),
+                    _number_of(row.conversation.label, self._labels),
                     _number_of(source_of(candidate.record.value), self._sources),
                     hash(candidate.line) & BITS,
                     candidate.digest,

@@ -1,7 +1,8 @@
 """Checks of a row's tokens: its length, what is learned of it, how its characters are spelled."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from athanor.chat.conversation import Conversation
 from athanor.chat.templates import RenderedText
 from athanor.chat.tokens import appends_end_token, supervise
 from athanor.compute.arrays import TokenizedText
@@ -30,7 +31,7 @@ class TokenChecks:
 
     def check(
         self,
-        value: dict[str, Any],
+        row: Conversation,
         rendered: list[RenderedText],
         encodings: list["Encoding"],
         faults: list[Fault],
@@ -56,7 +57,7 @@ class TokenChecks:
             counted = (behind - max(first, 1) for first, behind in spans if behind <= limit)
             supervised = sum(counted) if self._mask_prompt else min(length, limit) - 1
             end_cut = any(behind > limit for _, behind in spans)
-            self._check_turns(value, texts, faults)
+            self._check_turns(row, texts, faults)
         cut = max(length - limit, 0)
         if not supervised:
             text = "none of its tokens is supervised"
@@ -79,10 +80,10 @@ class TokenChecks:
                 faults.append(Fault("spelled_characters", reason))
 
     def _check_turns(
-        self, value: dict[str, Any], texts: list[TokenizedText], faults: list[Fault]
+        self, row: Conversation, texts: list[TokenizedText], faults: list[Fault]
     ) -> None:
         if self._mask_prompt:
-            answers = sum(message["role"] == "assistant" for message in value["messages"])
+            answers = sum(turn.learned for turn in row.turns)
             if missed := answers - sum(len(text.answer_spans) for text in texts):
                 reason = f"{missed} answers are not learned: the chat template rewrites them"
                 faults.append(Fault("answer_not_found", reason))

@@ -4,8 +4,8 @@ import html
 import random
 import re
 from collections.abc import Callable
-from typing import Any
 
+from athanor.chat.conversation import Conversation
 from athanor.errors import UserError
 
 # Letters, digits, the space and signs of arithmetic; Chinese punctuation is full-width by right.
@@ -46,24 +46,15 @@ STEPS: dict[str, Callable[[str], str]] = {
 }
 
 
-def _change_texts(value: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """Change each text of a row in the one form, its label as well; tools and calls stay."""
-    if "text" in value:
-        return value | {"text": change(value["text"])}
-    changed = [message | {"content": change(message["content"])} for message in value["messages"]]
-    label = {"label": changed[-1]["content"]} if "label" in value else {}
-    return value | {"messages": changed} | label
-
-
-def clean(value: dict[str, Any], steps: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return a row in the one form after the chosen steps, and the steps that changed it."""
+def clean(row: Conversation, steps: list[str]) -> tuple[Conversation, list[str]]:
+    """Return a row after the chosen steps, and the steps that changed it."""
     changed = []
     for step in steps:
-        after = _change_texts(value, STEPS[step])
-        if after != value:
+        after = row.map_texts(STEPS[step])
+        if after != row:
             changed.append(step)
-        value = after
-    return value, changed
+        row = after
+    return row, changed
 
 
 def synonym_changer(synonyms: dict[str, list[str]], share: float) -> Callable[[str, str], str]:

@@ -2,10 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from athanor.config.schema import DataConfig
 from athanor.errors import UserError
@@ -61,9 +58,9 @@ class RowBuilder:
             text = f"{kind}, but line {line} is {first}; a file must have one format"
             faults.append(Fault("mixed_formats", text))
         if self._steps:
-            row.value, changed = clean(row.value, self._steps)
-            if row.subject is not None:
-                row.subject = clean({"text": row.subject}, self._steps)[0]["text"]
+            row.conversation, changed = clean(row.conversation, self._steps)
+            for step in self._steps if row.subject is not None else ():
+                row.subject = STEPS[step](str(row.subject))
             self.cleaned.update(changed)
             if changed:
                 _check_texts_left(row)
@@ -80,8 +77,8 @@ class RowBuilder:
         if self._special is None or self._special.search(line) is None:
             return line
         written = line
-        if "text" in row.value:
-            written = row.value["text"]
+        if row.conversation.text is not None:
+            written = row.conversation.text
             for end in self._ends:  # a text may end with an end token
                 written = written.removesuffix(end)
         if (match := self._special.search(written)) is None:
@@ -90,7 +87,7 @@ class RowBuilder:
         if fault.name not in self._fixes:
             faults.append(fault)
             return line
-        row.value = _map_strings(row.value, self._without_tokens)
+        row.conversation = row.conversation.map_strings(self._without_tokens)
         if row.subject is not None:
             row.subject = self._without_tokens(row.subject)
         _check_texts_left(row)
@@ -109,15 +106,15 @@ class RowBuilder:
 
     def _line(self, row: Row, record: Record) -> str:
         try:
-            return msgspec.json.encode(row.value).decode()
+            return row.conversation.line()
         except UnicodeEncodeError:
             fault = Fault("half_character", "a lone surrogate: half a character, as of a cut emoji")
             if fault.name not in self._fixes:
                 raise fault from None
             record.fixed.append(fault)
-            row.value = _map_strings(row.value, replace_surrogates)
+            row.conversation = row.conversation.map_strings(replace_surrogates)
             row.subject = None if row.subject is None else replace_surrogates(row.subject)
-            return msgspec.json.encode(row.value).decode()
+            return row.conversation.line()
         except (TypeError, ValueError) as error:
             raise Fault("wrong_type", f"a value that JSON does not have: {error}") from None
 
@@ -202,23 +199,11 @@ def replace_surrogates(text: str) -> str:
 
 def _check_texts_left(row: Row) -> None:
     """Raise a Fault where mending left a question or an answer without a text."""
-    if "text" in row.value:
-        if not row.value["text"].strip():
-            raise Fault("empty_text", "cleaning left nothing of the text")
-        return
-    for message in row.value["messages"]:
-        is_empty = not message["content"].strip() and "tool_calls" not in message
-        if is_empty and message["role"] in ("user", "assistant"):
-            check = "empty_completion" if message["role"] == "assistant" else "empty_prompt"
-            raise Fault(check, f"cleaning left nothing of the {message['role']}'s message")
-
-
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """Return a value with each of its strings changed, keys included."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, list):
-        return [_map_strings(item, change) for item in value]
-    if isinstance(value, dict):
-        return {change(key): _map_strings(item, change) for key, item in value.items()}
-    return value
+    text = row.conversation.text
+    if text is not None and not text.strip():
+        raise Fault("empty_text", "cleaning left nothing of the text")
+    for turn in row.conversation.turns:
+        is_empty = not turn.content.strip() and not turn.calls
+        if is_empty and turn.role in ("user", "assistant"):
+            check = "empty_completion" if turn.role == "assistant" else "empty_prompt"
+            raise Fault(check, f"cleaning left nothing of the {turn.role}'s message")

@@ -1,7 +1,6 @@
-"""Records of every format in one form: {"messages": [{"role", "content"}, …]} or {"text": …}.
+"""Records of every format as conversations.
 
-Chats may have "tools", rows of a classification keep their "label"; mlx-lm's own loader reads all
-of it. Keys that no format names are for the report, and are never trained on.
+Keys that no format names are for the report, and are never trained on.
 """
 
 from collections.abc import Callable
@@ -10,7 +9,9 @@ from fnmatch import fnmatch
 from typing import Any
 
 from jinja2 import TemplateError
+from msgspec.structs import replace
 
+from athanor.chat.conversation import Conversation, Turn, chat
 from athanor.config.data_check import AUTO, compile_template
 from athanor.config.schema import DataConfig
 from athanor.prepare.chats import (
@@ -21,7 +22,6 @@ from athanor.prepare.chats import (
     parse_cell,
     read_messages,
     read_tools,
-    spoken,
     written_out,
     wrong_type,
 )
@@ -31,13 +31,13 @@ from athanor.prepare.records import is_utf8
 
 @dataclass(slots=True)
 class Row:
-    """A row in the one form.
+    """A conversation, and the format of its record.
 
     `subject` is the text that a classification is about. Rows are compared by it, without the
     label set that the format adds, which may grow.
     """
 
-    value: dict[str, Any]
+    conversation: Conversation
     format: str
     subject: str | None = None
 
@@ -45,20 +45,17 @@ class Row:
         """Return the question without system messages; "" for plain text and articles."""
         if self.subject is not None:
             return self.subject
-        if "text" in self.value:
-            return ""
-        messages = self.value["messages"]
-        return "\n".join(
-            spoken(message) for message in messages[:-1] if message["role"] != "system"
-        )
+        turns = self.conversation.turns[:-1]
+        return "\n".join(turn.spoken() for turn in turns if turn.role != "system")
 
     def reworded(self, change: Callable[[str], str]) -> "Row":
         """Return the row with its question, or its plain text, changed.
 
         Of a classification, only the subject changes. Answers, labels and system messages stay.
         """
-        if "text" in self.value:
-            return Row({"text": change(self.value["text"])}, self.format)
+        row = self.conversation
+        if row.text is not None:
+            return Row(replace(row, text=change(row.text)), self.format)
         subject = None if self.subject is None else change(self.subject)
 
         def changed(content: str) -> str:
@@ -66,22 +63,11 @@ class Row:
                 return change(content)
             return content.replace(self.subject, subject)
 
-        messages = [
-            message
-            | ({"content": changed(message["content"])} if message["role"] == "user" else {})
-            for message in self.value["messages"]
+        turns = [
+            replace(turn, content=changed(turn.content)) if turn.role == "user" else turn
+            for turn in row.turns
         ]
-        return Row(self.value | {"messages": messages}, self.format, subject)
-
-    def answer(self) -> str:
-        """Return the last answer, or the plain text."""
-        return self.value["text"] if "text" in self.value else spoken(self.value["messages"][-1])
-
-    def texts(self) -> list[str]:
-        """Return the texts of all messages, or the plain text."""
-        if "text" in self.value:
-            return [self.value["text"]]
-        return [message["content"] for message in self.value["messages"]]
+        return Row(replace(row, turns=turns), self.format, subject)
 
 
 class Formats:
@@ -164,13 +150,11 @@ class Formats:
         keys = (config.chat_feature, *CHAT_KEYS)
         key = next((key for key in keys if key in value), config.chat_feature)
         tools = read_tools(value["tools"]) if value.get("tools") else []
-        chat: dict[str, Any] = {"messages": read_messages(parse_cell(value.get(key)), key, tools)}
+        turns = read_messages(parse_cell(value.get(key)), key, tools)
         system = value.get("system")
-        if isinstance(system, str) and system.strip() and chat["messages"][0]["role"] != "system":
-            chat["messages"].insert(0, {"role": "system", "content": system})
-        if tools:
-            chat["tools"] = tools
-        return Row(chat, "chat")
+        if isinstance(system, str) and system.strip() and turns[0].role != "system":
+            turns.insert(0, Turn("system", system))
+        return Row(Conversation(turns, tools), "chat")
 
     def _pair(self, value: dict[str, Any]) -> Row:
         question = _string(value, self.config.prompt_feature, "empty_prompt")
@@ -196,15 +180,16 @@ class Formats:
         question = self._label_prompt.render(text=text, labels=self.labels)
         row = _exchange(value, question, label, "classification")
         row.subject = text
-        row.value["label"] = label
+        row.conversation.label = label
         return row
 
     def _text(self, value: dict[str, Any]) -> Row:
         text = _string(value, self.config.text_feature, "empty_text")
         if messages := written_out(text):
             # The model's own template writes it again, and only its answers are learned.
-            return Row({"messages": read_messages(messages, self.config.text_feature, [])}, "text")
-        return Row({"text": text}, "text")
+            turns = read_messages(messages, self.config.text_feature, [])
+            return Row(Conversation(turns), "text")
+        return Row(Conversation(text=text), "text")
 
     def _template(self, value: dict[str, Any]) -> Row:
         fields: dict[str, Any] = {}
@@ -216,15 +201,15 @@ class Formats:
             except Exception as error:  # filters raise anything for values of other types
                 raise Fault("wrong_type", f"data.template.{key}: {error}") from None
         if "text" in fields:
-            return Row({"text": _string(fields, "text", "empty_text")}, "template")
+            text = _string(fields, "text", "empty_text")
+            return Row(Conversation(text=text), "template")
         question = _string(fields, "prompt", "empty_prompt")
         answer = _string(fields, "completion", "empty_completion")
         return _exchange(fields, question, answer, "template")
 
     def _article(self, value: dict[str, Any]) -> Row:
-        system = {"role": "system", "content": " › ".join(value["path"])}
-        text = {"role": "assistant", "content": value["text"]}
-        return Row({"messages": [system, text]}, "article")
+        title = " › ".join(value["path"])
+        return Row(chat(("system", title), ("assistant", value["text"])), "article")
 
 
 def without_nulls(value: Any) -> Any:
@@ -253,11 +238,11 @@ def label_of(value: dict[str, Any], key: str) -> str:
 
 
 def _exchange(value: dict[str, Any], question: str, answer: str, kind: str) -> Row:
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    turns = [Turn("user", question), Turn("assistant", answer)]
     system = value.get("system")
     if isinstance(system, str) and system.strip():
-        messages.insert(0, {"role": "system", "content": system})
-    return Row({"messages": messages}, kind)
+        turns.insert(0, Turn("system", system))
+    return Row(Conversation(turns), kind)
 
 
 def _string(value: dict[str, Any], key: str, empty: str) -> str:

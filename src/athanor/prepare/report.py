@@ -1,6 +1,5 @@
 """The report of the data as one dict, from which its page, metrics and plots are made."""
 
-import json
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from athanor import files
+from athanor.chat.conversation import read_line
 from athanor.chat.tokens import mark_supervised
 from athanor.config.data_check import CHECKS
 from athanor.config.schema import Config
@@ -80,7 +80,7 @@ def mark_samples(
             samples[split] = [
                 {
                     "where": tally.where(place),
-                    "pieces": mark_supervised(json.loads(line), tokenizer, mask_prompt, end),
+                    "pieces": mark_supervised(read_line(line), tokenizer, mask_prompt, end),
                 }
                 for place, line in zip(places, islice(file, SAMPLES), strict=True)
             ]

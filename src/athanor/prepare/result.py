@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from athanor import files
 from athanor.chat.contract import Contract
+from athanor.chat.conversation import Conversation, read_line
 from athanor.chat.load import load_with_tokenizer
 from athanor.chat.model_check import refuse_model_misfits
 from athanor.chat.tokens import tokenize_rows
@@ -19,8 +20,6 @@ from athanor.paths import Workspace
 if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-Row = dict[str, Any]
 
 # Prefixes of the keys that `prepare` depends on: its params in dvc.yaml.
 DECIDED_BY = ("model.", "data.", "train.max_seq_length", "train.mask_prompt", "train.end_token")
@@ -60,7 +59,7 @@ class Prepared:
         return load_with_tokenizer(self.folder)
 
     def tokens(
-        self, rows: list[Row], tokenizer: "TokenizerWrapper", cfg: Config
+        self, rows: list[Conversation], tokenizer: "TokenizerWrapper", cfg: Config
     ) -> list[TokenizedText]:
         """Return rows as tokens, without those that have none to learn."""
         train = cfg.train
@@ -69,6 +68,6 @@ class Prepared:
         )
 
 
-def read_rows(workspace: Workspace, splits: Iterable[str]) -> dict[str, list[Row]]:
+def read_rows(workspace: Workspace, splits: Iterable[str]) -> dict[str, list[Conversation]]:
     """Return the prepared rows of these splits."""
-    return {split: files.read_jsonl(workspace.rows(split)) for split in splits}
+    return {split: files.read_jsonl(workspace.rows(split), read_line) for split in splits}

@@ -10,6 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from athanor import console, files
 from athanor.chat import templates
+from athanor.chat.conversation import Conversation
 from athanor.compute.arrays import TokenizedText
 from athanor.compute.evaluation import generate_answers, measure_loss
 from athanor.compute.forward import Forward, probe_tokens
@@ -18,7 +19,7 @@ from athanor.compute.parts import Parts
 from athanor.config.schema import Config
 from athanor.model.adapters import read_adapter_names
 from athanor.paths import Workspace
-from athanor.prepare.result import Prepared, Row
+from athanor.prepare.result import Prepared
 from athanor.test.figures import Outcome, compute_metrics, tabulate_confusion
 from athanor.test.predictions import (
     Prediction,
@@ -38,7 +39,7 @@ class Split:
     """
 
     tokens: list[TokenizedText]
-    questions: list[Row]
+    questions: list[Conversation]
     labels: set[str] = field(default_factory=set)
 
 
@@ -98,9 +99,9 @@ def build_predictions(
     return [
         Prediction(
             split=name,
-            prompt=row["messages"][:-1],
+            prompt=[turn.message() for turn in row.turns[:-1]],
             reference=templates.find_expected_answer(row, tokenizer),
-            label=read_label(row) if "label" in row else None,
+            label=None if row.label is None else read_label(row),
             base=Reply(templates.decode_answer(by_base.ids, tokenizer), by_base.stopped),
             tuned=Reply(templates.decode_answer(by_tuned.ids, tokenizer), by_tuned.stopped),
         )
@@ -111,9 +112,9 @@ def build_predictions(
     ]
 
 
-def read_label(row: Row) -> str:
+def read_label(row: Conversation) -> str:
     """Return the label of a classification's row, which is the answer that the model learned."""
-    return normalize_answer(str(row["messages"][-1]["content"])).strip()
+    return normalize_answer(row.turns[-1].content).strip()
 
 
 def forward_as_trained(
@@ -126,15 +127,15 @@ def forward_as_trained(
 
 
 def build_splits(
-    cfg: Config, base: Prepared, tokenizer: TokenizerWrapper, rows: dict[str, list[Row]]
+    cfg: Config, base: Prepared, tokenizer: TokenizerWrapper, rows: dict[str, list[Conversation]]
 ) -> dict[str, Split]:
     """Return the rows of each split: all for the loss, test.max_rows as questions."""
     count = None if cfg.test.max_rows == -1 else cfg.test.max_rows
     return {
         name: Split(
             base.tokens(split_rows, tokenizer, cfg),
-            [row for row in split_rows if "text" not in row][:count],
-            {read_label(row) for row in split_rows if "label" in row},
+            [row for row in split_rows if row.turns][:count],
+            {read_label(row) for row in split_rows if row.label is not None},
         )
         for name, split_rows in rows.items()
     }

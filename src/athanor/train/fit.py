@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from athanor import console, switches
+from athanor.chat.conversation import Conversation
 from athanor.compute.arrays import TokenizedText
 from athanor.config.schema import Config
 from athanor.device.backend import describe_device, memory_limit
@@ -12,7 +13,7 @@ from athanor.errors import UserError
 from athanor.model.adapters import make_trainable
 from athanor.model.load import count_parameters
 from athanor.paths import Workspace
-from athanor.prepare.result import Prepared, Row
+from athanor.prepare.result import Prepared
 from athanor.train.build import build_trainer
 from athanor.train.checkpoints import Checkpoints, unfinished
 from athanor.train.memory import explain_out_of_memory
@@ -82,7 +83,9 @@ def fit(
 
 
 def warn_of_rows_without_targets(
-    workspace: Workspace, rows: dict[str, list[Row]], tokens: dict[str, list[TokenizedText]]
+    workspace: Workspace,
+    rows: dict[str, list[Conversation]],
+    tokens: dict[str, list[TokenizedText]],
 ) -> None:
     """Warn of the rows of each split in `tokens` that have no token to learn."""
     for split, texts in tokens.items():
