@@ -11,7 +11,7 @@ import pytest
 
 from athanor.chat.load import load_with_tokenizer
 from athanor.fuse.export_peft import write_peft
-from athanor.model.source import read_config
+from athanor.model.folder import read_config
 from support.random_adapters import EMBEDDING, load, save, train_config, untied
 from support.refused import refused
 

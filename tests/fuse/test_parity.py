@@ -30,7 +30,8 @@ from athanor.fuse.compare_weights import compare_weights, find_damage
 from athanor.fuse.parity import TrainedModel, ask_trained_model, compare_with_trained
 from athanor.fuse.weights import fuse_and_compare, write_fused_model
 from athanor.model.adapters import make_trainable, save_adapters
-from athanor.model.source import digest_model, is_quantized, read_config, resolve_source
+from athanor.model.folder import is_quantized, read_config
+from athanor.model.source import digest_model, resolve_source
 from support.refused import refused
 
 ROWS = [

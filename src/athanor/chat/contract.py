@@ -14,7 +14,7 @@ from athanor import console, files
 from athanor.chat import template_probes, templates, vocabulary
 from athanor.chat.conversation import chat
 from athanor.errors import UserError
-from athanor.model.source import stated_stop_ids
+from athanor.model.folder import stated_stop_ids
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

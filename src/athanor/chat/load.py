@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from athanor.chat.template_probes import find_turn_end
 from athanor.errors import UserError
-from athanor.model.load import load_model
+from athanor.model.folder import inspect_folder
+from athanor.model.load import first_line, load_model
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -26,11 +27,16 @@ def load_tokenizer(folder: Path) -> "TokenizerWrapper":
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load_with_ends
 
+    inspect_folder(folder)
     try:
         tokenizer = load_with_ends(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
         end = find_turn_end(tokenizer)
-    except Exception as error:  # tokenizers and templates may raise any
-        raise UserError("chat.tokenizer_not_loaded", folder=folder, error=error) from error
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers, even their panics, and templates may raise any
+        raise UserError(
+            "chat.tokenizer_not_loaded", folder=folder, error=first_line(error)
+        ) from error
     if end is not None:
         tokenizer.eos_token_ids = tokenizer.eos_token_ids | {end}
     return tokenizer

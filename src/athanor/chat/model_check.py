@@ -5,7 +5,7 @@ from pathlib import Path
 from athanor.config.check import ConfigError, training_misfits
 from athanor.config.schema import Config
 from athanor.errors import Problem, UserError
-from athanor.model.source import read_config
+from athanor.model.folder import read_config
 
 
 def refuse_model_misfits(config: Config, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from athanor.model.source import read_config
+from athanor.model.folder import read_config
 from athanor.model.stored import dequantize, read_weights
 
 if TYPE_CHECKING:

@@ -12,12 +12,13 @@ from athanor.config import schema
 from athanor.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from athanor.config.values import flatten
 from athanor.errors import Problem, UserError, nearest
+from athanor.model.folder import inspect_folder, is_quantized, read_config
 from athanor.model.source import (
     find_local_copy,
     is_hub_repo,
-    is_quantized,
     missing_folder,
-    read_config,
+    refuse_name,
+    refuse_stage_output,
 )
 
 
@@ -108,12 +109,21 @@ def _describe_type(key: str) -> str:
 
 def model_misfits(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:
     """Yield what the model and the training have against each other, as far as the disk tells."""
-    folder = find_local_copy(model.path, model.revision)
-    if folder is not None:
-        yield from training_misfits(read_config(folder), train)
-    elif not is_hub_repo(model.path):
-        error = missing_folder(model.path)
+    try:
+        refuse_name(model.path, model.revision)
+        refuse_stage_output(model.path)
+        folder = find_local_copy(model.path, model.revision)
+        if folder is None and not is_hub_repo(model.path):
+            raise missing_folder(model.path)
+        if folder is None:
+            return
+        # What a hub's cache has may be the beginning of a download.
+        local = not is_hub_repo(model.path)
+        config = inspect_folder(folder).config if local else read_config(folder)
+    except UserError as error:
         yield Problem(error.code, "model.path", **error.facts)
+    else:
+        yield from training_misfits(config, train)
 
 
 def training_misfits(config: dict[str, Any], train: TrainConfig) -> Iterator[Problem]:

@@ -11,7 +11,7 @@ from athanor.chat.conversation import Conversation
 from athanor.chat.load import load_tokenizer
 from athanor.chat.template_probes import common_length
 from athanor.errors import UserError
-from athanor.model.source import read_config, stated_stop_ids
+from athanor.model.folder import read_config, stated_stop_ids
 
 # At most so many tokens of a plain text are a question.
 TEXT = 64

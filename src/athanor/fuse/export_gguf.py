@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from athanor import files
 from athanor.chat.load import load_tokenizer
 from athanor.errors import UserError
+from athanor.model.folder import read_config, stated_stop_ids
 from athanor.model.gguf_architecture import (
     ARCHITECTURES,
     architecture_fields,
@@ -26,7 +27,6 @@ from athanor.model.gguf_architecture import (
     rope_scaling,
 )
 from athanor.model.gguf_tokenizer import tokenizer_fields
-from athanor.model.source import read_config, stated_stop_ids
 from athanor.model.stored import read_unpacked
 
 if TYPE_CHECKING:

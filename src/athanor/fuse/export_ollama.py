@@ -27,7 +27,7 @@ from athanor.chat.load import load_tokenizer
 from athanor.errors import UserError
 from athanor.fuse.go_template import lost_characters, write_go_template
 from athanor.fuse.template_pieces import Pieces, derive_pieces, puts_bos, render
-from athanor.model.source import stated_stop_ids
+from athanor.model.folder import stated_stop_ids
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

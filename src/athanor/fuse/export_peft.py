@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from athanor import console, files
 from athanor.errors import UserError
-from athanor.model.source import is_quantized, read_config
+from athanor.model.folder import is_quantized, read_config
 from athanor.model.stored import read_weights
 
 if TYPE_CHECKING:

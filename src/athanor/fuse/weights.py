@@ -19,7 +19,7 @@ from athanor.chat.load import load_with_tokenizer
 from athanor.errors import UserError
 from athanor.fuse import parity
 from athanor.model.adapters import load_adapters, merge_adapters
-from athanor.model.source import is_quantized, read_config, stated_stop_ids
+from athanor.model.folder import is_quantized, read_config, stated_stop_ids
 from athanor.model.stored import read_dtypes
 
 # Files besides config.json, generation_config.json and the weights.

@@ -1,11 +1,14 @@
 """Loading of base models."""
 
 import copy
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from athanor import console
 from athanor.device.backend import compile_kernels, on_cpu
 from athanor.errors import UserError
+from athanor.model.folder import inspect_folder, weight_files
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -18,21 +21,70 @@ def load_model(folder: Path) -> "nn.Module":
     and mlx's compiler, which calls a C++ compiler for each kernel, is turned off.
 
     Raises:
-        UserError: where mlx-lm cannot load it.
+        UserError: where a file is damaged, mlx-lm cannot load it, or a weight is not finite.
     """
     import mlx.core as mx
     from mlx_lm.utils import load_model as load_with_config
 
+    inspect_folder(folder)
+    weight_files(folder)
     if on_cpu():
         compile_kernels(False)
     try:
         model, _ = load_with_config(folder)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError("model.not_loaded", folder=folder, error=error) from error
+    except Exception as error:  # an architecture's code may raise any for an odd config.json
+        raise UserError("model.not_loaded", folder=folder, error=first_line(error)) from error
     if on_cpu():
         model.set_dtype(mx.float32)
         mx.eval(model.parameters())
+    refuse_not_finite(model, folder)
     return model
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error, and its kind where its text alone says little."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    return text[:400] if " " in text else f"{type(error).__name__} {text[:400]}".strip()
+
+
+def refuse_not_finite(model: "nn.Module", folder: Path) -> None:
+    """Raise UserError where a weight is NaN or infinite; warn of matrices of zeros.
+
+    One sum for each weight shows both, and needs no memory. It may overflow where all values are
+    finite, so only a weight whose sum is not is looked at again.
+    """
+    import mlx.core as mx
+    import numpy as np
+    from mlx.utils import tree_flatten
+
+    weights = [
+        (name, value)
+        for name, value in tree_flatten(model.parameters())
+        if mx.issubdtype(value.dtype, mx.floating)
+    ]
+    sums = np.array(mx.stack([value.sum().astype(mx.float32) for _, value in weights]))
+    checked = [
+        (name, value, float(total)) for (name, value), total in zip(weights, sums, strict=True)
+    ]
+    faulty = [
+        name
+        for name, value, total in checked
+        if not math.isfinite(total) and not mx.isfinite(value).all().item()
+    ]
+    if faulty:
+        raise UserError(
+            "model.not_finite", folder=folder, name=faulty[0], count=len(faulty), total=len(weights)
+        )
+    zeros = [
+        name
+        for name, value, total in checked
+        if total == 0 and value.ndim > 1 and not value.any().item()
+    ]
+    if zeros:
+        console.warn(
+            f"{len(zeros)} of the matrices in {folder} are all zeros, the first {zeros[0]}; "
+            "if no paper says so, the download is damaged"
+        )
 
 
 def copy_sharing_weights(model: "nn.Module") -> "nn.Module":

@@ -1,26 +1,27 @@
 """Sources of base models: a folder on this machine, or a repository of a hub at a commit.
 
-A repository is resolved once, to a commit, and stages after `prepare` open only that commit. Only
-safetensors are read, and a model that asks for its own Python code is refused.
+A repository is resolved once, to a commit, and stages after `prepare` open only that commit.
+folder.py looks at a model's files before anything reads them.
 """
 
 import difflib
 import errno
-import json
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from athanor import files
 from athanor.errors import UserError
-
-# The files of a model, from the repository's top folder; none of them can be run.
-PATTERNS = ["*.json", "model*.safetensors", "*.txt", "*.jinja", "tokenizer.model", "*.tiktoken"]
-
+from athanor.model.folder import PATTERNS, inspect_folder, weight_files
+from athanor.paths import Workspace
 
 # Repositories as huggingface_hub takes them: letters and digits, single - . _ between them.
 REPO = re.compile(r"\w+([.-]\w+)*/\w+([.-]\w+)*")
+LONGEST_REPO = 96
+# Bytes of a path and of each of its parts, as Linux and macOS take them.
+LONGEST_PATH, LONGEST_NAME = 1023, 255
+REVISION = re.compile(r"\w(?!.*\.\.)[\w./+-]{0,254}")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Source:
             UserError: where it is gone or, for a local folder, has changed.
         """
         if self.commit is not None:
-            return _download(self.path, self.commit)
+            return inspect_folder(_download(self.path, self.commit)).path
         folder = _local(self.path)
         if digest_model(folder) != self.digest:
             raise UserError("model.changed", folder=folder)
@@ -80,50 +81,48 @@ def find_model(path: str, revision: str | None) -> Path:
     Raises:
         UserError: as resolve_source does.
     """
+    refuse_name(path, revision)
     folder = _download(path, revision) if is_hub_repo(path) else _local(path)
-    _refuse_code(folder)
-    return folder
+    return inspect_folder(folder).path
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the config.json of a model."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise UserError("model.no_config", folder=folder)
+def refuse_name(path: str, revision: str | None) -> None:
+    """Raise UserError for a text that names neither a folder nor a repository at a revision."""
+    shown = path if len(path) <= 80 else f"{path[:80]}… ({len(path):,} characters)"
+    if not path.strip() or not path.isprintable():
+        raise UserError("model.no_name", path=path)
+    if len(os.fsencode(path)) > LONGEST_PATH or any(
+        len(os.fsencode(part)) > LONGEST_NAME for part in Path(path).parts
+    ):
+        raise UserError("model.name_too_long", path=shown, limit=LONGEST_NAME)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError("model.config_not_json", path=path, error=error) from error
-    return dict(config)
-
-
-def is_quantized(config: dict[str, Any]) -> bool:
-    """Return whether a config.json says that weights are quantized."""
-    return "quantization" in config or "quantization_config" in config
-
-
-def stated_stop_ids(config: dict[str, Any]) -> list[int]:
-    """Return the end tokens that a config.json or generation_config.json states."""
-    stated = config.get("eos_token_id")
-    return [stated] if isinstance(stated, int) else list(stated or [])
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors of a model, in the order of their names.
-
-    Raises:
-        UserError: where there are none.
-    """
-    paths = sorted(folder.glob("model*.safetensors"))
-    if not paths:
-        names = sorted(path.name for path in folder.iterdir() if path.is_file())
-        raise UserError("model.no_weights", folder=folder, files=names or "no files")
-    return paths
+        is_repo = is_hub_repo(path)
+        Path(path).expanduser().resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError("model.no_path", path=shown, error=error) from error
+    if is_repo and len(path) > LONGEST_REPO:
+        raise UserError("model.repository_too_long", path=shown, limit=LONGEST_REPO)
+    if revision is not None and not REVISION.fullmatch(revision):
+        raise UserError("model.no_revision_name", revision=revision[:80])
 
 
 def is_hub_repo(path: str) -> bool:
     """Return whether a path means a hub's owner/name: models/tinny is a typo, not a repository."""
     return bool(REPO.fullmatch(path)) and not Path(path).parent.is_dir()
+
+
+def refuse_stage_output(path: str) -> None:
+    """Raise UserError for a folder that a stage writes: DVC removes it when the stage runs again.
+
+    Links and absolute paths are followed.
+    """
+    here = Workspace.here()
+    owned = [here.prepared, here.trained, here.tested, here.fused]
+    places = [(root / place).resolve() for root in (here.root, here.home) for place in owned]
+    folder = Path(path).expanduser().resolve()
+    if not is_hub_repo(path) and any(folder.is_relative_to(place) for place in places):
+        name = "mine" if folder.name == "model" else folder.name
+        raise UserError("model.stage_output", path=path, copy=f"models/{name}")
 
 
 def _local(path: str) -> Path:
@@ -135,6 +134,8 @@ def _local(path: str) -> Path:
 
 def missing_folder(path: str) -> UserError:
     """Return the error of a folder that does not exist, with a similar one beside it, if any."""
+    if Path(path).expanduser().exists():
+        return UserError("model.file_for_folder", path=path, folder=Path(path).parent)
     models = [str(config.parent) for config in Path(path).expanduser().parent.glob("*/config.json")]
     if close := difflib.get_close_matches(path, models, n=1):
         return UserError("model.no_folder_but_another", path=path, other=close[0])
@@ -145,7 +146,7 @@ def find_local_copy(path: str, revision: str | None) -> Path | None:
     """Return the model's folder if it is on this machine; never ask a network."""
     if not is_hub_repo(path):
         folder = Path(path).expanduser()
-        return folder if (folder / "config.json").exists() else None
+        return folder if folder.is_dir() else None
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(path, "config.json", revision=revision or "main")
@@ -182,17 +183,8 @@ def digest_model(folder: Path) -> str:
     """Return the sha256 over all files of a model: weights, configs, tokenizer, template.
 
     Raises:
-        UserError: where there are no safetensors.
+        UserError: where the folder is no model, or has no safetensors.
     """
+    inspect_folder(folder)
     weight_files(folder)
     return files.digest({path for pattern in PATTERNS for path in folder.glob(pattern)})
-
-
-def _refuse_code(folder: Path) -> None:
-    """Raise UserError where a model asks for Python code of its own."""
-    for name in ("config.json", "tokenizer_config.json"):
-        path = folder / name
-        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        for key in ("model_file", "auto_map"):
-            if config.get(key):
-                raise UserError("model.own_code", path=path, key=key, value=config[key])

@@ -10,7 +10,8 @@ from athanor import files
 from athanor.config.schema import Config
 from athanor.config.values import effective_values
 from athanor.device.backend import blas_threads, describe_device
-from athanor.model.source import Source, read_config
+from athanor.model.folder import read_config
+from athanor.model.source import Source
 from athanor.paths import SPLITS, Workspace
 from athanor.runs import lineage
 from athanor.runs.entries import Dataset
