@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from athanor.chat.load import load_tokenizer, load_with_tokenizer
+from athanor.config.check import model_misfits
+from athanor.config.schema import ModelConfig, TrainConfig
 from athanor.model.source import Source, resolve_source
 from support.hub import Hub, serve
 from support.refused import refused
@@ -170,6 +172,28 @@ def test_only_safetensors_are_read(tiny: Path, tmp_path: Path) -> None:
     with refused("model.no_weights") as caught:
         resolve_source(str(folder), None)
     assert "pytorch_model.bin" in caught.value.facts["files"]
+
+
+def test_a_model_that_a_stage_wrote_is_refused_with_the_command_that_keeps_it(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fused = Path("artifacts/fuse/model")
+    shutil.copytree(tiny, fused)
+    train = TrainConfig(method="lora", num_layers=2)
+    Path("link").symlink_to(fused)
+    Path("artifacts/mine").symlink_to(tiny)
+    for path in (
+        str(fused),
+        f"./{fused}/",
+        str(fused.resolve()),
+        "link",
+        "artifacts/fuse/../fuse/model",
+    ):
+        [problem] = model_misfits(ModelConfig(path, None), train)
+        assert problem.code == "model.stage_output"
+        assert "model.path=models/mine" in str(problem)
+    assert not list(model_misfits(ModelConfig("artifacts/mine", None), train))
 
 
 def test_a_local_model_that_changed_since_prepare_is_noticed(tiny: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from athanor.config import schema
 from athanor.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from athanor.config.values import flatten
 from athanor.errors import Problem, UserError, nearest
+from athanor.model.config_values import count_experts
 from athanor.model.folder import inspect_folder, is_quantized, read_config
 from athanor.model.source import (
     find_local_copy,
@@ -135,3 +136,5 @@ def training_misfits(config: dict[str, Any], train: TrainConfig) -> Iterator[Pro
         )
     if train.method == "full" and is_quantized(config):
         yield Problem("config.quantized", "train.method")
+    if train.method == "dora" and (experts := count_experts(config)) > 1:
+        yield Problem("config.dora_of_experts", "train.method", experts=experts)

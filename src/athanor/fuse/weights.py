@@ -18,13 +18,14 @@ from athanor.chat.conversation import Conversation
 from athanor.chat.load import load_with_tokenizer
 from athanor.errors import UserError
 from athanor.fuse import parity
+from athanor.fuse.media_weights import save_with_media
 from athanor.model.adapters import load_adapters, merge_adapters
 from athanor.model.folder import is_quantized, read_config, stated_stop_ids
 from athanor.model.stored import read_dtypes
 
 # Files besides config.json, generation_config.json and the weights.
 CARRIED = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
-CARRIED += ["chat_template*", "*.tiktoken"]
+CARRIED += ["chat_template*", "*.tiktoken", "*processor_config.json"]
 
 
 def fuse_and_compare(
@@ -92,7 +93,8 @@ def write_fused_model(
     _restore_dtypes(model, base)
 
     settings["eos_token_id"] = _ends(base, end, tokenizer.eos_token_ids)
-    save_model(folder, model)
+    if not save_with_media(folder, model, base):
+        save_model(folder, model)
     for pattern in CARRIED:
         for path in base.glob(pattern):
             shutil.copyfile(path, folder / path.name)

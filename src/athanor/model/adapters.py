@@ -32,6 +32,9 @@ def make_trainable(
     float32: half precision rounds small updates away, and Adam's second moment to 0.
 
     With `end`, which only lora allows, the token's rows of embedding and head are trained as well.
+
+    Raises:
+        UserError: where mlx-lm has no adapters of this method for a layer, such as DoRA of experts.
     """
     import mlx.core as mx
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -44,7 +47,11 @@ def make_trainable(
             layer.set_dtype(mx.float32)
             layer.unfreeze()
     else:
-        linear_to_lora_layers(model, count, lora_parameters(train), use_dora=train.method == "dora")
+        dora = train.method == "dora"
+        try:
+            linear_to_lora_layers(model, count, lora_parameters(train), use_dora=dora)
+        except ValueError as error:  # it has no such adapters for a kind of layer
+            raise UserError("model.no_adapters", method=train.method, error=error) from error
         if end is not None:
             _make_row_trainable(model, train, end)
     mx.eval(model.parameters())

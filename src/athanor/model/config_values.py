@@ -84,7 +84,7 @@ def check_against_weights(
     Raises:
         UserError: for layers, experts, a width or a vocabulary that the weights do not have.
     """
-    text = next((config[key] for key in SECTIONS if config.get(key)), config)
+    text = _language_model(config)
     _check_layers(path, text, weights)
     largest = max(iterate_shapes(weights), default=0)
     for key in EXPERTS:
@@ -113,6 +113,17 @@ def check_against_weights(
                 "model.other_width", path=path, key=key, width=width, place=place, shape=shape
             )
     return fitting[0][1].shape[0]
+
+
+def count_experts(config: dict[str, Any]) -> int:
+    """Return the number of experts of a mixture; 0 or 1 where there is none."""
+    text = _language_model(config)
+    return max((text[key] for key in EXPERTS if _is_whole(text.get(key))), default=0)
+
+
+def _language_model(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the section of a config.json that describes the language model."""
+    return next((config[key] for key in SECTIONS if config.get(key)), config)
 
 
 def find_weights(weights: dict[str, StoredWeight], ends: tuple[str, ...]) -> list[str]:
