@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from athanor.prepare.origins import Origin
 from athanor.prepare.prepare import prepare
 from athanor.prepare.records import Record
 from athanor.prepare.tally import CHUNK
+from support import templated
 from support.refused import refused
 
 Row = dict[str, Any]
@@ -292,13 +294,11 @@ def test_near_texts_are_those_that_a_full_comparison_finds() -> None:
         )
         if best[0] >= 0.7:
             expected[i] = (-best[1], pytest.approx(best[0]))
-    nearest = dict(
-        enumerate(
-            near_duplicates.NearIndex(held_out, 0.7, near_duplicates.common_grams([])).nearest(
-                queries
-            )
-        )
-    )
+    rows = [[f"{BETWEEN}{text}" for text in texts] for texts in (held_out, queries)]
+    none = near_duplicates.common_grams([])
+    no_answer = near_duplicates.frequent_answers(near_duplicates.answer_keys(rows[0]))
+    index = near_duplicates.NearIndex(rows[0], 0.7, none, no_answer)
+    nearest = dict(enumerate(index.nearest(rows[1])))
     assert {i: hit for i, hit in nearest.items() if hit is not None} == expected
     assert 5 < len(expected) < 35
 
@@ -342,6 +342,30 @@ def test_rows_of_one_form_are_no_leaks(prepared: Prepare, kind: str) -> None:
     near = [check["rows"] for check in report["checks"] if check["name"] == "near_leak"]
     assert sum(near) <= 12
     assert report["rows"]["kept"] >= 588
+
+
+def test_copies_among_rows_of_sentence_patterns(prepared: Prepare, tmp_path: Path) -> None:
+    """A value that changes the answer makes another row; a copy that keeps its answer is one."""
+    chance = random.Random(1)
+    made = templated.rows(800)
+    held_out = chance.sample(made, 200)
+    trained = [row for row in made if row not in held_out]
+    copies = [
+        (change(question, chance), answer)
+        for change in templated.CHANGES
+        for question, answer in chance.sample(held_out, 25)
+    ]
+    prepared(
+        train__jsonl=[pair(*row) for row in trained + copies],
+        valid__jsonl=[pair(*row) for row in held_out[:100]],
+        test__jsonl=[pair(*row) for row in held_out[100:]],
+    )
+    lines = [int(where.rpartition(":")[2]) for where in rejected(tmp_path / "out")]
+    assert sum(line <= len(trained) for line in lines) <= 8
+    assert sum(line > len(trained) for line in lines) >= 95
+    page = (tmp_path / "out/report.html").read_text("utf-8")
+    marked = re.search(r'class="text pair">.*?<mark>(several|kindly|numerous|total)</mark>', page)
+    assert marked is not None
 
 
 def test_a_leak_is_found_among_rows_of_one_form(prepared: Prepare, tmp_path: Path) -> None:

@@ -14,12 +14,16 @@ NAMED = 20
 
 
 class Fault(Exception):
-    """A fault of a row: the name of its check in CHECKS, and the facts in a sentence."""
+    """A fault of a row: the name of its check in CHECKS, and the facts in a sentence.
 
-    def __init__(self, name: str, text: str) -> None:
+    `pair` holds the texts of the row and of the one that it is compared with.
+    """
+
+    def __init__(self, name: str, text: str, pair: list[str] | None = None) -> None:
         super().__init__(text)
         self.name = name
         self.text = text
+        self.pair = pair
 
 
 class Findings:
@@ -30,16 +34,17 @@ class Findings:
         self.fixes = frozenset(name for name, action in actions.items() if action == FIX)
         self.rejecting = frozenset(n for n, action in actions.items() if action in (STOP, SKIP))
         self.counts: Counter[str] = Counter()
-        self.examples: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
+        self.examples: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
         self.rejected = 0
         self._file = rejected
 
-    def note(self, name: str, where: str, text: str) -> None:
-        """Count a fault that is mended, or not a single row's."""
+    def note(self, name: str, where: str, text: str, pair: list[str] | None = None) -> None:
+        """Count a fault; on its own, one that is mended, or not a single row's."""
         self.counts[name] += 1
         if len(self.examples[name]) < NAMED:
             shown = text.encode(errors="backslashreplace").decode()
-            self.examples[name].append({"where": where, "text": shown})
+            example = {"where": where, "text": shown} | ({"pair": pair} if pair else {})
+            self.examples[name].append(example)
 
     def passes(self, where: str, faults: list[Fault], row: Any, *, lost: bool = False) -> bool:
         """Count a row's faults; return False, and write the row to rejected.jsonl, if it is out.
@@ -47,7 +52,7 @@ class Findings:
         A row that is `lost` could not be mended: faults that would be fixed put it out as well.
         """
         for fault in faults:
-            self.note(fault.name, where, fault.text)
+            self.note(fault.name, where, fault.text, fault.pair)
         keeping = (WARN,) if lost else (WARN, FIX)
         against = [fault for fault in faults if self.actions[fault.name] not in keeping]
         if against:

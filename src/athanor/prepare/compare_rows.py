@@ -5,17 +5,18 @@ the rows again. Rows that are rejected are taken out of their split.
 """
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 
 from athanor import console
+from athanor.chat.conversation import read_line
 from athanor.config.data_check import CHECKS, IGNORE, SKIP, WARN
 from athanor.config.schema import DataConfig
 from athanor.paths import SPLITS
 from athanor.prepare import characters, near_duplicates
-from athanor.prepare.checks import Fault, Findings
+from athanor.prepare.checks import NAMED, Fault, Findings
 from athanor.prepare.tally import Tally, chunks
 
 # Shares of fewer rows are not checked.
@@ -45,9 +46,12 @@ def compare_rows(tally: Tally, config: DataConfig, findings: Findings, folder: P
         name = characters.NAMES[rows[at]["script"]]
         add(at, "other_script", f"written in {name}, unlike almost all rows")
     if findings.actions["near_leak"] != IGNORE:
-        for at, other, similarity in _near(rows, config.leak_similarity, folder):
-            if at not in leaked:
-                add(at, "near_leak", f"{similarity:.0%} similar to {_held_out(tally, other)}")
+        near = [hit for hit in _near(rows, config.leak_similarity, folder) if hit[0] not in leaked]
+        texts = _texts(rows, [place for hit in sorted(near)[:NAMED] for place in hit[:2]], folder)
+        for at, other, similarity in near:
+            text = f"{similarity:.0%} similar to {_held_out(tally, other)}"
+            pair = [texts[at], texts[other]] if at in texts and other in texts else None
+            faults.setdefault(at, []).append(Fault("near_leak", text, pair))
     out = {at for at, why in faults.items() if any(f.name in findings.rejecting for f in why)}
     wrong = {at: why for at, why in faults.items() if not rows[at]["augmented"]}
     for at in sorted(wrong.keys() - out):
@@ -97,12 +101,18 @@ def _shared(rows: np.ndarray, column: str) -> Iterator[tuple[int, int]]:
 
 
 def _near(rows: np.ndarray, similarity: float, folder: Path) -> Iterator[tuple[int, int, float]]:
-    """Yield (row, held-out row, similarity) for near duplicates."""
+    """Yield (row, held-out row, similarity) for near copies."""
     if not len(rows):
         return
     every = len(rows) // near_duplicates.SAMPLE + 1
-    texts = (text for split in SPLITS for text in _folded(folder, split))
-    common = near_duplicates.common_grams(list(islice(texts, 0, None, every)))
+    sample: list[str] = []
+    answers = []
+    for split in SPLITS:
+        for chunk in chunks(_folded(folder, split)):
+            answers.append(near_duplicates.answer_keys(chunk))
+            sample += chunk[::every]
+    common = near_duplicates.common_grams(sample)
+    frequent = near_duplicates.frequent_answers(np.concatenate(answers))
     at = {split: np.flatnonzero(rows["split"] == i) for i, split in enumerate(SPLITS)}
     with console.progress() as bar:
         task = bar.add_task("look for leaks", total=len(at["train"]) + len(at["valid"]))
@@ -110,7 +120,7 @@ def _near(rows: np.ndarray, similarity: float, folder: Path) -> Iterator[tuple[i
             known = [text for split in held_out for text in _folded(folder, split)]
             if not known or not len(at[queried]):
                 continue
-            index = near_duplicates.NearIndex(known, similarity, common)
+            index = near_duplicates.NearIndex(known, similarity, common, frequent)
             known_at = np.concatenate([at[split] for split in held_out])
             number = 0
             for chunk in chunks(_folded(folder, queried)):
@@ -125,6 +135,18 @@ def _folded(folder: Path, split: str) -> Iterator[str]:
     with (folder / f"{split}.spool").open(encoding="utf-8") as file:
         for line in file:
             yield line.partition("\t")[0]
+
+
+def _texts(rows: np.ndarray, places: list[int], folder: Path) -> dict[int, str]:
+    """Return the texts of some rows by their places, as a person reads them."""
+    texts = {}
+    for i, split in enumerate(SPLITS):
+        at = np.flatnonzero(rows["split"] == i)
+        wanted = np.isin(at, places)
+        with (folder / f"{split}.spool").open(encoding="utf-8") as file:
+            for place, line in zip(at[wanted].tolist(), compress(file, wanted), strict=True):
+                texts[place] = "\n".join(read_line(line.partition("\t")[2]).texts())
+    return texts
 
 
 def _other_scripts(rows: np.ndarray, least: float) -> list[int]:

@@ -4,8 +4,10 @@ The page loads nothing: no script, no font and no picture from elsewhere. Rows a
 everything is escaped, and the page's own policy forbids scripts as well.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable
+from difflib import SequenceMatcher
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,10 @@ from athanor import console
 from athanor.pages.render import render_page
 
 LARGEST = 12  # labels, sources and scripts shown by name
+# Two texts are compared by words, or by characters in scripts without spaces: up to so many
+# characters of each, with so many of an equal piece kept at both of its ends.
+WORDS = re.compile(r"[^\W\u3040-\u9fff]+|\s+|.", re.DOTALL)
+COMPARED, KEPT = 4000, 60
 ACTIONS = {
     "stop": "nothing is prepared until it is fixed",
     "skip": "the row is left out",
@@ -56,11 +62,26 @@ def _control(text: str) -> str:
     return text.translate({code: 0x2400 + code for code in range(32) if code not in (9, 10)})
 
 
-FILTERS: dict[str, Callable[..., str]] = {
+def _difference(pair: list[str]) -> list[list[tuple[str, bool]]]:
+    """Return two texts in pieces, each with whether it differs; long equal pieces are shortened."""
+    sides = [WORDS.findall(text[:COMPARED]) for text in pair]
+    pieces: list[list[tuple[str, bool]]] = [[], []]
+    for kind, *ends in SequenceMatcher(None, sides[0], sides[1], autojunk=False).get_opcodes():
+        for side, start, end, own in zip(sides, ends[::2], ends[1::2], pieces, strict=True):
+            text = "".join(side[start:end])
+            if kind == "equal" and len(text) > 2 * KEPT:
+                text = f"{text[:KEPT]} … {text[-KEPT:]}"
+            if text:
+                own.append((text, kind != "equal"))
+    return pieces
+
+
+FILTERS: dict[str, Callable[..., Any]] = {
     "number": _number,
     "counted": console.counted,
     "codepoints": _codepoints,
     "control": _control,
+    "difference": _difference,
 }
 
 
