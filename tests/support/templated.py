@@ -10,28 +10,10 @@ TABLES = {
     "chairs": ("maker", ("wood", "colour"), ("height", "year", "weight")),
     "wines": ("name", ("village", "grape"), ("price", "year", "litres")),
 }
-VALUES = [
-    "Aarhus",
-    "Basel",
-    "Busan",
-    "Cusco",
-    "Dakar",
-    "Essen",
-    "Fukuoka",
-    "Genoa",
-    "Haifa",
-    "Izmir",
-    "Jena",
-    "Kobe",
-    "Lyon",
-    "Mumbai",
-    "Nagoya",
-    "Odense",
-    "Parma",
-    "Quebec",
-    "Rouen",
-    "Seville",
-]
+VALUES = (
+    *("Aarhus", "Basel", "Busan", "Cusco", "Dakar", "Essen", "Fukuoka", "Genoa", "Haifa", "Izmir"),
+    *("Jena", "Kobe", "Lyon", "Mumbai", "Nagoya", "Odense", "Parma", "Quebec", "Rouen", "Seville"),
+)
 PATTERNS = (
     ("How many {table} have the {text} {value}?", "COUNT(*) FROM {table} WHERE {text} = '{value}'"),
     ("Which {table} have a {count} above {limit}?", "{key} FROM {table} WHERE {count} > {limit}"),
