@@ -258,11 +258,15 @@ def test_a_stopped_run_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["file/rows.jsonl", "n" * 256, "n" * 256 + "/rows", "a\0b", "/proc/rows", "/proc/no/rows"],
+)
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    out = tmp_path / "file" / "rows.jsonl"
-    with refused("synthesize.not_writable", path=out):
-        synthesize.write(out, [], 0)
+    with refused("synthesize.not_writable", path=str(tmp_path / name)):
+        synthesize.write(tmp_path / name, [], 0)
+    assert names(tmp_path) == ["file"]
 
 
 def test_a_missing_faker_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,12 +275,13 @@ def test_a_missing_faker_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatc
         next(synthesize.rows("text", 1, LOCALES, seed=99))  # of a seed that no test has drawn
 
 
-def test_no_rows_are_refused_before_a_file_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("count", [0, 10**22])
+def test_impossible_counts_are_refused_before_a_file_is_there(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        command(monkeypatch, tmp_path / "rows.jsonl", "--rows", 0)
-    assert "above 0, got 0" in capsys.readouterr().err
+        command(monkeypatch, tmp_path / "rows.jsonl", "--rows", count)
+    assert f"got {count}" in capsys.readouterr().err
     assert names(tmp_path) == []
 
 

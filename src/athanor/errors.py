@@ -44,8 +44,26 @@ class Problem:
         self.code, self.key, self.place, self.facts = code, key, place, facts
 
     def __str__(self) -> str:
-        key = self.key if self.place is None else f"{self.key} ({self.place})"
+        key = (
+            shorten(self.key)
+            if self.place is None
+            else f"{shorten(self.key)} ({shorten(self.place)})"
+        )
         return f"{key}: {message(self.code, self.facts)}"
+
+
+class Shortened(str):
+    """A text that is shown as it is, without quotes around it."""
+
+    __repr__ = str.__str__
+
+
+def shorten(value: Any, limit: int = 200) -> Any:
+    """Return a value, or the beginning of its text where that is longer than `limit` characters."""
+    text = value if isinstance(value, str) else repr(value)
+    if len(text) <= limit:
+        return value
+    return Shortened(f"{text[:limit]}… ({len(text):,} characters)")
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
@@ -63,6 +81,8 @@ def message(code: str, facts: dict[str, Any]) -> str:
         key: ", ".join(map(str, value)) if isinstance(value, list | tuple | set) else value
         for key, value in facts.items()
     }
+    if "value" in shown:
+        shown["value"] = shorten(shown["value"])
     return str(text).strip().format(**shown)
 
 

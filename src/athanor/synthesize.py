@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 from athanor import console
 from athanor.errors import UserError
 
+# At 300 bytes a row, 30 GB: more is a slip of the finger.
+MOST_ROWS = 100_000_000
 # A call of Faker takes 10 to 50 microseconds, a choice from a pool of its values less than one.
 POOL = 4000
 FIELDS = ("city", "job", "company", "phone_number")
@@ -285,9 +288,12 @@ def write(path: Path, drawn: Iterable[dict[str, Any]], count: int) -> None:
     _check_free(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError("synthesize.not_writable", path=path, reason=error) from None
+        with suppress(FileNotFoundError):
+            path.lstat()  # fails for a name that is too long, or that has a NUL
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".synthesize.")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError("synthesize.not_writable", path=str(path), reason=reason) from None
     encode = json.JSONEncoder(ensure_ascii=False).encode
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
@@ -313,15 +319,19 @@ def _check_free(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m athanor.synthesize")
+    parser = argparse.ArgumentParser(
+        prog="python -m athanor.synthesize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="a new JSON Lines file")
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--format", choices=FORMATS, default="completions")
     parser.add_argument("--locale", nargs="+", choices=LANGUAGES, default=list(LANGUAGES))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.rows < 1:
-        parser.error(f"--rows: expected a number above 0, got {args.rows}")
+    if not 1 <= args.rows <= MOST_ROWS:
+        parser.error(f"--rows: expected a number above 0, at most {MOST_ROWS:,}, got {args.rows}")
     write(args.out, rows(args.format, args.rows, args.locale, args.seed), args.rows)
     console.print_facts(
         "synthesize",

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from athanor.compute import optimizers
-from athanor.config import schema
+from athanor.config import rules
 
 
 def rates(name: str, **changed: Any) -> list[float]:
@@ -24,14 +24,14 @@ def test_schedules() -> None:
     assert rates("cosine")[:6] == [1.0, 0.9755, 0.9045, 0.7939, 0.6545, 0.5]
     assert rates("constant", warmup=3) == [0.25, 0.5, 0.75] + [1.0] * 7
     assert rates("linear", warmup=8)[6:] == [0.7778, 0.8889, 1.0, 0.5]
-    assert all(rate > 0 for name in schema.SCHEDULES for rate in rates(name, warmup=5))
+    assert all(rate > 0 for name in rules.SCHEDULES for rate in rates(name, warmup=5))
 
 
 def test_names_are_the_schemas() -> None:
-    assert tuple(optimizers.OPTIMIZERS) == schema.OPTIMIZERS
+    assert tuple(optimizers.OPTIMIZERS) == rules.OPTIMIZERS
 
 
-@pytest.mark.parametrize("name", schema.OPTIMIZERS)
+@pytest.mark.parametrize("name", rules.OPTIMIZERS)
 def test_every_optimizer_takes_the_options_that_conf_gives_it(name: str, repo: Any) -> None:
     config: Any = OmegaConf.to_container(OmegaConf.load(repo / "conf/train/lora.yaml"))
     options = config["optimizer_config"][name]

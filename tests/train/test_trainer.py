@@ -30,7 +30,7 @@ from athanor.compute.evaluation import measure_loss
 from athanor.compute.forward import Forward, PreparedBatch, probe_tokens, trainable_weights
 from athanor.compute.frozen import Budget, FrozenLayers
 from athanor.compute.parts import Parts
-from athanor.config import schema
+from athanor.config import rules
 from athanor.config.compose import compose_config
 from athanor.config.schema import Config
 from athanor.config.values import flatten
@@ -168,7 +168,7 @@ def same(a: Weights, b: Weights) -> bool:
     return a.keys() == b.keys() and all(a[k].tobytes() == b[k].tobytes() for k in a)
 
 
-@pytest.mark.parametrize("method", schema.METHODS)
+@pytest.mark.parametrize("method", rules.METHODS)
 def test_losses_are_mlx_lms_with_its_own_loss_and_batches(
     method: str, fresh: Callable[..., nn.Module], tiny: Path, tmp_path: Path
 ) -> None:
@@ -366,7 +366,7 @@ def test_grad_checkpoint_saves_memory_and_changes_no_result(
         np.testing.assert_allclose(value, results[1][key], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", schema.OPTIMIZERS)
+@pytest.mark.parametrize("name", rules.OPTIMIZERS)
 def test_every_optimizer_learns_and_resumes_to_the_byte(
     name: str,
     trainer: Callable[..., Trainer],

@@ -9,19 +9,20 @@ is reported before any work, all of them together, each with its file and line.
 """
 
 import os
-import sys
 
 from athanor import console
 from athanor.config.check import ConfigError
+from athanor.config.command import read_overrides
 from athanor.config.compose import compose_config, load_config
 from athanor.config.params_file import write_params
+from athanor.config.schema import SECTIONS
 from athanor.paths import Workspace
 
 
 def main() -> None:
     """Write params.yaml, or check it where DVC wrote it."""
     workspace = Workspace.here()
-    overrides = sys.argv[1:]
+    overrides = read_overrides(__doc__, ("seed", *SECTIONS), composes=True)
     if os.environ.get("DVC_EXP_NAME") and workspace.params.exists():
         try:
             config = load_config(overrides)

@@ -1,5 +1,6 @@
 """The check of a configuration: all of its problems, each with its file and line."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, cast
@@ -9,10 +10,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from athanor import console
 from athanor.config import schema
+from athanor.config.rules import impossible_values
 from athanor.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from athanor.config.values import flatten
 from athanor.errors import Problem, UserError, nearest
-from athanor.model.config_values import count_experts
+from athanor.model.config_values import SECTIONS, count_experts
 from athanor.model.folder import inspect_folder, is_quantized, read_config
 from athanor.model.source import (
     find_local_copy,
@@ -21,6 +23,12 @@ from athanor.model.source import (
     refuse_name,
     refuse_stage_output,
 )
+
+# Characters of no text: NUL, and half a character that a cut text leaves.
+UNREADABLE = re.compile(r"[\x00\ud800-\udfff]")
+DEPTH = 8  # lists and names inside each other; no key of ours has more than three
+# The keys of config.json for the widths of layers that get adapters.
+WIDTHS = ("hidden_size", "n_embd", "d_model", "intermediate_size", "moe_intermediate_size")
 
 
 class ConfigError(UserError):
@@ -47,65 +55,140 @@ def check_config(tree: dict[str, Any], places: dict[str, str], problems: list[Pr
     """
     config = OmegaConf.structured(Config)
     valid: dict[str, Any] = {}  # values of the right type, by their keys
-    problems = [*problems, *_take_values(tree, config, valid), *_missing_keys(tree)]
-    problems += schema.impossible_values(valid)
-    if {"model.path", "model.revision", "train.num_layers", "train.method"} <= valid.keys():
-        problems += model_misfits(config.model, config.train)
+    wrong = [*_take_values(tree, config, valid), *_missing_keys(tree)]
+    wrong += impossible_values(valid)
+    for problem in wrong:
+        valid.pop(problem.key, None)
+    of_model = {"model.path", "model.revision", "train.num_layers", "train.method", "train.rank"}
+    if of_model <= valid.keys():
+        wrong += model_misfits(config.model, config.train)
     if "train.optimizer_config" in valid:
         from athanor.compute import optimizers  # imports mlx, which DVC's Hydra does not need
 
-        problems += optimizers.optimizer_misfits(flatten(config)["train.optimizer_config"])
+        wrong += optimizers.optimizer_misfits(flatten(config)["train.optimizer_config"])
     if all(f"data.{field.name}" in valid for field in fields(DataConfig)):
         from athanor.config.data_check import data_misfits  # imports jinja2
 
-        problems += data_misfits(config.data)
+        wrong += data_misfits(config.data)
+    # A key that was not read, such as one with two values, is no longer missing or unknown.
+    named = {problem.key for problem in problems}
+    problems = problems + [problem for problem in wrong if problem.key not in named]
     for problem in problems:
-        problem.place = problem.place or places.get(problem.key)
+        problem.place = problem.place or find_place(problem.key, places)
     if problems:
         raise ConfigError(problems)
     return cast(Config, config)
+
+
+def find_place(key: str, places: dict[str, str]) -> str | None:
+    """Return the place of a key, or else of the key of the schema that it is inside of."""
+    return places.get(key) or places.get(".".join(key.split(".")[:2]))
 
 
 def _take_values(tree: dict[str, Any], config: Any, valid: dict[str, Any]) -> Iterator[Problem]:
     """Put the values of a tree into `config` and `valid`; yield unknown keys and wrong types."""
     for name, value in tree.items():
         if name in schema.SECTIONS and not isinstance(value, dict):
-            yield Problem("config.no_section", name, value=value)
+            yield Problem("config.no_section", str(name), value=value)
             continue
         section = f"{name}." if name in schema.SECTIONS else ""
         known = [field.name for field in fields(schema.SECTIONS.get(name, Config))]
         for leaf, leaf_value in value.items() if section else [(name, value)]:
             key = f"{section}{leaf}"
             if leaf not in known:
-                candidates = [section + other for other in nearest(leaf, known)]
+                candidates = [section + other for other in nearest(str(leaf), known)]
                 yield Problem("config.unknown_key", key, candidates=candidates)
                 continue
-            try:
-                OmegaConf.update(config, key, leaf_value)
+            if leaf_value == MISSING:
+                continue
+            problems = list(unreadable_values(key, leaf_value)) or _take(config, key, leaf_value)
+            if not problems:
                 valid[key] = OmegaConf.select(config, key)
-            except OmegaConfBaseException:
-                expected = _describe_type(key)
-                yield Problem("config.wrong_type", key, expected=expected, value=leaf_value)
+            yield from problems
+
+
+def _take(config: Any, key: str, value: Any) -> list[Problem]:
+    """Put a value into `config`; return the problems of its type, by entry where it has names."""
+    try:
+        OmegaConf.update(config, key, value, merge=False)
+        return []
+    except (OmegaConfBaseException, ValueError):
+        problem = Problem("config.wrong_type", key, expected=_describe_type(key), value=value)
+    if not isinstance(value, dict) or not schema.holds_names(key):
+        return [problem]
+    wrong = []
+    for name, entry in value.items():
+        try:
+            OmegaConf.update(config, key, {name: entry}, merge=False)
+        except (OmegaConfBaseException, ValueError):
+            expected = _describe_entry(key)
+            named = f"{key}.{name}"
+            wrong.append(Problem("config.wrong_type", named, expected=expected, value=entry))
+    return wrong or [problem]
+
+
+def unreadable_values(key: str, value: Any, depth: int = 0) -> Iterator[Problem]:
+    """Yield a problem for each value inside a value that no key can have, whatever its type."""
+    if isinstance(value, dict | list):
+        if depth > DEPTH:
+            yield Problem("config.nested_too_deep", key, depth=DEPTH)
+            return
+        names = value if isinstance(value, dict) else range(len(value))
+        for name in names:
+            inner = f"{key}.{name}" if isinstance(value, dict) else key
+            if isinstance(value, dict) and unreadable_text(name):
+                yield Problem("config.unreadable_text", inner, value=name)
+            yield from unreadable_values(inner, value[name], depth + 1)
+    elif isinstance(value, str):
+        if value == MISSING and depth:
+            yield Problem("config.missing_key", key)
+        elif unreadable_text(value):
+            yield Problem("config.unreadable_text", key, value=value)
+        elif "${" in value:
+            yield Problem("config.interpolation", key, value=value)
+    elif isinstance(value, int) and value.bit_length() > 64:
+        yield Problem("config.over_64_bits", key, bits=value.bit_length())
+    elif value is not None and not isinstance(value, bool | int | float):
+        yield Problem("config.no_plain_value", key, value=value, kind=type(value).__name__)
+
+
+def unreadable_text(text: Any) -> bool:
+    """Return whether a text has characters that no file, name or database can hold."""
+    return isinstance(text, str) and UNREADABLE.search(text) is not None
 
 
 def _missing_keys(tree: dict[str, Any]) -> Iterator[Problem]:
-    for key in schema.all_keys():
-        section, _, leaf = key.rpartition(".")
-        values = tree.get(section, {}) if section else tree
-        if isinstance(values, dict) and values.get(leaf, MISSING) == MISSING:
-            yield Problem("config.missing_key", key)
+    for section in ["", *schema.SECTIONS]:
+        values = tree.get(section) if section else tree
+        if section and values is None and section not in tree:
+            yield Problem("config.missing_section", section)
+        if not isinstance(values, dict):
+            continue
+        for field in fields(schema.SECTIONS.get(section, Config)):
+            key = f"{section}.{field.name}".lstrip(".")
+            if key not in schema.SECTIONS and values.get(field.name, MISSING) == MISSING:
+                yield Problem("config.missing_key", key)
 
 
 def _describe_type(key: str) -> str:
     """Return the type of a key in words."""
-    section, _, leaf = key.rpartition(".")
-    cls = schema.SECTIONS[section] if section else Config
-    kind = next(field.type for field in fields(cls) if field.name == leaf)
+    kind = schema.key_type(key)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     or_null = [f"{word} or null" for option, word in words.items() if kind == option | None]
     if kind == list[str] | None:
         return "a list of texts or null"
     return words.get(cast(Any, kind)) or next(iter(or_null), "names with a value each")
+
+
+def _describe_entry(key: str) -> str:
+    """Return the type of the values of a key that maps names, in words."""
+    texts = {
+        dict[str, str]: "a text",
+        dict[str, str | None]: "a text or null",
+        dict[str, bool]: "true or false",
+        dict[str, list[str]]: "a list of texts",
+    }
+    return texts.get(schema.key_type(key), "names with a value each")
 
 
 def model_misfits(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:
@@ -129,11 +212,26 @@ def model_misfits(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:
 
 def training_misfits(config: dict[str, Any], train: TrainConfig) -> Iterator[Problem]:
     """Yield the keys that the model of this config.json cannot be trained with."""
-    layers = config.get("num_hidden_layers")
+    # Models that also see or hear have a section for their language model.
+    sizes = next((config[key] for key in SECTIONS if config.get(key)), config)
+    layers = sizes.get("num_hidden_layers")
     if isinstance(layers, int) and train.num_layers > layers:
         yield Problem(
             "config.too_many_layers", "train.num_layers", layers=layers, value=train.num_layers
         )
+    widths = {
+        name: sizes[name] for name in WIDTHS if isinstance(sizes.get(name), int) and sizes[name] > 0
+    }
+    if widths and train.method != "full":
+        name = min(widths, key=lambda name: widths[name])
+        if train.rank > widths[name]:
+            yield Problem(
+                "config.rank_above_width",
+                "train.rank",
+                width=widths[name],
+                name=name,
+                value=train.rank,
+            )
     if train.method == "full" and is_quantized(config):
         yield Problem("config.quantized", "train.method")
     if train.method == "dora" and (experts := count_experts(config)) > 1:

@@ -1,18 +1,17 @@
 """The configuration: composed from conf/ by Hydra, or read from params.yaml.
 
-Hydra stops at the first mistake. Here a tree is composed without its types first, with overrides
-forced in, so that every typo, wrong type and impossible value is reported, each with file and line.
+Hydra stops at the first mistake. So the files of conf/ are read and followed first, Hydra composes
+their values without types, and the values of the command line are put in afterwards: every fault
+of a file, typo, wrong type and impossible value is reported, each with its place.
 """
 
 import os
-import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,78 +19,195 @@ from omegaconf.errors import OmegaConfBaseException
 from athanor import console
 from athanor.config import schema
 from athanor.config.check import ConfigError, check_config
+from athanor.config.conf_files import ConfFiles, config_groups
+from athanor.config.overrides import Overrides, sort_overrides
 from athanor.config.schema import Config
 from athanor.config.values import flatten
-from athanor.errors import Problem, UserError, nearest
+from athanor.config.yaml_files import FileError, YamlFile, read_yaml
+from athanor.errors import Problem, UserError
 from athanor.paths import Workspace
 
-COMMAND_LINE = "command line"
+
+@dataclass(frozen=True)
+class Composition:
+    """A configuration composed from conf/.
+
+    Attributes:
+        files: the files that it was composed from.
+        choices: the selected option of each group.
+        options: those of the command line, as Hydra takes them.
+    """
+
+    config: Config
+    files: ConfFiles
+    choices: dict[str, str]
+    options: list[str]
 
 
-def compose_config(conf: Path, overrides: list[str]) -> Config:
+def compose_config(conf: Path, texts: list[str]) -> Config:
     """Compose `conf`/config.yaml with Hydra overrides into a checked configuration.
 
     Raises:
         ConfigError: with all problems of the files and of the overrides.
     """
+    return compose(conf, texts).config
+
+
+def compose(conf: Path, texts: list[str]) -> Composition:
+    """Compose `conf`/config.yaml as compose_config does, and keep what it was composed from."""
     if not (conf / "config.yaml").exists():
         raise UserError("config.no_conf", conf=conf, folder=Path.cwd())
-    values, options, problems = _split(overrides, config_groups(conf))
-    tree, hydra = _compose(conf, "config", ["~schema", *options, *values.values()])
+    overrides = sort_overrides(texts, config_groups(conf))
+    files = ConfFiles.follow(conf, overrides.options)
+    if files.problems:
+        raise ConfigError(files.problems + overrides.problems)
+    options = select_options(files, overrides)
+    tree, hydra = _compose(conf, options)
+    put_values(tree, overrides)
+    unresolved = resolve_interpolations(tree)
     choices = {str(group): str(option) for group, option in hydra["runtime"]["choices"].items()}
-    places = _places(conf, choices) | {
-        key: f"{COMMAND_LINE}: {text[2:]}" for key, text in values.items()
-    }
-    return check_config(tree, places, problems)
+    places = files.places(choices) | overrides.places
+    config = check_config(tree, places, [*overrides.problems, *unresolved])
+    return Composition(config, files, choices, options)
 
 
-def config_groups(conf: Path) -> dict[str, list[str]]:
-    """Return the groups of conf/ with their options."""
-    return {
-        folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
-        for folder in sorted(conf.iterdir())
-        if folder.is_dir()
-    }
+def select_options(files: ConfFiles, overrides: Overrides) -> list[str]:
+    """Return the selections of options as Hydra takes them, without the types."""
+    known = [group for group in overrides.options if group in files.selected]
+    options = [
+        f"~{group}" if option is None else f"{'' if group in known else '+'}{group}={option}"
+        for group, option in overrides.options.items()
+        if option is not None or group in known
+    ]
+    typed = any(
+        isinstance(item, dict) and "schema" in item
+        for item in files.files[files.conf / "config.yaml"].tree.get("defaults", [])
+    )
+    return ["~schema", *options] if typed else options
 
 
-def multirun_config(conf: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def put_values(tree: dict[str, Any], overrides: Overrides) -> None:
+    """Put the values of a command line into a tree; names with values are added to those there."""
+
+    def put(tree: dict[str, Any], name: str, value: Any) -> None:
+        former = tree.get(name)
+        if isinstance(former, dict) and isinstance(value, dict):
+            for inner, inner_value in value.items():
+                put(former, inner, inner_value)
+        else:
+            tree[name] = value
+
+    for key, value in overrides.values.items():
+        *sections, leaf = key.split(".")
+        inner = tree
+        for section in sections:
+            if not isinstance(inner.get(section), dict):
+                inner[section] = {}
+            inner = inner[section]
+        put(inner, leaf, value)
+
+
+def resolve_interpolations(tree: dict[str, Any], among: set[str] | None = None) -> list[Problem]:
+    """Replace each ${key} in a tree by the value of that key; return the problems of others.
+
+    A key that is named so has a value without an interpolation: then none leads in a circle, and
+    no text grows without end.
+
+    Args:
+        among: the keys whose values may have them, None for all.
+    """
+    open_values = [
+        (section, leaf)
+        for section in ["", *schema.SECTIONS]
+        for leaf, value in _items(tree.get(section) if section else tree)
+        if (section or leaf not in schema.SECTIONS) and "${" in repr(value)
+    ]
+    problems = []
+    for section, leaf in open_values:
+        key = f"{section}.{leaf}".lstrip(".")
+        if among is not None and key not in among:
+            continue
+        try:
+            config = OmegaConf.create(tree)
+            for other_section, other in open_values:
+                if (other_section, other) != (section, leaf):
+                    name = f"{other_section}.{other}".lstrip(".")
+                    OmegaConf.update(config, name, "???", merge=False)
+            resolved = OmegaConf.select(config, key)
+            if OmegaConf.is_config(resolved):
+                resolved = OmegaConf.to_container(resolved, resolve=True)
+        except (OmegaConfBaseException, RecursionError, ValueError, AttributeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            problems.append(Problem("config.no_interpolation", key, error=reason))
+        else:
+            (tree[section] if section else tree)[leaf] = resolved
+    return problems
+
+
+def _items(section: Any) -> list[tuple[Any, Any]]:
+    return list(section.items()) if isinstance(section, dict) else []
+
+
+def multirun_config(conf: Path, texts: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the configurations of Hydra's sweeper and launcher, from conf/ and overrides.
 
     Raises:
         ConfigError: where Hydra cannot compose it.
     """
-    hydra = _compose(conf, "config", ["~schema", *overrides])[1]
+    hydra = _compose(conf, ["~schema", *texts])[1]
     return hydra["sweeper"], hydra["launcher"]
 
 
-def load_config(overrides: list[str]) -> Config:
+def load_config(texts: list[str]) -> Config:
     """Read params.yaml for a stage, with Hydra overrides of values.
 
     Raises:
         ConfigError: with all problems.
-        UserError: where there is no params.yaml.
+        UserError: where there is no params.yaml, or it cannot be read.
     """
-    params = Workspace.here().params
-    if not params.exists():
+    workspace = Workspace.here()
+    params = workspace.params
+    if not os.path.lexists(params):
         raise UserError("config.no_params", params=params)
-    if not overrides:
-        return read_params(params)
-    values, _, problems = _split(overrides, {})
-    tree, _ = _compose(params.parent.resolve(), params.stem, list(values.values()))
-    places = _lines(params, "") | {
-        key: f"{COMMAND_LINE}: {text[2:]}" for key, text in values.items()
-    }
-    return check_config(tree, places, problems)
+    groups = config_groups(workspace.conf)
+    overrides = sort_overrides(texts, groups, selectable=False)
+    file = read_params_file(params)
+    put_values(file.tree, overrides)
+    unresolved = resolve_interpolations(file.tree, set(overrides.values))
+    return check_config(
+        file.tree, _places(file) | overrides.places, [*overrides.problems, *unresolved]
+    )
 
 
 def read_params(path: Path) -> Config:
-    """Read a file like params.yaml as it is, without Hydra, which may be in use by a sweep.
+    """Read a file like params.yaml as it is.
 
     Raises:
         ConfigError: with all problems.
+        UserError: where it cannot be read.
     """
-    tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    return check_config(cast(dict[str, Any], tree), _lines(path, ""), [])
+    file = read_params_file(path)
+    return check_config(file.tree, _places(file), [])
+
+
+def read_params_file(path: Path) -> YamlFile:
+    """Read a file like params.yaml, unchecked.
+
+    Raises:
+        UserError: where it is not YAML with keys and values.
+    """
+    try:
+        file = read_yaml(path)
+    except FileError as error:
+        raise UserError("config.invalid_params", params=path, error=error) from error
+    if not isinstance(file.tree, dict):
+        problem = Problem("config.no_mapping", f"{path}:1", value=file.tree)
+        raise UserError("config.invalid_params", params=path, error=problem)
+    return file
+
+
+def _places(file: YamlFile) -> dict[str, str]:
+    return {key: f"{file.path}:{line}" for key, line in file.lines.items()}
 
 
 def warn_if_params_differ_from_conf(config: Config) -> None:
@@ -109,66 +225,14 @@ def warn_if_params_differ_from_conf(config: Config) -> None:
         )
 
 
-def unreadable_override(text: str, error: HydraException) -> Problem:
-    """Return the problem of an override that Hydra cannot parse."""
-    reason = str(error).splitlines()[0]
-    return Problem("config.no_override", text, place=COMMAND_LINE, error=reason)
+def _compose(folder: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return Hydra's composition as a plain tree, and its own part: sweeper, launcher, options.
 
-
-def unknown_option(text: str, group: str, option: str, options: list[str]) -> Problem:
-    """Return the problem of an override that selects an option its group does not have."""
-    return Problem(
-        "config.unknown_option",
-        text,
-        place=COMMAND_LINE,
-        group=group,
-        option=option,
-        candidates=nearest(option, options),
-    )
-
-
-def _split(
-    overrides: list[str], groups: dict[str, list[str]]
-) -> tuple[dict[str, str], list[str], list[Problem]]:
-    """Sort overrides into values (dotted key: Hydra text), options of groups, and problems.
-
-    Values get Hydra's `++`, so that a mistyped key reaches our check and is reported with the rest.
+    Interpolations in the tree are left as they are.
     """
-    values: dict[str, str] = {}
-    options: list[str] = []
-    problems: list[Problem] = []
-    for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            problems.append(unreadable_override(text, error))
-            continue
-        key = override.key_or_group
-        if key in groups:
-            option = str(override.value())
-            if not override.is_delete() and option not in [*groups[key], "None"]:
-                problems.append(unknown_option(text, key, option, groups[key]))
-            else:
-                # Hydra itself takes null for a group only in a file.
-                options.append(f"~{key}" if option == "None" else text.lstrip("+"))
-        elif key in schema.SECTIONS and isinstance(override.value(), str):
-            problems.append(
-                Problem("config.option_of_section", text, place=COMMAND_LINE, text=text)
-            )
-        elif override.is_sweep_override() or override.is_delete():
-            problems.append(Problem("config.no_value", text, place=COMMAND_LINE))
-        else:
-            values[key] = "++" + text.lstrip("+")
-    return values, options, problems
-
-
-def _compose(
-    folder: Path, name: str, overrides: list[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return Hydra's composition as a plain tree, and its own part: sweeper, launcher, options."""
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-            config = hydra_compose(name, overrides, return_hydra_config=True)
+            config = hydra_compose("config", overrides, return_hydra_config=True)
         hydra = {
             "runtime": {"choices": config.hydra.runtime.choices},
             "sweeper": OmegaConf.to_container(config.hydra.sweeper, resolve=True),
@@ -176,47 +240,9 @@ def _compose(
             "launcher": {key: config.hydra.launcher.get(key) for key in ("_target_", "n_jobs")},
         }
         tree = OmegaConf.to_container(
-            OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]), resolve=True
+            OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
         )
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError([Problem("config.not_composed", str(folder), error=reason)]) from error
     return cast(dict[str, Any], tree), hydra
-
-
-def _places(conf: Path, choices: dict[str, str]) -> dict[str, str]:
-    """Return the "file:line" of each dotted key's value: the last of the composition's files."""
-    order = sorted(choices, key=lambda group: group == "experiment")
-    places = _lines(conf / "config.yaml", "")
-    for group in order:
-        path = conf / group / f"{choices[group]}.yaml"
-        if path.exists():
-            places |= _lines(path, group)
-    return places
-
-
-def _lines(path: Path, package: str) -> dict[str, str]:
-    """Return the "file:line" of each key in a YAML file and in the files of its defaults list."""
-    text = path.read_text(encoding="utf-8")
-    if re.match(r"#\s*@package\s+_global_", text):
-        package = ""
-    places: dict[str, str] = {}
-
-    def walk(node: yaml.Node, prefix: str) -> None:
-        if not isinstance(node, yaml.MappingNode):
-            return
-        for key_node, value_node in node.value:
-            key = f"{prefix}.{key_node.value}".lstrip(".")
-            if key.endswith("defaults") and isinstance(value_node, yaml.SequenceNode):
-                for item in value_node.value:
-                    beside = path.parent / f"{item.value}.yaml"
-                    if isinstance(item, yaml.ScalarNode) and package and beside.exists():
-                        places.update(_lines(beside, package))
-                continue
-            places[key] = f"{path}:{key_node.start_mark.line + 1}"
-            walk(value_node, key)
-
-    root = yaml.compose(text)
-    if root is not None:
-        walk(root, package)
-    return places

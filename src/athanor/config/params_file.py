@@ -2,15 +2,15 @@
 
 import hashlib
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from athanor import files
+from athanor.config.compose import read_params_file
 from athanor.config.schema import Config
 from athanor.errors import UserError
 from athanor.paths import Workspace
@@ -26,7 +26,7 @@ def write_params(config: Config, workspace: Workspace) -> None:
     """
     params, lock = workspace.params, workspace.root / "dvc.lock"
     body = OmegaConf.to_yaml(config)
-    if params.exists() and not _ours(params.read_bytes(), lock):
+    if os.path.lexists(params) and not (params.is_file() and _ours(params.read_bytes(), lock)):
         typed = _differences(params, body)
         if typed:
             options = " ".join(f"-S {shlex.quote(option)}" for option in typed)
@@ -46,10 +46,7 @@ def _differences(params: Path, body: str) -> list[str]:
             return {prefix: tree}
         return {k: v for key in tree for k, v in leaves(tree[key], f"{prefix}.{key}").items()}
 
-    try:
-        typed = leaves(OmegaConf.to_container(OmegaConf.load(params)))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError("config.invalid_params", params=params, error=str(error)) from error
+    typed = leaves(read_params_file(params).tree)
     composed = leaves(OmegaConf.to_container(OmegaConf.create(body)))
     return [
         f"{key[1:]}={value if isinstance(value, str) and value.isalnum() else json.dumps(value)}"
@@ -60,7 +57,7 @@ def _differences(params: Path, body: str) -> list[str]:
 
 def _ours(content: bytes, lock: Path) -> bool:
     """Return True if params.yaml is as this stage wrote it, or as dvc.lock has it."""
-    head, _, body = content.decode("utf-8").partition("\n")
+    head, _, body = content.decode("utf-8", errors="replace").partition("\n")
     if head == HEADER + _digest(body):
         return True
     return lock.exists() and hashlib.md5(content).hexdigest() in lock.read_text(encoding="utf-8")

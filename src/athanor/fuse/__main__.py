@@ -8,7 +8,6 @@ it to the training's MLflow run. A model that is not the trained one is not writ
 """
 
 import shutil
-import sys
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -17,6 +16,7 @@ from athanor import console, files
 from athanor.chat.contract import Contract
 from athanor.chat.conversation import read_line
 from athanor.chat.model_check import refuse_model_misfits
+from athanor.config.command import read_overrides
 from athanor.config.compose import load_config
 from athanor.fuse.export import export_all
 from athanor.fuse.log_model import log_model
@@ -33,7 +33,7 @@ QUESTIONS = 8
 def main() -> None:
     """Fuse the trained adapters, compare the result with the trained model, and export it."""
     workspace = Workspace.here()
-    cfg = load_config(sys.argv[1:])
+    cfg = load_config(read_overrides(__doc__, ("fuse",)))
     trained = files.read_json(workspace.trained / "run.json")
     for leftover in workspace.fused.parent.glob(f".{workspace.fused.name}.*"):
         shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed

@@ -9,21 +9,22 @@ model.json (the model, its commit and its digest); chat.json (what ends an answe
 generation stops).
 """
 
-import sys
 from typing import Any
 
 from athanor import console
 from athanor.chat.model_check import refuse_model_misfits
+from athanor.config.command import read_overrides
 from athanor.config.compose import load_config, warn_if_params_differ_from_conf
 from athanor.config.values import to_dataclass
 from athanor.model.source import Source, find_model
 from athanor.paths import Workspace
 from athanor.prepare.prepare import prepare
+from athanor.prepare.result import DECIDED_BY
 
 
 def main() -> None:
     workspace = Workspace.here()
-    cfg = load_config(sys.argv[1:])
+    cfg = load_config(read_overrides(__doc__, DECIDED_BY))
     warn_if_params_differ_from_conf(cfg)
     refuse_model_misfits(cfg, find_model(cfg.model.path, cfg.model.revision))
     report = prepare(workspace.data, workspace.prepared, to_dataclass(cfg))

@@ -22,14 +22,17 @@ from athanor.sweep.supervise import COMMAND, supervise
 
 
 def main() -> None:
-    if {"-h", "--help"} & set(sys.argv):
-        console.out.print(__doc__, highlight=False)
-    elif COMMAND in os.environ:
+    sys.argv = [text for text in sys.argv if text not in ("-m", "--multirun")]
+    if COMMAND in os.environ:
         from athanor.sweep import worker
 
         exit_with_supervisor()
-        worker.main([text for text in sys.argv[1:] if text not in ("-m", "--multirun")])
+        worker.main(sys.argv[1:])
     else:
+        if any(text.startswith("-") for text in sys.argv[1:]):
+            from athanor.config.command import read_overrides  # imports Hydra
+
+            read_overrides(__doc__, ("seed", "train"), composes=True)
         sys.exit(supervise([sys.executable, "-m", "athanor.sweep", *sys.argv[1:]]))
 
 

@@ -7,21 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 
 from athanor.config.check import ConfigError
-from athanor.config.compose import (
-    compose_config,
-    config_groups,
-    flatten,
-    load_config,
-    multirun_config,
-    unknown_option,
-    unreadable_override,
-)
+from athanor.config.compose import compose_config, load_config, multirun_config
+from athanor.config.conf_files import config_groups
+from athanor.config.overrides import parse_override, unknown_option, unreadable_override
 from athanor.config.schema import Config
+from athanor.config.values import flatten
 from athanor.errors import Problem, UserError
 from athanor.prepare.result import DECIDED_BY
 
@@ -56,7 +50,6 @@ def read_space(conf: Path, arguments: list[str]) -> Space:
     Raises:
         ConfigError: with every invalid value; UserError for keys that can't be swept.
     """
-    parser = OverridesParser.create()
     problems: list[Problem] = []
     typed: list[str] = []
     fixed: list[str] = []
@@ -65,11 +58,11 @@ def read_space(conf: Path, arguments: list[str]) -> Space:
     groups = config_groups(conf)
     for text in arguments:
         try:
-            override = parser.parse_override(text)
+            override = parse_override(text)
         except HydraException as error:
             problems.append(unreadable_override(text, error))
             continue
-        key = override.key_or_group
+        key, text = override.key_or_group, override.input_line or text
         if key == "sweep" and str(override.value()) not in groups["sweep"]:
             problems.append(unknown_option(text, key, str(override.value()), groups[key]))
         elif key.split("/")[0].split(".")[0] == "hydra" or key == "sweep":
@@ -85,9 +78,9 @@ def read_space(conf: Path, arguments: list[str]) -> Space:
         raise ConfigError(problems)
     base = compose_config(conf, fixed)
     sweeper, launcher = _multirun(conf, [*fixed, *hydra])
-    fixed_keys = {parser.parse_override(text).key_or_group for text in fixed}
+    fixed_keys = {parse_override(text).key_or_group for text in fixed}
     for key, text in (sweeper.get("params") or {}).items():
-        override = parser.parse_override(f"{key}={text}")
+        override = parse_override(f"{key}={text}")
         if key in swept or key in fixed_keys:
             continue  # the command line wins
         if override.is_sweep_override():
@@ -139,7 +132,7 @@ def refuse_unprepared(space: Space) -> None:
 
 
 def _decides_prepare(text: str) -> bool:
-    key = OverridesParser.create().parse_override(text).key_or_group
+    key = parse_override(text).key_or_group
     return key in ("experiment", "train") or f"{key}.".startswith(DECIDED_BY)
 
 

@@ -8,11 +8,10 @@ training's MLflow run, the answers also as a table. scores.py defines the figure
 questions are asked as well: `test_train_*` show if they were learned by heart.
 """
 
-import sys
-
 from omegaconf import OmegaConf
 
 from athanor import console, files
+from athanor.config.command import read_overrides
 from athanor.config.compose import load_config
 from athanor.device import blas
 from athanor.model.adapters import load_adapters
@@ -29,7 +28,7 @@ from athanor.test.tables import print_examination
 def main() -> None:
     """Examine both models, record the results and print them."""
     workspace = Workspace.here()
-    cfg = load_config(sys.argv[1:])
+    cfg = load_config(read_overrides(__doc__, ("seed", "test")))
     blas.use_threads(cfg.train.blas_threads)
     trained = files.read_json(workspace.trained / "run.json")
     with resume_run(trained["run"], trained["run_id"]) as run:

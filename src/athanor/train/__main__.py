@@ -10,9 +10,8 @@ later stages add to). Checkpoints in artifacts/train/checkpoints/ let the same c
 after an interrupt.
 """
 
-import sys
-
 from athanor import console, files
+from athanor.config.command import read_overrides
 from athanor.config.compose import load_config, warn_if_params_differ_from_conf
 from athanor.device import blas
 from athanor.paths import Workspace
@@ -28,7 +27,7 @@ from athanor.train.result import write_result
 def main() -> None:
     """Train, or continue the training that was interrupted."""
     workspace = Workspace.here()
-    cfg = load_config(sys.argv[1:])
+    cfg = load_config(read_overrides(__doc__, ("seed", "train")))
     warn_if_params_differ_from_conf(cfg)
     blas.use_threads(cfg.train.blas_threads)
     base = Prepared.read(cfg, workspace)

@@ -109,7 +109,7 @@ def _announce(cfg: Config, trainer: Trainer, peak: int, log: Callable[[str], Non
     switches.limit_cache(peak)
     log(
         f"train {cfg.train.method}: {learned:,} of {total:,} parameters, "
-        f"{trainer.plan.iters} iterations, on {describe_device()}; the longest batch needs about "
+        f"{trainer.plan.iters:,} iterations, on {describe_device()}; the longest batch needs about "
         f"{peak / 1e9:.2f} of {limit / 1e9:.1f} GB"
     )
     if peak > limit:

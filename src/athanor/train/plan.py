@@ -5,7 +5,32 @@ from dataclasses import dataclass
 
 from athanor.config.schema import Config
 from athanor.device.backend import on_cpu
+from athanor.errors import UserError
 from athanor.train.metrics import Metrics
+
+# A training of more iterations is one that train.iters asks for, not one that epochs come to.
+MOST_BY_EPOCHS = 1_000_000
+
+
+def count_iterations(iters: int | None, epochs: int | None, batches_per_epoch: int) -> int:
+    """Return the iterations of a training of so many iterations, or epochs.
+
+    Raises:
+        UserError: where the epochs come to more than MOST_BY_EPOCHS.
+    """
+    if iters is not None:
+        return iters
+    assert epochs is not None  # the configuration's check: one of the two has a value
+    iterations = epochs * batches_per_epoch
+    if iterations > MOST_BY_EPOCHS:
+        raise UserError(
+            "train.too_many_iterations",
+            iterations=iterations,
+            epochs=epochs,
+            batches=batches_per_epoch,
+            most=MOST_BY_EPOCHS,
+        )
+    return iterations
 
 
 @dataclass(frozen=True)
@@ -30,13 +55,15 @@ class TrainingPlan:
 
     @classmethod
     def from_config(cls, cfg: Config, batches_per_epoch: int) -> "TrainingPlan":
-        """Return the plan of a configuration, whose epochs have so many batches."""
+        """Return the plan of a configuration, whose epochs have so many batches.
+
+        Raises:
+            UserError: where the epochs come to too many iterations.
+        """
         train = cfg.train
-        iters = train.iters if train.epochs is None else train.epochs * batches_per_epoch
-        assert iters is not None  # the configuration's check: one of the two has a value
         return cls(
             seed=cfg.seed,
-            iters=iters,
+            iters=count_iterations(train.iters, train.epochs, batches_per_epoch),
             batch_size=train.batch_size,
             steps_per_report=train.steps_per_report,
             steps_per_eval=train.steps_per_eval,
