@@ -180,7 +180,7 @@ def test_a_model_that_a_stage_wrote_is_refused_with_the_command_that_keeps_it(
     monkeypatch.chdir(tmp_path)
     fused = Path("artifacts/fuse/model")
     shutil.copytree(tiny, fused)
-    train = TrainConfig(method="lora", num_layers=2)
+    train = TrainConfig(method="lora", num_layers=2, rank=8)
     Path("link").symlink_to(fused)
     Path("artifacts/mine").symlink_to(tiny)
     for path in (
