@@ -79,6 +79,11 @@ class Workspace:
         """Journals of runs, until MLflow has them."""
         return self.runs / "outbox"
 
+    @property
+    def answered(self) -> Path:
+        """The names of stores that have answered, one a line."""
+        return self.runs / "stores.txt"
+
     def rows(self, split: str) -> Path:
         """Return the file of the prepared rows of a split, JSON Lines."""
         return self.prepared / f"{split}.jsonl"

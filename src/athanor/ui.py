@@ -41,10 +41,17 @@ def find_page(base: str, prefixes: Sequence[str]) -> str:
         UserError: if the store has no runs, or no run or several have a prefix.
     """
     client = tracking_store.connect()
-    experiment = client.get_experiment_by_name(tracking_store.EXPERIMENT)
-    if experiment is None:
-        raise UserError("runs.no_runs", store=tracking_store.shown_uri())
     if not prefixes:
+        experiment = client.get_experiment_by_name(tracking_store.EXPERIMENT)
+        if experiment is None:
+            raise UserError("runs.no_runs", store=tracking_store.shown_uri())
+        if experiment.lifecycle_stage == "deleted":
+            raise UserError(
+                "ui.deleted_experiment",
+                name=experiment.name,
+                id=experiment.experiment_id,
+                store=tracking_store.shown_uri(),
+            )
         query = mlflow_views.save_runs_view(client, experiment.experiment_id)
         return mlflow_views.link_runs(base, experiment.experiment_id, query=query)
     runs = [tracking_store.find_run(prefix) for prefix in prefixes]
@@ -101,7 +108,7 @@ def start_server(port: int, log: Path) -> "subprocess.Popen[bytes]":
         "MLFLOW_BACKEND_STORE_URI": tracking_store.uri(),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
+    if tracking_store.sqlite_path() is not None:
         env["MLFLOW_DEFAULT_ARTIFACT_ROOT"] = (Workspace.here().runs / "artifacts").as_uri()
     options = ("--host", "127.0.0.1", "--port", str(port), "--workers", "1")
     with log.open("wb") as file:
@@ -169,6 +176,9 @@ def main() -> None:
         parser.error("argument --port: from 1 to 65535")
     switches.interrupt_on(signal.SIGHUP)  # the terminal is closed
     tracking_store.require_store()
+    if not any(Workspace.here().outbox.glob("*")):  # else the run may be among what waits there
+        for prefix in args.runs:
+            tracking_store.find_run_id(prefix)
     with tracking_store.report_errors():
         send_left_journals()
         if tracking_store.is_server():

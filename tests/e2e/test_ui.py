@@ -69,6 +69,12 @@ class Ui:
             return json.loads(answer.read())
 
 
+def fetch(url: str) -> bytes:
+    with urllib.request.urlopen(url) as answer:
+        content: bytes = answer.read()
+    return content
+
+
 def decode_view(value: str) -> tuple[str, dict[str, Any]]:
     """The name and the state of a view, from its tag's value."""
     envelope = json.loads(value)
@@ -93,6 +99,7 @@ def test_it_serves_the_embedded_store_until_it_is_interrupted(runs: dict[str, st
         assert run["info"]["run_name"] == "lr=1e-4"
         kept = opened.get(f"ajax-api/2.0/mlflow/artifacts/list?run_id={first}")["files"]
         assert [file["path"] for file in kept] == ["params.yaml"]
+        assert fetch(f"{opened.base}/get-artifact?path=params.yaml&run_uuid={first}") == b"seed: 0"
         assert opened.get("ajax-api/3.0/mlflow/ui-telemetry")["disable_ui_telemetry"] is True
 
         # A second one on the address of the first: only its link is printed.

@@ -234,17 +234,48 @@ def test_a_line_that_is_no_entry_is_reported_and_kept(
     assert {"start", "tags"} <= set(waiting())
 
 
-def test_a_journal_of_another_store_waits_for_that_store(
-    away: Store, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("answered", "named", "sent"),
+    [
+        (False, "other.db", True),  # the first address was a mistake, which is corrected
+        (True, "other.db", False),  # the first store is away, and waited for
+        (False, None, False),  # the default is no correction
+    ],
+)
+def test_a_journal_of_another_store_waits_for_that_store_if_it_ever_answered(
+    answered: bool,
+    named: str | None,
+    sent: bool,
+    away: Store,
+    tmp_path: Path,
+    empty_store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    if answered:
+        tracking_store.note_answer()
     with start() as run:
         assert run.wait_for_id() is None
-    shutil.copyfile(empty_store, tmp_path / "other.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
-    with start():
-        pass
-    assert len(recorded()) == 1
-    assert run.name in waiting()
+    with resume_run(run.name, None) as test:
+        test.log_metrics(1, {"test_loss": 1.0})
+    (tmp_path / "mlruns").mkdir(exist_ok=True)
+    for path in (tmp_path / "other.db", tmp_path / "mlruns/mlflow.db"):
+        shutil.copyfile(empty_store, path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    if named is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{named}")
+    run_module._report_waiting.cache_clear()
+    capsys.readouterr()
+    run_module.send_left_journals()
+    said = capsys.readouterr().err
+    assert (run.name in waiting()) == (not sent)
+    assert [one.data.metrics for one in recorded()] == ([{"test_loss": 1.0}] if sent else [])
+    assert ("never answered" in said) == (not answered)
+    if named is None:  # the command that it names
+        assert f"MLFLOW_TRACKING_URI={tracking_store.uri()} uv run python -m athanor.ui" in said
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_store.uri())
+        run_module.send_left_journals()
+        assert len(recorded()) == 1
 
 
 def test_a_file_that_the_store_refuses_holds_up_nothing_else(

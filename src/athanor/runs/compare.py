@@ -112,7 +112,7 @@ def list_children(record: RunRecord) -> str:
             max_results=5,
             order_by=["metrics.kept_val_loss ASC"],
         )
-    return tracking_store.list_runs(children)
+    return tracking_store.list_runs([tracking_store.summarize_run(run) for run in children])
 
 
 def compare_rows(a: "np.ndarray", b: "np.ndarray") -> RowChanges:

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from athanor import console, files
+from athanor.errors import UserError
 from athanor.paths import Workspace
 from athanor.runs.entries import AnyEntry, InvalidEntry
 
@@ -22,12 +23,20 @@ class Journal:
     """A folder of entries, a JSON object a line, which one process writes at a time.
 
     Files are kept as hard links where the disk has them, until the store has them.
+
+    Raises:
+        UserError: if the outbox cannot be written.
     """
 
     def __init__(self, name: str) -> None:
         self.folder = Workspace.here().outbox / name
         self._lock_file = self.folder.with_name(f"{name}.lock")
-        self._lock = files.try_lock(self._lock_file)
+        try:
+            self._lock = files.try_lock(self._lock_file)
+        except OSError as error:
+            raise UserError(
+                "runs.outbox_unwritable", folder=self.folder.parent, error=error.strerror
+            ) from None
         self._unwritten: list[str] = []
 
     def is_ours(self) -> bool:

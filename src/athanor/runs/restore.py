@@ -235,6 +235,6 @@ def build_environment(record: RunRecord, tree: Path) -> dict[str, str]:
         | blas
         | {
             "PYTHONPATH": os.pathsep.join(path),
-            "MLFLOW_TRACKING_URI": f"sqlite:///{tree}/mlruns/mlflow.db",
+            "MLFLOW_TRACKING_URI": "sqlite:///mlruns/mlflow.db",  # in the worktree
         }
     )

@@ -13,11 +13,13 @@ import time
 import uuid
 from collections import deque
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from athanor import console, switches
+from athanor.errors import UserError
 from athanor.paths import Workspace
 from athanor.runs import entries, registry, tracking_store
 from athanor.runs.outbox import Journal, read_entries, unique_name
@@ -75,6 +77,12 @@ class Run:
         self._journal.close()
         if self.failure is None:
             _report_refused(self._refused, self._journal.folder)
+            return
+        if isinstance(self.failure, UserError):
+            console.warn(
+                f"{tracking_store.summarize_error(self.failure)}. {self._journal.folder} keeps the "
+                "record, and the next stage sends it"
+            )
             return
         console.warn(
             f"MLflow at {tracking_store.shown_uri()} took no record "
@@ -214,12 +222,13 @@ def send_left_journals() -> None:
         Exception: the store's own, if it is unreachable.
     """
     tracking_store.connect().search_experiments(max_results=1)
+    tracking_store.note_answer()
     left = [path for path in Workspace.here().outbox.glob("*") if path.is_dir()]
     # Parents before children, else in the order of their names.
     for folder in sorted(left, key=lambda path: (_is_child(path), path)):
         try:
             _send_left(folder)
-        except OSError as error:  # another person's, say
+        except (OSError, UserError) as error:  # another person's, say
             console.warn(f"cannot send {folder}: {tracking_store.summarize_error(error)}")
 
 
@@ -238,6 +247,42 @@ def _store_of(folder: Path) -> str | None:
     return None
 
 
+def _is_for_this_store(folder: Path, store: str) -> bool:
+    """Return whether the present store gets a journal that names `store`.
+
+    It also gets those of an address that has never answered, which was a mistake, if a person has
+    named the present one. Any other journal waits for its own store.
+    """
+    if (name := tracking_store.name_store(store)) == tracking_store.journal_store():
+        return True
+    if name == tracking_store.EMBEDDED or tracking_store.has_answered(name) or _has_id(folder):
+        return False
+    if tracking_store.is_given():
+        console.warn(
+            f"{folder} was recorded for {store}, which never answered; "
+            f"{tracking_store.shown_uri()} gets it instead"
+        )
+        return True
+    _report_waiting(folder.parent, store)
+    return False
+
+
+@cache
+def _report_waiting(outbox: Path, store: str) -> None:
+    console.warn(
+        f"records in {outbox} wait for {store}, which never answered; to send them to this store "
+        f"instead: `MLFLOW_TRACKING_URI={tracking_store.shown_uri()} uv run python -m athanor.ui`"
+    )
+
+
+def _has_id(folder: Path) -> bool:
+    """Return whether a journal adds to a run that its store has."""
+    return any(
+        isinstance(entry, entries.ResumeRun) and entry.run_id is not None
+        for entry in read_entries(folder)
+    )
+
+
 def _send_left(folder: Path) -> None:
     journal = Journal(folder.name)
     if not journal.is_ours():
@@ -245,7 +290,7 @@ def _send_left(folder: Path) -> None:
     sender = Sender(folder, active=False)
     try:
         store = _store_of(folder)
-        if store is not None and store != tracking_store.journal_store():
+        if store is not None and not _is_for_this_store(folder, store):
             return
         waiting, ended = deque(read_entries(folder)), True
         for entry in waiting:
@@ -280,6 +325,7 @@ def start_run(
 
     `run` and `parent` are our names for the run and for the one that it is part of.
     """
+    tracking_store.check_settings()
     run = run or uuid.uuid4().hex
     store = tracking_store.journal_store()
     journal = Journal(run)
@@ -289,7 +335,7 @@ def start_run(
         journal = Journal(run)
     if not journal.is_ours():
         journal = Journal(unique_name(run))
-    elif _store_of(journal.folder) not in (None, store):
+    elif (left := _store_of(journal.folder)) and tracking_store.name_store(left) != store:
         journal.set_aside()
     opening = entries.StartRun(
         run=run,
@@ -311,6 +357,7 @@ def resume_run(run: str, run_id: str | None) -> Run:
     If the store does not have the run (the training came out of DVC's cache, from another
     machine), nothing is logged, with a warning.
     """
+    tracking_store.check_settings()
     opening = entries.ResumeRun(
         run=run,
         run_id=run_id,
