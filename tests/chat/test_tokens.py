@@ -12,7 +12,7 @@ import pytest
 from athanor import files
 from athanor.chat import template_probes, templates
 from athanor.chat.contract import resolve_contract
-from athanor.chat.conversation import Conversation
+from athanor.chat.conversation import Conversation, Turn, chat
 from athanor.chat.load import load_tokenizer
 from athanor.chat.tokens import mark_supervised, tokenize_row, tokenize_rows
 from athanor.compute.arrays import pad_rows
@@ -358,6 +358,8 @@ def test_rows_together_are_read_as_one_by_one(make: Make) -> None:
 def left_out(row: dict[str, Any], tokenizer: Any) -> str | None:
     conversation = Conversation.of(row)
     rendered = templates.render_row(conversation, tokenizer)
+    if thoughts := templates.find_dropped_thoughts(conversation, rendered):
+        return f"the thought of message {thoughts[0]}"
     return templates.find_dropped_content(conversation, rendered, tokenizer)
 
 
@@ -470,3 +472,140 @@ def test_a_row_is_shown_as_it_is_learned(make: Make) -> None:
     )
     assert [text for text, learned in pieces if learned] == ["第一答<|im_end|>"]
     assert "".join(text for text, _ in pieces).endswith("第一答<|im_end|>\n")
+
+
+def spoken(*texts: str) -> Conversation:
+    """Turns that a user begins, or the assistant with >; a - before an answer that is context."""
+    begins = texts[0].startswith((">", "-"))
+    return Conversation(
+        [
+            Turn("assistant", text.lstrip(">-"), weight=0 if text.startswith("-") else 1)
+            if (place + begins) % 2
+            else Turn("user", text)
+            for place, text in enumerate(texts)
+        ]
+    )
+
+
+# Without a token that ends an earlier turn.
+ENDLESS = QWEN3.replace(
+    "'<|im_end|>\\n'", "('<|im_end|>' if loop.last or m.role == 'user' else '') + '\\n'"
+)
+# The prompt ends with a space, which may be a part of an answer's first token.
+SPACED = QWEN3.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant '").replace(
+    "m.role + '\\n'", "m.role + ' '"
+)
+
+
+@pytest.mark.parametrize("template", [None, QWEN3, R1, ENDLESS, SPACED])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("one", "-wrong", "two", "right"),
+        ("one", "right", "two", "-wrong", "three", "right"),
+        ("one", "-wrong", "two", "-wrong", "three", "right"),
+        ("-wrong", "one", "right", "two", "right"),
+    ],
+)
+def test_an_answer_of_weight_0_is_read_and_not_learned(
+    template: str | None, texts: tuple[str, ...], make: Make
+) -> None:
+    tokenizer, row = make(template), spoken(*texts)
+    for mask_prompt in (True, False):
+        learned = {True: "", False: ""}
+        for text in tokenize_row(row, tokenizer, mask_prompt):
+            assert text.prompts_match
+            for id, is_supervised in zip(text.ids, text.supervised, strict=True):
+                learned[is_supervised] += tokenizer.decode([id])
+        assert "wrong" not in learned[True]
+        assert "wrong" in learned[False]
+        # Of a template that ends no earlier turn, the last answer alone is certain.
+        if template != ENDLESS:
+            assert ("one" in learned[True]) is not mask_prompt
+            assert learned[True].count("right") == texts.count("right")
+
+
+def test_context_of_a_cut_text_is_not_learned(make: Make) -> None:
+    tokenizer, row = make(), spoken("one", "-wrong", "two", "right")
+    [whole] = tokenize_row(row, tokenizer, mask_prompt=False)
+    cut = whole.truncate(len(whole) - 3)
+    assert any(cut.supervised)
+    assert "wrong" not in tokenizer.decode(
+        [id for id, learned in zip(cut.ids, cut.supervised, strict=True) if learned]
+    )
+
+
+THINKS = QWEN3.replace("'<think>\\n\\n</think>\\n\\n'", "'<think>' + (m.KEY or '') + '</think>'")
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_a_thought_is_written_under_the_key_that_the_template_reads(key: str, make: Make) -> None:
+    tokenizer = make(THINKS.replace("KEY", key))
+    row = Conversation([Turn("user", "8?"), Turn("assistant", "no", thought="two divides it")])
+    [text] = tokenize_row(row, tokenizer, mask_prompt=True)
+    assert "<think>two divides it</think>no" in tokenizer.decode(text.ids)
+    assert templates.find_dropped_thoughts(row, templates.render_row(row, tokenizer)) == []
+
+
+# Templates that can't ask for an answer before any question, but may write one.
+LOOKS_AT_THE_FIRST = "{%- if messages[0].role == 'tool' -%}{%- endif -%}" + QWEN3
+NEEDS_A_QUESTION = (
+    "{%- if not messages | selectattr('role', 'equalto', 'user') | list -%}"
+    "{{ raise_exception('no question') }}{%- endif -%}" + QWEN3
+)
+USER_FIRST = (
+    "{%- if messages[0].role == 'assistant' -%}{{ raise_exception('user first') }}{%- endif -%}"
+    + QWEN3
+)
+
+
+@pytest.mark.parametrize("system", [[], [Turn("system", "Say Ahoy.")]])
+@pytest.mark.parametrize("template", [None, QWEN3, LOOKS_AT_THE_FIRST, NEEDS_A_QUESTION])
+def test_a_conversation_that_the_assistant_begins_is_learned(
+    template: str | None, system: list[Turn], make: Make
+) -> None:
+    row = spoken(">Ahoy.", "Who?", ">The captain.")
+    row.turns[:0] = system
+    learned = mark_supervised(row, make(template), mask_prompt=True)
+    answers = [
+        text.removeprefix("<think>\n\n</think>\n\n") for text, is_learned in learned if is_learned
+    ]
+    assert answers == ["Ahoy.<|im_end|>", "The captain.<|im_end|>"]
+
+
+def test_a_template_refuses_an_assistant_that_begins_in_its_own_words(make: Make) -> None:
+    [refused] = templates.render_rows([spoken(">Ahoy.", "Who?", ">The captain.")], make(USER_FIRST))
+    assert str(refused) == "user first"
+
+
+WRITES_NAMES = "{%- for t in tools or [] -%}{{ (t.function or t).name }}{%- endfor -%}"
+
+
+@pytest.mark.parametrize(
+    ("written", "lost"),
+    [
+        ("", "the definitions of tools"),
+        ("{{ tools | length if tools }}", "the definitions of tools"),
+        (WRITES_NAMES, "the descriptions of tools"),
+        (WRITES_NAMES.replace(".name", ".description"), "the definitions of tools"),
+        (
+            WRITES_NAMES.replace(".name", ".name + (t.function or t).description"),
+            "the parameters of tools",
+        ),
+        ("{{ tools | tojson if tools }}", None),
+        ("{{ (tools | map(attribute='function') | list) | tojson(indent=2) if tools }}", None),
+    ],
+)
+def test_a_definition_is_missed_also_where_a_call_names_it(
+    written: str, lost: str | None, make: Make
+) -> None:
+    function = {
+        "name": "egg_timer",
+        "description": "sets a timer",
+        "parameters": {"type": "object", "properties": {"minutes": {"type": "integer"}}},
+    }
+    call = '<tool_call>{"name": "egg_timer", "arguments": {"minutes": 9}} sets a timer</tool_call>'
+    row = chat(("user", "An egg"), ("assistant", call), tools=[{"function": function}])
+    tokenizer = make(written + QWEN3)
+    rendered = templates.render_row(row, tokenizer)
+    assert templates.find_dropped_content(row, rendered, tokenizer) == lost

@@ -170,6 +170,7 @@ HAN = [pair(*("".join(CHANCE.sample(POOL, 12)) for _ in range(2))) for _ in rang
 SYSTEM = {"role": "system", "content": "你是<|im_end|>助手"}
 HALF_A_LINE = '{"prompt": "为什么", "compl'
 LONG = "很长的问题" * 40
+ENDS_WITH_CONTEXT = [*turns("a", "b", "c"), {"role": "assistant", "content": "d", "weight": 0}]
 OVER_LINES = '{"prompt": "海水为什么咸",\n "completion": "有盐"}'
 TWO = '{"prompt": "海水为什么咸", "completion": "有盐"} {"prompt": "谁", "completion": "我"}'
 GB18030 = '{"prompt": "中文", "completion": "编码"}'.encode("gb18030")
@@ -372,6 +373,14 @@ TABLE = [
         "text",
     ),
     of_json("ends-with-the-user-json", "no_answer", chat("a", "b", "c"), "chat"),
+    jsonl(
+        "a-system-message-without-text",
+        "empty_system",
+        {"messages": [{"role": "system", "content": " "}, *turns("a", "b")]},
+        "chat",
+    ),
+    jsonl("ends-with-context", "unlearned_end", {"messages": ENDS_WITH_CONTEXT}, "chat"),
+    jsonl("all-context", "nothing_to_learn", {"messages": ENDS_WITH_CONTEXT[2:]}, "chat"),
     jsonl("an-answer-alone", "no_question", {"messages": turns("a", "b")[1:]}, "chat"),
     # Tools
     *(
@@ -469,7 +478,7 @@ TABLE = [
     jsonl("a-call-left-out", "left_out_by_template", calling([call({})]), "chat"),
     jsonl(
         "a-thought-left-out",
-        "left_out_by_template",
+        "thought_left_out",
         {
             "messages": [
                 *turns("a"),
@@ -737,6 +746,16 @@ MENDED: list[tuple[str, Files, list[Object]]] = [
                 }
             )
         },
+        [chat("a", "b")],
+    ),
+    (
+        "empty_system",
+        {"train.jsonl": line({"messages": [{"role": "system", "content": ""}, *turns("a", "b")]})},
+        [chat("a", "b")],
+    ),
+    (
+        "unlearned_end",
+        {"train.jsonl": line({"messages": ENDS_WITH_CONTEXT})},
         [chat("a", "b")],
     ),
     ("special_token", {"train.jsonl": line(pair("a<|im_end|>", "b"))}, [chat("a", "b")]),

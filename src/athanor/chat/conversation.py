@@ -5,8 +5,7 @@ the one that mlx-lm's own loader reads: {"messages": [{"role", "content", …}, 
 {"text": …}. A message that is context and not learned has "weight": 0 there, as OpenAI writes it.
 """
 
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import msgspec
@@ -14,6 +13,14 @@ import msgspec
 Role = Literal["system", "user", "assistant", "tool"]
 Message = dict[str, Any]
 Tool = dict[str, Any]
+
+# Words that the definitions of all tools have: two sets of tools are not alike by them.
+SCHEMA = frozenset(
+    [
+        *("type", "function", "name", "description", "parameters", "properties", "required"),
+        *("items", "enum", "object", "string", "integer", "number", "boolean", "array", "null"),
+    ]
+)
 
 
 class Function(msgspec.Struct):
@@ -69,10 +76,14 @@ class Turn(
         return message
 
     def spoken(self) -> str:
-        """Return the text of the turn with its calls of tools."""
+        """Return the text of the turn with its calls of tools, whose ids mean nothing."""
         if not self.calls:
             return self.content
-        return self.content + json.dumps(msgspec.to_builtins(self.calls), ensure_ascii=False)
+        calls = (
+            f"{call.function.name} {msgspec.json.encode(call.function.arguments).decode()}"
+            for call in self.calls
+        )
+        return "\n".join(filter(None, [self.content, *calls]))
 
 
 class Conversation(msgspec.Struct, omit_defaults=True, rename={"turns": "messages"}):
@@ -112,6 +123,15 @@ class Conversation(msgspec.Struct, omit_defaults=True, rename={"turns": "message
         """Return the texts of all turns, or the plain text."""
         return [self.text] if self.text is not None else [turn.content for turn in self.turns]
 
+    def question(self) -> str:
+        """Return what is asked, earlier turns included; "" for plain text and articles."""
+        return "\n".join(turn.spoken() for turn in self.turns[:-1] if turn.role != "system")
+
+    def context(self) -> str:
+        """Return what the model reads beside the question: system messages, tools in words."""
+        system = [turn.content for turn in self.turns if turn.role == "system"]
+        return "\n".join([*system, *_words(self.tools)] if self.tools else system)
+
     def answer(self) -> str:
         """Return the last answer with its calls of tools, or the plain text."""
         return self.text if self.text is not None else self.turns[-1].spoken()
@@ -140,6 +160,20 @@ def read_line(line: str) -> Conversation:
 
 
 _LINES = msgspec.json.Decoder(Conversation)
+
+
+def _words(value: Any) -> Iterator[str]:
+    """Yield the names and texts in definitions of tools."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key not in SCHEMA:
+                yield key
+            yield from _words(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _words(item)
+    elif value not in SCHEMA:
+        yield str(value)
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ Message = dict[str, Any]
 
 # Words that no template has, to find the contents of messages in its output.
 QUESTION, ANSWER, OTHER, TOOL, CALL = "qAsked1", "qAnswered2", "qTold3", "q_tool_4", "qCalled05"
+DEFINED, MEANT, GIVEN = "q_defined_6", "qMeant7", "q_given_8"
+# Keys under which templates read the thought of a message.
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
 # Marks around a thought: <think> and </think>, [THINK] and [/THINK].
 OPENER = re.compile(r"[<\[]\w*think\w*[>\]]", re.IGNORECASE)
 CLOSER = re.compile(r"[<\[]/\w*think\w*[>\]]", re.IGNORECASE)
@@ -57,6 +61,17 @@ def find_open_thought(tokenizer: "TokenizerWrapper") -> str | None:
     return opened if PROMPTED.fullmatch(opened.strip()) else None
 
 
+@lru_cache(maxsize=8)
+def find_thought_key(tokenizer: "TokenizerWrapper") -> str:
+    """Return the key of a message under which the template reads its thought; the first if none."""
+    question, answered = _question_and_answer()
+    for key in THOUGHT_KEYS:
+        with suppress(Exception):  # a chat template may raise any
+            if OTHER in write_text([question, answered | {key: OTHER}], {}, tokenizer):
+                return key
+    return THOUGHT_KEYS[0]
+
+
 def probe_support(tokenizer: "TokenizerWrapper") -> dict[str, str]:
     """Return how the template treats a system message, earlier turns and tools.
 
@@ -83,6 +98,15 @@ def _tool() -> Message:
     return {"type": "function", "function": function}
 
 
+def _definition(is_wrapped: bool, has_description: bool, has_parameters: bool) -> Message:
+    function: Message = {"name": DEFINED}
+    if has_description:
+        function["description"] = MEANT
+    properties = {GIVEN: {"type": "string"}} if has_parameters else {}
+    function["parameters"] = {"type": "object", "properties": properties, "required": []}
+    return {"type": "function", "function": function} if is_wrapped else function
+
+
 def _question_and_answer() -> tuple[Message, Message]:
     return {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
 
@@ -94,7 +118,7 @@ def rewrites_earlier_turns(tokenizer: "TokenizerWrapper") -> bool:
     for answer in (
         answered,
         answered | {"content": f"<think>\n{OTHER}\n</think>\n\n{ANSWER}"},
-        answered | {"reasoning_content": OTHER},
+        answered | {find_thought_key(tokenizer): OTHER},
     ):
         alone = write_text([question, answer], {}, tokenizer).rstrip()
         try:
@@ -108,16 +132,24 @@ def rewrites_earlier_turns(tokenizer: "TokenizerWrapper") -> bool:
 
 @lru_cache(maxsize=1024)
 def find_dropped_kind(
-    shape: tuple[tuple[str, bool, int], ...], tools: bool, tokenizer: "TokenizerWrapper"
+    shape: tuple[tuple[str, bool, int], ...],
+    tools: tuple[tuple[bool, bool, bool], ...],
+    tokenizer: "TokenizerWrapper",
 ) -> str | None:
     """Name what the template drops of conversations of a shape; None if nothing, or if unknown.
 
     Args:
         shape: each message's role, whether it has a content, and its number of tool calls.
-        tools: whether the row has definitions of tools.
+        tools: for each definition of a tool, whether it stands under "function", has a
+            description, and has parameters.
     """
-    row: Message = {"tools": [_tool()]} if tools else {}
+    row: Message = {"tools": [_definition(*kind) for kind in tools]} if tools else {}
     messages: list[Message] = []
+    defined = [
+        (DEFINED, "the definitions of tools", True),
+        (MEANT, "the descriptions of tools", any(has_text for _, has_text, _ in tools)),
+        (GIVEN, "the parameters of tools", any(has_parameters for _, _, has_parameters in tools)),
+    ]
     marks = []
     for number, (role, has_content, calls) in enumerate(shape, 1):
         message: Message = {"role": role, "content": f"{OTHER}n{number}n" if has_content else ""}
@@ -138,6 +170,9 @@ def find_dropped_kind(
         marks += [(number, mark, f"the call of a tool in message {number}") for mark in named]
     try:
         text = write_text(messages, row, tokenizer)
+        for mark, description, is_there in defined if tools else ():
+            if is_there and mark not in text:
+                return description
         for number, mark, description in marks:
             # An earlier answer may be whole only in the text where it is the last.
             answer = shape[number - 1][0] == "assistant"

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from athanor.chat.conversation import Conversation, Turn
+from athanor.chat.conversation import Conversation, Message, Tool, Turn
 from athanor.chat.template_probes import (
     CLOSER,
     OPENER,
+    THOUGHT_KEYS,
     common_length,
     encode_text,
     find_dropped_kind,
     find_open_thought,
+    find_thought_key,
     find_turn_end,
     rewrites_earlier_turns,
     write_text,
@@ -35,11 +37,13 @@ class RenderedText:
     Args:
         answer_starts: where the answers to be learned start, in characters; None for plain text.
         prompts_match: whether the text before each answer is the prompt that asks for it.
+        context_starts: where the answers start that are context and not learned.
     """
 
     text: str
     answer_starts: list[int] | None
     prompts_match: bool = True
+    context_starts: tuple[int, ...] = ()
 
 
 def render_row(row: Conversation, tokenizer: "TokenizerWrapper") -> list[RenderedText]:
@@ -55,17 +59,20 @@ def render_row(row: Conversation, tokenizer: "TokenizerWrapper") -> list[Rendere
     """
     if row.text is not None:
         return [RenderedText(row.text, None)]
-    answers = [i for i, turn in enumerate(row.turns) if turn.learned]
+    answers = [i for i, turn in enumerate(row.turns) if turn.role == "assistant"]
     whole = _finished(row, len(row.turns) - 1, tokenizer)
     if len(answers) == 1:
         return [whole]
-    earlier, separate = [], []
+    earlier, separate, context = [], [], []
     for answer in answers[:-1]:
-        if not rewrites_earlier_turns(tokenizer):
-            prompt = _write(row, answer, tokenizer, asking=True)
-            if whole.text.startswith(prompt) and not _may_share(whole.text, len(prompt)):
-                earlier.append(len(prompt))
-                continue
+        prompt, is_written = _find_prompt(row, answer, tokenizer)
+        if not row.turns[answer].learned:
+            context.append(common_length(prompt, whole.text))
+            continue
+        is_prefix = whole.text.startswith(prompt) and not _may_share(whole.text, len(prompt))
+        if is_prefix and not (is_written and rewrites_earlier_turns(tokenizer)):
+            earlier.append(len(prompt))
+            continue
         own = _finished(row, answer, tokenizer)
         alike = (
             own.prompts_match
@@ -78,7 +85,12 @@ def render_row(row: Conversation, tokenizer: "TokenizerWrapper") -> list[Rendere
             separate.append(own)
     return [
         *separate,
-        RenderedText(whole.text, earlier + (whole.answer_starts or []), whole.prompts_match),
+        RenderedText(
+            whole.text,
+            earlier + (whole.answer_starts or []),
+            whole.prompts_match,
+            tuple(context),
+        ),
     ]
 
 
@@ -96,7 +108,7 @@ def render_rows(
         if row.turns and not row.tools and all(turn.role != "assistant" for turn in row.turns[:-1])
     ]
     try:
-        chats = [[turn.message() for turn in rows[i].turns] for i in single]
+        chats = [[_message(turn, tokenizer) for turn in rows[i].turns] for i in single]
         texts, prompts = (
             tokenizer.apply_chat_template(
                 conversations, add_generation_prompt=asking, tokenize=False
@@ -126,19 +138,35 @@ def find_dropped_content(
     """
     text = rendered[-1].text
     shape = tuple((turn.role, bool(turn.content), len(turn.calls)) for turn in row.turns)
-    if shape and (lost := find_dropped_kind(shape, bool(row.tools), tokenizer)) is not None:
+    tools = tuple(map(_kind_of_tool, row.tools))
+    if shape and (lost := find_dropped_kind(shape, tools, tokenizer)) is not None:
         return lost
     for number, turn in enumerate(row.turns, 1):
         if turn.role in ("system", "user") and turn.content.strip() not in text:
             return f"message {number}, of the {turn.role}"
-        thought = _thought(turn) if turn.role == "assistant" else ""
-        if thought and not any(thought in answer for answer in _answers(rendered)):
-            return f"the thought of message {number}"
     for tool in row.tools:
         name = tool.get("function", tool).get("name")
         if name is not None and str(name) not in text:
             return f"the tool {name}"
     return None
+
+
+def _kind_of_tool(tool: Tool) -> tuple[bool, bool, bool]:
+    function = tool.get("function", tool)
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    return "function" in tool, bool(function.get("description")), bool(properties)
+
+
+def find_dropped_thoughts(row: Conversation, rendered: list[RenderedText]) -> list[int]:
+    """Return the numbers of the messages that are learned without their thought, from 1."""
+    return [
+        number
+        for number, turn in enumerate(row.turns, 1)
+        if turn.learned
+        and (thought := _thought(turn))
+        and not any(thought in answer for answer in _answers(rendered))
+    ]
 
 
 def _answers(rendered: list[RenderedText]) -> Iterator[str]:
@@ -150,7 +178,8 @@ def _answers(rendered: list[RenderedText]) -> Iterator[str]:
 
 def encode_prompt(row: Conversation, tokenizer: "TokenizerWrapper") -> list[int]:
     """Return the tokens that ask for a row's last answer."""
-    return encode_text(_write(row, len(row.turns) - 1, tokenizer, asking=True), tokenizer)
+    prompt, _ = _find_prompt(row, len(row.turns) - 1, tokenizer)
+    return encode_text(prompt, tokenizer)
 
 
 def find_expected_answer(row: Conversation, tokenizer: "TokenizerWrapper") -> str:
@@ -178,15 +207,47 @@ def _write(
     row: Conversation, turns: int, tokenizer: "TokenizerWrapper", asking: bool = False
 ) -> str:
     """Return the first turns of a row as the template writes them; `asking` for the next."""
-    messages = [turn.message() for turn in row.turns[:turns]]
+    messages = [_message(turn, tokenizer) for turn in row.turns[:turns]]
     offered = {"tools": row.tools} if row.tools else {}
     return write_text(messages, offered, tokenizer, add_generation_prompt=asking)
+
+
+def _message(turn: Turn, tokenizer: "TokenizerWrapper") -> Message:
+    """Return a turn as the template is given it: its thought under the template's own key."""
+    message = turn.message()
+    if turn.thought and (key := find_thought_key(tokenizer)) != THOUGHT_KEYS[0]:
+        message[key] = message.pop(THOUGHT_KEYS[0])
+    return message
+
+
+def _find_prompt(row: Conversation, answer: int, tokenizer: "TokenizerWrapper") -> tuple[str, bool]:
+    """Return the text before an answer, and whether it is the prompt that the template writes.
+
+    Some templates refuse to ask for an answer before any question, but write one: an assistant's
+    greeting, or a text under a title.
+
+    Raises:
+        Exception: any that the template raises to refuse the row.
+    """
+    try:
+        return _write(row, answer, tokenizer, asking=True), True
+    except Exception:
+        if any(turn.role == "user" for turn in row.turns[:answer]):
+            raise
+        text, place = _write(row, len(row.turns), tokenizer), 0
+        for turn in row.turns[:answer]:
+            place = max(place, text.find(turn.content, place) + len(turn.content))
+        content = row.turns[answer].content.strip()
+        start = text.find(content, place)
+        if not content or start < 0:
+            raise
+        return text[:start], False
 
 
 def _finished(row: Conversation, answer: int, tokenizer: "TokenizerWrapper") -> RenderedText:
     """Return the text of a conversation up to an answer, which is to be learned."""
     text = _write(row, answer + 1, tokenizer)
-    prompt = _write(row, answer, tokenizer, asking=True)
+    prompt, _ = _find_prompt(row, answer, tokenizer)
     return _match_prompt(text, prompt, row.turns[answer], tokenizer)
 
 

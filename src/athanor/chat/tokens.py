@@ -64,25 +64,32 @@ def supervise(
             own = tokenizer.eos_token_id
             ids.append(own if own is not None else min(ends) if end is None else end)
         return TokenizedText(ids, [True] * len(ids))
-    firsts = [_token_at(encoding, ids, start, tokenizer) for start in row.answer_starts]
+    starts = sorted([*row.answer_starts, *row.context_starts])
+    firsts = {start: _token_at(encoding, ids, start, tokenizer) for start in starts}
     prompts_match = row.prompts_match
     if prompts_match and not _prompts_match(row, encoding, ids, firsts, tokenizer):
         ids, firsts, prompts_match = _encode_in_pieces(row, ids, firsts, tokenizer)
     # The template's own end is not replaced: it may end tool calls with another token.
     replacement = None if end == find_turn_end(tokenizer) else end
+    supervised = [not mask_prompt] * len(ids)
     answers: list[tuple[int, int]] = []
     replaced = {}
-    for first, following in zip_longest(firsts, firsts[1:]):
+    for start, after in zip_longest(starts, starts[1:]):
+        first, following = firsts[start], firsts.get(after)
         place = next((i for i in range(first, following or len(ids)) if ids[i] in ends), None)
+        if start in row.context_starts:
+            behind = following if place is None else place + 1
+            supervised[first:behind] = [False] * len(supervised[first:behind])
+            continue
         if place is None and following is None:
             place = len(ids)
             ids = [*ids, tokenizer.eos_token_id if end is None else end]
+            supervised.append(True)
         if place is None:  # it must not extend into the next question
             continue
         answers.append((first, place + 1))
         if replacement is not None and ids[place] != replacement:
             replaced[place] = replacement
-    supervised = [not mask_prompt] * len(ids)
     for first, behind in answers:
         supervised[first:behind] = [True] * (behind - first)
     return TokenizedText(
@@ -173,7 +180,7 @@ def _prompts_match(
     row: RenderedText,
     encoding: "Encoding",
     ids: list[int],
-    firsts: list[int],
+    firsts: dict[int, int],
     tokenizer: "TokenizerWrapper",
 ) -> bool:
     """Return whether the tokens before each answer equal those of its prompt alone.
@@ -182,7 +189,8 @@ def _prompts_match(
     special token; only the text after that is encoded again.
     """
     special = _special_ids(tokenizer)
-    for start, first in zip(row.answer_starts or (), firsts, strict=True):
+    for start in row.answer_starts or ():
+        first = firsts[start]
         last = next((i for i in reversed(range(first)) if ids[i] in special), None)
         if last is not None and (place := encoding.token_to_chars(last)) is not None:
             rest = _encode_short(row.text[place[1] : start], tokenizer)
@@ -194,8 +202,8 @@ def _prompts_match(
 
 
 def _encode_in_pieces(
-    row: RenderedText, whole: list[int], firsts: list[int], tokenizer: "TokenizerWrapper"
-) -> tuple[list[int], list[int], bool]:
+    row: RenderedText, whole: list[int], firsts: dict[int, int], tokenizer: "TokenizerWrapper"
+) -> tuple[list[int], dict[int, int], bool]:
     """Encode a text in pieces that start with its answers; return also the answers' places.
 
     So a prompt is a prefix even if its last characters would share a token with the answer's first.
@@ -203,16 +211,18 @@ def _encode_in_pieces(
     """
     starts = row.answer_starts or []
     ids: list[int] = []
-    places = []
+    places = {}
     for start, following in zip([0, *starts], [*starts, len(row.text)], strict=True):
-        places.append(len(ids))
+        places[start] = len(ids)
+        for place in row.context_starts:
+            if start <= place < following:
+                places[place] = len(ids) + len(encode_text(row.text[start:place], tokenizer))
         ids += encode_text(row.text[start:following], tokenizer)
     match = all(
-        encode_text(row.text[:start], tokenizer) == ids[:place]
-        for start, place in zip(starts, places[1:], strict=True)
+        encode_text(row.text[:start], tokenizer) == ids[: places[start]] for start in starts
     )
     if match and decode_answer(ids, tokenizer) == decode_answer(whole, tokenizer):
-        return ids, places[1:], True
+        return ids, places, True
     return whole, firsts, False
 
 

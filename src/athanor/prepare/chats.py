@@ -90,12 +90,14 @@ def _turn(value: Any, number: int, tools: list[Tool]) -> Turn:
     if content is not None and not isinstance(content, str):
         raise Fault("wrong_type", f"message {number}: expected a text, found {content!r:.60}")
     turn = Turn(role, content or "")
+    if value.get("weight") == 0:
+        turn.weight = 0
     calls = value.get("tool_calls")
     if calls is None and isinstance(value.get("function_call"), dict):
         calls = [value["function_call"]]
     if calls:
         turn.calls = _calls(calls, number, tools)
-    elif role != "tool" and not (content or "").strip():
+    elif role not in ("tool", "system") and not (content or "").strip():
         check = "empty_completion" if role == "assistant" else "empty_prompt"
         raise Fault(check, f"message {number}: no text under 'content'")
     turn.name = _text_of(value, "name")

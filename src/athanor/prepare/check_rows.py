@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import count, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from athanor import console
@@ -41,8 +42,9 @@ if TYPE_CHECKING:
 CHUNKS_AHEAD = 3
 # Names are numbered up to this many; the others share a number.
 MOST_NAMES = 1000
-# Between a folded question and a folded answer: a character that folding removes.
-BETWEEN = "\x1f"
+# Between what is asked and the answer, and after what is read beside the question, both folded:
+# characters that folding removes.
+BETWEEN, BESIDE = "\x1f", "\x1e"
 # Python's hash as an unsigned number. It differs between processes; a split needs a stable digest.
 BITS = 2**64 - 1
 
@@ -51,7 +53,8 @@ BITS = 2**64 - 1
 class Candidate:
     """A row of the first pass, before its tokens are known.
 
-    `folded` is its question and answer, folded, with BETWEEN between them; `digest` is of that.
+    `folded` is what the model reads and the answer, folded, with BETWEEN between them; `digest` is
+    of that and of the tools, `asked` a hash of what the model reads, 0 where nothing is asked.
     """
 
     record: Record
@@ -64,6 +67,7 @@ class Candidate:
     split: int
     folded: str
     digest: int
+    asked: int
     rendered: list[RenderedText] = field(default_factory=list)
 
 
@@ -165,13 +169,23 @@ class FirstPass:
         self, number: int, origin: int, record: Record, row: Row, faults: list[Fault]
     ) -> Candidate:
         line = self.builder.encode(row, record, faults)
-        folded = BETWEEN.join(
-            map(near_duplicates.fold, (row.question(), row.conversation.answer()))
+        question, context, tools = (
+            row.question(),
+            row.conversation.context(),
+            row.conversation.tools,
         )
-        digest = near_duplicates.digest(folded)
+        read = near_duplicates.fold(question)
+        if context:
+            read = f"{_fold_context(context)}{BESIDE}{read}"
+        folded = f"{read}{BETWEEN}{near_duplicates.fold(row.conversation.answer())}"
+        exact = msgspec.json.encode(tools).decode() if tools else ""
+        digest = near_duplicates.digest(folded + exact)
+        asked = hash((read, exact)) & BITS if question else 0
         split = self.origins[origin].split or near_duplicates.split_of(digest, self._shares)
         place = SPLITS.index(split)
-        return Candidate(record, number, False, origin, row, line, faults, place, folded, digest)
+        return Candidate(
+            record, number, False, origin, row, line, faults, place, folded, digest, asked
+        )
 
     def _augment(self, candidate: Candidate) -> Iterator[Candidate]:
         """Yield copies of a row with synonyms in its question, each different from the others."""
@@ -199,12 +213,15 @@ class FirstPass:
                 self._passes(candidate, [*candidate.faults, fault])
                 continue
             candidate.rendered = select_trained_texts(rendered, self.mask_prompt)
-            lost = templates.find_dropped_content(
-                candidate.row.conversation, candidate.rendered, self.tokenizer
-            )
+            conversation = candidate.row.conversation
+            lost = templates.find_dropped_content(conversation, candidate.rendered, self.tokenizer)
             if lost is not None:
                 text = f"the chat template leaves out {lost}"
                 candidate.faults.append(Fault("left_out_by_template", text))
+            if dropped := templates.find_dropped_thoughts(conversation, candidate.rendered):
+                numbers = ", ".join(map(str, dropped))
+                text = f"message {numbers}: the answer is learned without its thought"
+                candidate.faults.append(Fault("thought_left_out", text))
             accepted.append(candidate)
         return accepted
 
@@ -226,7 +243,6 @@ class FirstPass:
             self.token_checks.check_spelling("\n".join(row.conversation.texts()), faults)
             if not self._passes(candidate, faults):
                 continue
-            question, _, _ = candidate.folded.partition(BETWEEN)
             folded = candidate.folded if self._compares else ""
             lines[candidate.split].append(f"{folded}\t{candidate.line}\n")
             rows.append(
@@ -244,7 +260,7 @@ class FirstPass:
                     _number_of(source_of(candidate.record.value), self._sources),
                     hash(candidate.line) & BITS,
                     candidate.digest,
-                    hash(question) & BITS if question else 0,
+                    candidate.asked,
                 )
             )
         for file, of_split in zip(files, lines, strict=True):
@@ -260,6 +276,10 @@ class FirstPass:
         if not passes and self._change is not None:
             self._rejected.add(number)
         return passes
+
+
+# Most rows have the system message or the tools of others.
+_fold_context = lru_cache(maxsize=256)(near_duplicates.fold)
 
 
 def split_shares(origins: list[Origin], config: DataConfig) -> dict[str, float]:

@@ -55,7 +55,12 @@ class TokenChecks:
             spans = [span for text in texts for span in text.answer_spans]
             # The first token of a text is never predicted.
             counted = (behind - max(first, 1) for first, behind in spans if behind <= limit)
-            supervised = sum(counted) if self._mask_prompt else min(length, limit) - 1
+            if self._mask_prompt:
+                supervised = sum(counted)
+            elif whole.context_starts:
+                supervised = sum(texts[-1].truncate(limit).supervised[1:])
+            else:
+                supervised = min(length, limit) - 1
             end_cut = any(behind > limit for _, behind in spans)
             self._check_turns(row, texts, faults)
         cut = max(length - limit, 0)

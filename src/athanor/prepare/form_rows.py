@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from athanor.chat.conversation import Conversation
 from athanor.config.schema import DataConfig
 from athanor.errors import UserError
 from athanor.prepare.chats import without_end
@@ -64,6 +65,7 @@ class RowBuilder:
             self.cleaned.update(changed)
             if changed:
                 _check_texts_left(row)
+        self._check_turns(row.conversation, record)
         self.formats[origin][row.format] += 1
         return row
 
@@ -103,6 +105,29 @@ class RowBuilder:
             row = self._formats.row(without_end(value, kind, self.config), kind)
             record.fixed.append(fault)
             return row
+
+    def _check_turns(self, conversation: Conversation, record: Record) -> None:
+        """Take out system messages without a text, and the turns after the last learned answer."""
+        turns = conversation.turns
+        if any(turn.role == "system" and not turn.content.strip() for turn in turns):
+            self._mend("empty_system", "a system message without text", record)
+            turns = [turn for turn in turns if turn.role != "system" or turn.content.strip()]
+        learned = [place for place, turn in enumerate(turns, 1) if turn.learned]
+        if turns and not learned:
+            reason = "none of its answers is to be learned: each has the weight 0"
+            raise Fault("nothing_to_learn", reason)
+        if turns and learned[-1] < len(turns):
+            count = len(turns) - learned[-1]
+            self._mend("unlearned_end", f"{count} messages after the last learned answer", record)
+            turns = turns[: learned[-1]]
+        conversation.turns = turns
+
+    def _mend(self, name: str, text: str, record: Record) -> None:
+        """Count a fault as mended; raise it where it is not to be."""
+        fault = Fault(name, text)
+        if name not in self._fixes:
+            raise fault
+        record.fixed.append(fault)
 
     def _line(self, row: Row, record: Record) -> str:
         try:

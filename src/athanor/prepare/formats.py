@@ -42,11 +42,8 @@ class Row:
     subject: str | None = None
 
     def question(self) -> str:
-        """Return the question without system messages; "" for plain text and articles."""
-        if self.subject is not None:
-            return self.subject
-        turns = self.conversation.turns[:-1]
-        return "\n".join(turn.spoken() for turn in turns if turn.role != "system")
+        """Return what is asked, or the subject of a classification."""
+        return self.conversation.question() if self.subject is None else self.subject
 
     def reworded(self, change: Callable[[str], str]) -> "Row":
         """Return the row with its question, or its plain text, changed.
