@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from athanor.chat.template_probes import find_turn_end
 from athanor.errors import UserError
 from athanor.model.folder import inspect_folder
-from athanor.model.load import first_line, load_model
+from athanor.model.load import load_model, one_line
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -35,7 +35,7 @@ def load_tokenizer(folder: Path) -> "TokenizerWrapper":
         raise
     except BaseException as error:  # tokenizers, even their panics, and templates may raise any
         raise UserError(
-            "chat.tokenizer_not_loaded", folder=folder, error=first_line(error)
+            "chat.tokenizer_not_loaded", folder=folder, error=one_line(error)
         ) from error
     if end is not None:
         tokenizer.eos_token_ids = tokenizer.eos_token_ids | {end}

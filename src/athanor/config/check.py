@@ -205,7 +205,9 @@ def model_misfits(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:
         local = not is_hub_repo(model.path)
         config = inspect_folder(folder).config if local else read_config(folder)
     except UserError as error:
-        yield Problem(error.code, "model.path", **error.facts)
+        problem = Problem(error.code, "model.path")
+        problem.facts = error.facts
+        yield problem
     else:
         yield from training_misfits(config, train)
 

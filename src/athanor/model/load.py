@@ -33,7 +33,7 @@ def load_model(folder: Path) -> "nn.Module":
     try:
         model, _ = load_with_config(folder)
     except Exception as error:  # an architecture's code may raise any for an odd config.json
-        raise UserError("model.not_loaded", folder=folder, error=first_line(error)) from error
+        raise UserError("model.not_loaded", folder=folder, error=one_line(error)) from error
     if on_cpu():
         model.set_dtype(mx.float32)
         mx.eval(model.parameters())
@@ -41,10 +41,10 @@ def load_model(folder: Path) -> "nn.Module":
     return model
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error, and its kind where its text alone says little."""
-    text = next(iter(str(error).strip().splitlines()), "")
-    return text[:400] if " " in text else f"{type(error).__name__} {text[:400]}".strip()
+def one_line(error: BaseException) -> str:
+    """Return an error's text in a line, with its kind where the text alone says little."""
+    text = " ".join(str(error).split())[:400]
+    return text if " " in text else f"{type(error).__name__} {text}".strip()
 
 
 def refuse_not_finite(model: "nn.Module", folder: Path) -> None:
