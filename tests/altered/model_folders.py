@@ -89,6 +89,8 @@ def work(folder: Path) -> None:
     except Exception as error:  # prepare reports rows that a template refuses
         raise UserError("chat.faults", model=folder, faults=[error]) from error
     texts = tokenize_rows(rows, tokenizer, True, 64, contract.end)
+    if not texts:
+        raise UserError("chat.faults", model=folder, faults=["the template writes no row"])
     make_trainable(model, config.train, 0)
     forward = Forward.from_model(model, texts)
     learner = Learner(trainable_weights(model), optim.Adam(learning_rate=1e-3), max_grad_norm=1.0)
