@@ -2,27 +2,65 @@
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from math import isfinite
 from typing import Any, NoReturn
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 
 from athanor import switches
 from athanor.errors import UserError
 
+# Characters that a terminal obeys instead of showing them (C0 but tabs and line feeds, DEL, C1),
+# that turn the direction of a line, or that no output can encode.
+OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def visible(text: str) -> str:
+    """Return a text with each character that a terminal would obey as its escape.
+
+    A byte of a file's name that is not UTF-8, a lone surrogate in Python, becomes `\\xff`.
+    """
+    return OBEYED.sub(_escape_of, text)
+
+
+def _escape_of(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+class _Terminal(Console):
+    """A console that prints every text as text; only rich's own controls reach the terminal."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Yield the segments of what is printed."""
+        for segment in super().render(renderable, options):
+            if segment.control is None and OBEYED.search(segment.text):
+                yield Segment(visible(segment.text), segment.style)
+            else:
+                yield segment
+
+
 # DVC's log is no terminal: a width of 80 would break paths there.
-out = Console(width=None if sys.stdout.isatty() else 100, soft_wrap=False)
-err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
+out = _Terminal(width=None if sys.stdout.isatty() else 100, soft_wrap=False)
+err = _Terminal(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
 
 # The numbers of an OSError where a disk or a person's share of it is full.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -69,7 +107,7 @@ def _exit_with_error(text: str) -> NoReturn:
 
 
 def _exit_with_traceback() -> NoReturn:
-    traceback.print_exc()
+    print(visible(traceback.format_exc()), end="", file=sys.stderr)
     err.print("[bold red]unexpected error[/]: please include the traceback above in a bug report")
     sys.exit(1)
 
@@ -113,7 +151,7 @@ def print_facts(title: str, facts: dict[str, Any]) -> None:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, escape(str(value)))
+        table.add_row(name, escape(visible(str(value))))
     out.print(table)
 
 
@@ -121,7 +159,7 @@ def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
     """Print a table with a header."""
     table = Table(*head, box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(visible(cell)) for cell in row))
     out.print(table)
 
 

@@ -33,6 +33,7 @@ from athanor.prepare.check_rows import FirstPass
 from athanor.prepare.checks import Findings
 from athanor.prepare.compare_rows import compare_rows
 from athanor.prepare.prepare import prepare
+from athanor.prepare.streams import Limits
 from athanor.prepare.tally import Tally
 from support.refused import refused
 
@@ -168,12 +169,14 @@ POOL = "的一是了我不人在他有这个上们来到时大地为子中你说
 CHANCE = random.Random(0)
 HAN = [pair(*("".join(CHANCE.sample(POOL, 12)) for _ in range(2))) for _ in range(30)]
 SYSTEM = {"role": "system", "content": "你是<|im_end|>助手"}
+LIMITS = Limits(row=10**6, file=10**8)
 HALF_A_LINE = '{"prompt": "为什么", "compl'
 LONG = "很长的问题" * 40
 ENDS_WITH_CONTEXT = [*turns("a", "b", "c"), {"role": "assistant", "content": "d", "weight": 0}]
 OVER_LINES = '{"prompt": "海水为什么咸",\n "completion": "有盐"}'
 TWO = '{"prompt": "海水为什么咸", "completion": "有盐"} {"prompt": "谁", "completion": "我"}'
-GB18030 = '{"prompt": "中文", "completion": "编码"}'.encode("gb18030")
+LATIN = '{"prompt": "café", "completion": "là"}'.encode("latin-1")
+WRITTEN = line(pair("月亮的光是什么", "是太阳的光")).encode().decode("unicode_escape")
 
 TABLE = [
     # Files
@@ -188,11 +191,19 @@ TABLE = [
         stays=2,
         whole_file=True,
     ),
-    beside("semicolons", "unreadable_file", "b.csv", "prompt;completion\na;b\n", 1),
-    beside("utf-16-jsonl", "unreadable_file", "b.jsonl", '{"text": "a"}'.encode("utf-16"), 1),
-    beside("utf-16-json", "unreadable_file", "b.json", '[{"text": "a"}]'.encode("utf-16"), 1),
-    beside("utf-16-csv", "unreadable_file", "b.csv", "text\na\n".encode("utf-16"), 1),
-    beside("utf-16-md", "unreadable_file", "b.md", "# A\n\nb\n".encode("utf-16"), 1),
+    beside("semicolons", "delimiter", "b.csv", "prompt;completion\na;b\n", 1),
+    beside("utf-16-jsonl", "encoding", "b.jsonl", '{"text": "a"}'.encode("utf-16"), 1),
+    beside("utf-16-json", "encoding", "b.json", '[{"text": "a"}]'.encode("utf-16"), 1),
+    beside("utf-16-csv", "encoding", "b.csv", "text\na\n".encode("utf-16"), 1),
+    beside("utf-16-md", "encoding", "b.md", "# A\n\nb\n".encode("utf-16"), 1),
+    beside("gb18030", "encoding", "b.jsonl", WRITTEN.encode("gb18030"), 1),
+    jsonl(
+        "a-row-too-large",
+        "too_large",
+        pair("x" * 300, "y"),
+        row=line(pair("x" * 300, "y"))[:201],
+        config={"max_row_bytes": 200},
+    ),
     beside("no-parquet", "unreadable_file", "b.parquet", b"PAR1 is all that it says", 1),
     beside("half-a-parquet", "unreadable_file", "b.parquet", parquet_bytes(GOOD["text"])[:-20], 1),
     beside("a-column-twice", "unreadable_file", "b.csv", "prompt,prompt\na,b\n", 1),
@@ -206,16 +217,16 @@ TABLE = [
         )
     ),
     # Bytes and characters
-    jsonl("gb18030-jsonl", "invalid_utf8", GB18030, row=GB18030.decode(errors="backslashreplace")),
+    jsonl("latin-1-jsonl", "invalid_utf8", LATIN, row=LATIN.decode(errors="backslashreplace")),
     jsonl("cut-utf-8", "invalid_utf8", b'{"text": "\xe4\xbd"}', row='{"text": "\\xe4\\xbd"}'),
-    beside("gb18030-json", "invalid_utf8", "b.json", b"[\n" + GB18030 + b"]", 2, whole_file=True),
+    beside("latin-1-json", "invalid_utf8", "b.json", b"[\n" + LATIN + b"]", 2, whole_file=True),
     beside(
-        "gb18030-md",
+        "latin-1-md",
         "invalid_utf8",
         "b.md",
-        "# A\n\n中文\n".encode("gb18030"),
+        "# A\n\ncafé\n".encode("latin-1"),
         3,
-        row="# A\n\n\\xd6\\xd0\\xce\\xc4\n",
+        row="# A\n\ncaf\\xe9\n",
     ),
     of_csv("gb18030-csv", "invalid_utf8", "中,b".encode("gb18030"), ["\udcd6\udcd0", "b"]),
     jsonl("half-an-emoji", "half_character", pair("好\ud83d", "好的")),
@@ -690,7 +701,17 @@ def test_warn_counts_the_row_and_keeps_it(bad: Bad, shop: Shop, strange: Path) -
     assert shop.rows("rejected") == []
 
 
+ONE = [chat("a", "b")]
 MENDED: list[tuple[str, Files, list[Object]]] = [
+    ("encoding", {"train.jsonl": line(pair("a", "b")).encode("utf-16")}, ONE),
+    ("encoding", {"train.csv": "prompt,completion\na,b\n".encode("utf-16-le")}, ONE),
+    (
+        "encoding",
+        {"train.jsonl": WRITTEN.encode("gb18030")},
+        [chat("月亮的光是什么", "是太阳的光")],
+    ),
+    ("delimiter", {"train.csv": "prompt;completion\na;b\n"}, ONE),
+    ("delimiter", {"train.csv": "prompt\tcompletion\ra\tb\r"}, ONE),
     (
         "byte_order_mark",
         {"train.jsonl": codecs.BOM_UTF8 + line(pair("a", "b")).encode()},
@@ -976,7 +997,7 @@ def test_a_list_ends_where_its_file_does(text: str, shop: Shop) -> None:
 def test_a_header_that_cannot_be_read_ends_its_file(shop: Shop) -> None:
     """The line below a header is no header."""
     good = table(*map(line, GOOD["completions"]))
-    rows = "题,答\nprompt,completion\na,b\n".encode("gb18030")
+    rows = "é,à\nprompt,completion\na,b\n".encode("latin-1")
     shop.write({"train/a.csv": rows, "train/b.jsonl": good})
     shop.prepare(checks={"invalid_utf8": SKIP, "unreadable_file": WARN})
     assert len(shop.rows("train")) == 2
@@ -1206,7 +1227,7 @@ def through(conf: Config, tiny: Path) -> Try:
             )
             with (out / "rejected.jsonl").open("w", encoding="utf-8") as rejected:
                 findings = Findings(checks, rejected)
-                read, _ = origins.find_files(data, count, config.data.article_tokens, [])
+                read, _ = origins.find_files(data, count, config.data.article_tokens, [], LIMITS)
                 first = FirstPass(read, config, tokenizer, tokenizer.eos_token_id, findings)
                 tally = first.run(out)
                 compare_rows(tally, config.data, findings, out)

@@ -27,6 +27,7 @@ from athanor.prepare.checks import Findings
 from athanor.prepare.origins import Origin
 from athanor.prepare.prepare import prepare
 from athanor.prepare.records import Record
+from athanor.prepare.streams import Limits
 from athanor.prepare.tally import CHUNK
 from support import templated
 from support.refused import refused
@@ -513,11 +514,13 @@ def test_splits_are_named_by_files_and_folders(prepared: Prepare, tmp_path: Path
     (tmp_path / "elsewhere").mkdir()
     row = json.dumps(pair("在别处", "是的"))
     (tmp_path / "elsewhere" / "c.jsonl").write_text(row, encoding="utf-8")
-    (data / "valid").symlink_to(tmp_path / "elsewhere")
+    (data / "valid").symlink_to(tmp_path / "elsewhere")  # leaves the folder
     (data / "mine" / "again").symlink_to(data)  # leads back
     report = prepared()
-    assert [report["splits"][split]["rows"] for split in SPLITS] == [3, 2, 2]
-    assert report["checks"] == []
+    assert [report["splits"][split]["rows"] for split in SPLITS] == [3, 1, 2]
+    [check] = report["checks"]
+    assert check["name"] == "unknown_file"
+    assert [example["where"] for example in check["examples"]] == [str(data / "valid")]
 
 
 def test_a_long_list_of_json_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,7 +541,7 @@ def test_a_long_list_of_json_is_read_once(tmp_path: Path, monkeypatch: pytest.Mo
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     parsed = read_json.parse
     monkeypatch.setattr(read_json, "parse", lambda text, start=0: parsed(Counting(text), start))
-    [origin], _ = origins.find_files(tmp_path, len, 100, [])
+    [origin], _ = origins.find_files(tmp_path, len, 100, [], Limits(10**6, 10**8))
     assert [record.value for record in origin.read(frozenset())] == rows
     assert 0 < looked_at < 3 * path.stat().st_size
 
@@ -585,7 +588,7 @@ def test_the_report_counts_what_there_is(prepared: Prepare, tmp_path: Path) -> N
     report = prepared(
         train__jsonl=rows,
         valid__jsonl=[{"text": "好 <script>alert(1)</script>", "label": "好"}],
-        notes__txt="不读",
+        notes__docx="不读",
     )
     train = report["splits"]["train"]
     assert train["labels"] == {"好": 29, "差": 1}
@@ -594,7 +597,7 @@ def test_the_report_counts_what_there_is(prepared: Prepare, tmp_path: Path) -> N
     assert sum(bar["rows"] for bar in train["lengths"]) == 30
     checks = {check["name"]: check for check in report["checks"]}
     assert checks["imbalance"]["examples"][0]["text"].startswith("97% of 30 rows have the label")
-    assert checks["unknown_file"]["examples"][0]["where"].endswith("notes.txt")
+    assert checks["unknown_file"]["examples"][0]["where"].endswith("notes.docx")
     learned = [text for text, marked in report["samples"]["train"][0]["pieces"] if marked]
     assert learned == ["差<|im_end|>"]
     out = tmp_path / "out"

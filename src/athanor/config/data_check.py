@@ -22,9 +22,11 @@ STOP, SKIP, FIX, WARN, IGNORE = "stop", "skip", "fix", "warn", "ignore"
 
 # The description of each check, and the actions that it may have.
 CHECKS: dict[str, tuple[str, str]] = {
-    "unknown_file": ("a file of an unsupported type", "stop warn"),
+    "unknown_file": ("a file of an unsupported type, or a link out of the folder", "stop warn"),
     "shared_out": ("a file without a split's name beside files with one", "stop warn"),
     "unreadable_file": ("a file that does not have the format of its name", "stop warn"),
+    "encoding": ("a text file in another encoding than UTF-8", "stop fix"),
+    "delimiter": ("a CSV file whose columns are not separated by commas", "stop fix"),
     "byte_order_mark": ("a byte order mark at the start of a file", "stop fix"),
     "invalid_utf8": ("bytes that are not UTF-8", "stop skip"),
     "invalid_json": ("invalid JSON", "stop skip"),
@@ -34,6 +36,7 @@ CHECKS: dict[str, tuple[str, str]] = {
     "not_a_number": ("NaN or infinity, which JSON does not have", "stop skip"),
     "half_character": ("a lone surrogate: half a character, as of a cut emoji", "stop skip fix"),
     "wrong_columns": ("a CSV line that does not match the header", "stop skip"),
+    "too_large": ("a row of more than data.max_row_bytes", "stop skip"),
     "not_an_object": ("JSON that is not an object", "stop skip"),
     "image": ("a row with images, which language models do not read", "stop skip"),
     "missing_key": ("a row without the keys of any format, or of its file's", "stop skip"),

@@ -120,6 +120,8 @@ RULES = (
         "config.too_small",
         (
             "data.article_tokens",
+            "data.max_row_bytes",
+            "data.max_file_bytes",
             "train.rank",
             "train.batch_size",
             "train.iters",

@@ -43,6 +43,8 @@ class DataConfig:
     dataset_revision: str | None = MISSING
     valid_size: float = MISSING
     test_size: float = MISSING
+    max_row_bytes: int = MISSING
+    max_file_bytes: int = MISSING
     min_quality: float | None = MISSING
     leak_similarity: float = MISSING
     imbalance_share: float = MISSING

@@ -10,12 +10,17 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-_MARKDOWN = MarkdownIt("commonmark").enable("table")
+# Blocks alone: inside them only headings are read, and inline parsing takes a hundred times longer.
+_BLOCKS = MarkdownIt("commonmark").enable("table").disable(["inline", "text_join"])
+_INLINE = MarkdownIt("commonmark")
+# No heading is meant to be longer.
+_LONGEST_HEADING = 2000
 _WHOLE = {"fence", "code_block", "html_block", "table_open"}
 _NESTS = {"bullet_list_open", "ordered_list_open", "list_item_open", "blockquote_open"}
 # As in Pandoc: a rule with an empty line below it opens no front matter.
@@ -48,6 +53,8 @@ _CUTS = tuple(
 )
 # Not \X of `regex`: it takes quadratic time for a run of flags, and splits pairs of surrogates.
 _CHARACTER = re.compile("[\U0001f1e6-\U0001f1ff]{2}|[\ud800-\udbff][\udc00-\udfff]|.", re.S)
+
+_PARAGRAPH = re.compile(r"\S(?:[^\n]|\n(?![ \t]*(?:\n|\Z)))*")
 
 _Span = tuple[int, int]  # the first character, and the one behind the last
 _Part = tuple[str, int, int]  # the text between it and the part before it, and its span
@@ -84,8 +91,9 @@ def pieces(text: str, *, name: str, count: Callable[[str], int], budget: int) ->
         return count(text[start:end]) <= budget
 
     # The parser can not encode a lone surrogate in a link; the lines themselves keep it.
-    tokens = _MARKDOWN.parse(re.sub("[\ud800-\udfff]", "\ufffd", text))
-    for path, blocks in _sections(_groups(tokens), title or name):
+    links: dict[str, Any] = {}
+    tokens = _BLOCKS.parse(re.sub("[\ud800-\udfff]", "\ufffd", text), links)
+    for path, blocks in _sections(_groups(tokens), title or name, links):
         parts: list[_Part] = []
         for block in blocks:
             first, last = block[0].map or (0, 0)
@@ -96,6 +104,27 @@ def pieces(text: str, *, name: str, count: Callable[[str], int], budget: int) ->
         for first, last in _packed(text, parts, count, budget):
             line = bisect_right(offsets, parts[first][1])
             yield Piece(line, path, _joined(text, parts[first:last]))
+
+
+def plain_pieces(
+    text: str, *, name: str, count: Callable[[str], int], budget: int
+) -> Iterator[Piece]:
+    """Yield the pieces of a plain text, as `pieces` does: blank lines separate its paragraphs."""
+    text = re.sub(r"\r\n?", "\n", text)
+    offsets = list(accumulate((len(line) + 1 for line in text.split("\n")), initial=0))
+
+    def fits(start: int, end: int) -> bool:
+        return count(text[start:end]) <= budget
+
+    parts: list[_Part] = []
+    for match in _PARAGRAPH.finditer(text):
+        before = -1
+        for start, end in _cut(text, match.start(), match.end(), _CUTS, fits):
+            parts.append(("\n\n" if before < 0 else text[before:start], start, end))
+            before = end
+    for first, last in _packed(text, parts, count, budget):
+        line = bisect_right(offsets, parts[first][1])
+        yield Piece(line, (name,), _joined(text, parts[first:last]))
 
 
 def _front(text: str) -> tuple[str, str]:
@@ -125,8 +154,11 @@ def _groups(tokens: Sequence[Token]) -> list[list[Token]]:
     return groups
 
 
-def _sections(groups: list[list[Token]], title: str) -> Iterator[_Section]:
-    """Yield the article's sections, including those without a block of text."""
+def _sections(groups: list[list[Token]], title: str, links: dict[str, Any]) -> Iterator[_Section]:
+    """Yield the article's sections, including those without a block of text.
+
+    `links` has the definitions of links, as the parser of blocks found them.
+    """
     headings: list[tuple[int, str]] = []
     blocks: list[list[Token]] = []
     begun = False
@@ -137,7 +169,7 @@ def _sections(groups: list[list[Token]], title: str) -> Iterator[_Section]:
             continue
         if token.type == "heading_open":
             yield (title, *(heading for _, heading in headings)), blocks
-            level, heading, blocks = int(token.tag[1]), _plain(group[1]), []
+            level, heading, blocks = int(token.tag[1]), _plain(group[1].content, links), []
             if level == 1 and not begun:
                 title = heading or title
             headings = [above for above in headings if above[0] < level]
@@ -149,12 +181,13 @@ def _sections(groups: list[list[Token]], title: str) -> Iterator[_Section]:
     yield (title, *(heading for _, heading in headings)), blocks
 
 
-def _plain(heading: Token) -> str:
+def _plain(heading: str, links: dict[str, Any]) -> str:
+    [inline] = _INLINE.parseInline(heading[:_LONGEST_HEADING], links)
     words = (
         token.content
         if token.type in ("text", "code_inline", "image")
         else " " * ("break" in token.type)
-        for token in heading.children or []
+        for token in inline.children or []
     )
     return " ".join("".join(words).split())
 

@@ -32,7 +32,7 @@ from athanor.prepare.form_rows import RowBuilder, source_of
 from athanor.prepare.formats import Row
 from athanor.prepare.origins import Origin
 from athanor.prepare.records import Record
-from athanor.prepare.tally import COLUMNS, Tally, chunks
+from athanor.prepare.tally import COLUMNS, Tally, sized_chunks
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -116,7 +116,7 @@ class FirstPass:
             task = bar.add_task("read rows", total=sum(lines))
             # The tokenizer's own threads read some chunks while the next ones are prepared here.
             waiting: deque[tuple[list[Candidate], Future[list[Encoding]]]] = deque()
-            for records in chunks(self._records()):
+            for records in sized_chunks(self._records(), lambda item: item[2].size):
                 candidates = self._render(
                     [candidate for record in records for candidate in self._candidates(*record)]
                 )

@@ -92,7 +92,7 @@ class Formats:
 
     def of_file(self, path: str) -> str:
         """Return the format that the configuration gives a file; `auto` if none."""
-        if path.lower().endswith(".md"):
+        if path.lower().removesuffix(".gz").endswith((".md", ".txt")):
             return "article"
         for pattern, name in self.config.formats.items():
             if fnmatch(path.rpartition("/")[2], pattern) or fnmatch(path, pattern):

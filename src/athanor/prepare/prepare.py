@@ -13,11 +13,12 @@ from athanor.errors import UserError
 from athanor.model.source import resolve_source
 from athanor.paths import SPLITS
 from athanor.prepare.check_rows import FirstPass
-from athanor.prepare.checks import Findings
+from athanor.prepare.checks import NAMED, Findings
 from athanor.prepare.compare_rows import compare_rows
 from athanor.prepare.origins import SUFFIXES, Origin, find_dataset, find_files
 from athanor.prepare.report import build_report, lengths_csv, mark_samples, metrics_of
 from athanor.prepare.report_page import page
+from athanor.prepare.streams import Limits
 
 
 def prepare(data: Path, out: Path, cfg: Config) -> dict[str, Any]:
@@ -43,7 +44,13 @@ def prepare(data: Path, out: Path, cfg: Config) -> dict[str, Any]:
     if config.dataset is not None:
         origins = find_dataset(config.dataset, config.dataset_config, config.dataset_revision)
     else:
-        origins, skipped = find_files(data, count, config.article_tokens, list(config.formats))
+        limits = Limits(config.max_row_bytes, config.max_file_bytes)
+        origins, skipped = find_files(
+            data, count, config.article_tokens, list(config.formats), limits
+        )
+    if not origins and skipped:
+        listing = "\n  ".join(f"{path}: {reason}" for path, reason in skipped[:NAMED])
+        raise UserError("prepare.no_file_read", folder=data, listing=listing)
     if not origins:
         raise UserError("prepare.no_rows", folder=data, suffixes=SUFFIXES)
     out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,8 @@ NOT_UTF8 = "bytes that are not UTF-8; save the file as UTF-8"
 class Record:
     """A row as it was written: its parsed value, or its text if it can't be parsed.
 
-    `line` counts from 1: lines in text files, rows in Parquet. `fixed` holds the mended faults.
+    `line` counts from 1: lines in text files, rows in Parquet. `fixed` holds the mended faults;
+    `size` is about its number of bytes, 0 for a small one.
     """
 
     path: str
@@ -21,6 +22,7 @@ class Record:
     value: Any
     faults: list[Fault] = field(default_factory=list)
     fixed: list[Fault] = field(default_factory=list)
+    size: int = 0
 
     @property
     def where(self) -> str:
@@ -46,3 +48,10 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def exceeds(text: str, limit: int) -> bool:
+    """Return True for a text of more than `limit` bytes in UTF-8."""
+    if 4 * len(text) <= limit:  # no character takes more bytes
+        return False
+    return len(text) > limit or len(text.encode(errors="surrogatepass")) > limit

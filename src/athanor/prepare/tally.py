@@ -1,7 +1,7 @@
 """The numbers of each row that passed, which stay in memory while the rows do not."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,6 +12,8 @@ from athanor.prepare.origins import Origin
 
 # Rows that are handled together: enough for the tokenizer to use every core.
 CHUNK = 1000
+# Their encodings take a hundred times the memory of their texts.
+CHUNK_BYTES = 500_000
 
 # `record` numbers the records in the order of reading, from 0; augmented rows have the number of
 # theirs. `whole`, `folded` and `question` are hashes of the row, its folded text and its question.
@@ -57,4 +59,17 @@ def chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
     """Yield items in lists of CHUNK, the last one shorter."""
     iterator = iter(items)
     while chunk := list(islice(iterator, CHUNK)):
+        yield chunk
+
+
+def sized_chunks(items: Iterable[Any], size: Callable[[Any], int]) -> Iterator[list[Any]]:
+    """Yield items in lists of CHUNK, or shorter ones from CHUNK_BYTES on."""
+    chunk, total = [], 0
+    for item in items:
+        chunk.append(item)
+        total += size(item)
+        if len(chunk) == CHUNK or total > CHUNK_BYTES:
+            yield chunk
+            chunk, total = [], 0
+    if chunk:
         yield chunk
