@@ -7,11 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from athanor.config import schema
 from athanor.config.check import ConfigError
 from athanor.config.compose import compose_config, load_config
+from athanor.config.overrides import parse_override
 from athanor.config.params_file import write_params
 from athanor.config.values import flatten
 from athanor.paths import Workspace
@@ -150,11 +152,89 @@ def test_all_problems_are_reported_together_with_their_places(conf: Path) -> Non
         ("fuse.registered_model_name=a/b", "registered_name", "fuse.registered_model_name"),
         ("train=5", "unknown_option", "train=5"),
         ("optimizer=adam", "unknown_key", "optimizer"),
+        ("train.rank=???", "missing_key", "train.rank"),
+        ("data.checks.leak=???", "missing_key", "data.checks.leak"),
+        ("~train", "no_deletion", "~train"),
+        ("~train=lora", "no_deletion", "~train=lora"),
+        ("train=null", "no_deletion", "train=null"),
+        ("~train.rank", "no_deletion", "~train.rank"),
+        ("~seed", "no_deletion", "~seed"),
+        ("~experiment=facts", "not_selected", "~experiment=facts"),
+        ("train=lora,dora", "several_values", "train=lora,dora"),
+        ("train.rank=range(1,9)", "several_values", "train.rank=range(1,9)"),
+        ("seed=18446744073709551616", "over_64_bits", "seed"),
+        ("train.warmup=100000000000000000000", "over_64_bits", "train.warmup"),
+        ("train.warmup=2147483648", "beyond", "train.warmup"),
+        ("train.warmup=1e20", "wrong_type", "train.warmup"),
+        (f"train.warmup={'9' * 5000}", "no_override", f"train.warmup={'9' * 5000}"),
+        ("train.activations_memory=1e300", "beyond", "train.activations_memory"),
+        ("train.scale=1e-300", "below_float32", "train.scale"),
+        ("train.rank=193", "rank_above_width", "train.rank"),
+        ("train.rank=1000000000", "rank_above_width", "train.rank"),
+        ("train.rank=[8]", "wrong_type", "train.rank"),
+        ("train.rank.x=1", "unknown_key", "train.rank.x"),
+        ("train.rank=${seeds}", "no_interpolation", "train.rank"),
+        ("train.rank=${train}", "no_interpolation", "train.rank"),
+        ("train.rank=${oc.env:NO_SUCH_NAME}", "no_interpolation", "train.rank"),
+        ("data.min_quality=inf", "not_finite", "data.min_quality"),
+        ("data.augment_copies=1001", "beyond", "data.augment_copies"),
+        ("data.checks.leak=5", "not_an_option", "data.checks.leak"),
+        ("data.clean.html=maybe", "wrong_type", "data.clean.html"),
+        ("data.synonyms.高兴=5", "wrong_type", "data.synonyms.高兴"),
+        (f"data.label_prompt='{'{{' + '(' * 300}'", "no_template", "data.label_prompt"),
+        (f"model.path={'x' * 5000}", "path_too_long", "model.path"),
+        (f"data.dataset=x/{'x' * 256}", "path_too_long", "data.dataset"),
+        (f"model.path=x/{'x' * 200}", "model.repository_too_long", "model.path"),
+        (
+            f"fuse.registered_model_name={'x' * 251}",
+            "registered_name",
+            "fuse.registered_model_name",
+        ),
+        ("hydra.run.dir=x", "only_in_a_sweep", "hydra.run.dir=x"),
+        ("model@data=tiny", "changed_package", "model@data=tiny"),
+        ("--dry-run", "unknown_flag", "--dry-run"),
+        ("-m", "unknown_flag", "-m"),
+        ("train.rank", "no_override", "train.rank"),
+        ("=5", "no_override", "=5"),
+        ("train.rank=[[[", "no_override", "train.rank=[[["),
+        (f"train.rank={'[' * 3000}", "no_override", f"train.rank={'[' * 3000}"),
+        ("fuse.system=\udcff", "unreadable_text", "fuse.system"),
     ],
 )
 def test_impossible_values_are_refused(conf: Path, override: str, code: str, key: str) -> None:
     with refused_keys((code if "." in code else f"config.{code}", key)):
         compose_config(conf, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("data.prompt_feature=问题", "data.prompt_feature", "问题"),
+        ("data.prompt_feature=ｆｕｌｌ", "data.prompt_feature", "ｆｕｌｌ"),
+        ("data.prompt_feature=Größe", "data.prompt_feature", "Größe"),
+        ("data.prompt_feature=🙂", "data.prompt_feature", "🙂"),
+        ("data.prompt_feature=我的 问题", "data.prompt_feature", "我的 问题"),
+        ("data.prompt_feature='问题'", "data.prompt_feature", "问题"),
+        ("data.labels=[是, 否, 5]", "data.labels", ["是", "否", "5"]),
+        ("data.synonyms={高兴: [快乐, 开心]}", "data.synonyms", {"高兴": ["快乐", "开心"]}),
+        ("data.synonyms.高兴=[快乐, 开心]", "data.synonyms", {"高兴": ["快乐", "开心"]}),
+        ("fuse.system=你好，世界。", "fuse.system", "你好，世界。"),
+        ("train.rank='9'", "train.rank", 9),
+        ("seed=18446744073709551615", "seed", 2**64 - 1),
+        ("train.rank=192", "train.rank", 192),
+        ("train.lr_end=${train.learning_rate}", "train.lr_end", 2e-4),
+        ("data.checks.leak=stop", "data.leak_similarity", 0.7),
+    ],
+)
+def test_values_in_any_script_are_taken(conf: Path, override: str, key: str, value: object) -> None:
+    assert flatten(compose_config(conf, [override]))[key] == value
+
+
+def test_values_of_several_scripts_are_swept() -> None:
+    override = parse_override("train.resume=适配器/a,b c")
+    assert list(override.sweep_string_iterator()) == ["'适配器/a'", "b\\ c"]
+    hydras = OverridesParser.create().parse_override(str(override.input_line))
+    assert list(hydras.sweep_string_iterator()) == list(override.sweep_string_iterator())
 
 
 def test_a_name_in_the_registry_needs_a_model_there(conf: Path) -> None:

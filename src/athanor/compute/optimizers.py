@@ -19,6 +19,10 @@ OPTIMIZERS: dict[str, type[optim.Optimizer]] = {
     "muon": optim.Muon,
 }
 
+# Bounds of options: decays of moments; steps of muon's iteration, which has converged by then; and
+# all others, of which none is sensible beyond 10.
+MOST_OF_SHARES, MOST_STEPS, MOST = 1, 100, 1e6
+
 Schedule = Callable[[mx.array], mx.array]
 
 
@@ -78,11 +82,41 @@ def optimizer_misfits(options: dict[str, dict[str, Any]]) -> Iterator[Problem]:
                     default=repr(default),
                     value=repr(value),
                 )
+            elif not _in_range(key, value):
+                refused = True
+                yield Problem(
+                    "config.option_out_of_range",
+                    f"{section}.{name}.{key}",
+                    range=_describe_range(key),
+                    value=repr(value),
+                )
         if not refused:
             try:
                 build_optimizer(name, values, 1.0)
             except ValueError as error:
                 yield Problem("config.refused_by_mlx", f"{section}.{name}", error=str(error))
+
+
+def _is_share(key: str) -> bool:
+    """Return whether an option is a decay of a moment: at 1, it would never change."""
+    return key.startswith("beta") or key == "momentum"
+
+
+def _describe_range(key: str) -> str:
+    if _is_share(key):
+        return f"at least 0 and below {MOST_OF_SHARES}"
+    return f"at most {MOST_STEPS if key == 'ns_steps' else MOST:g}"
+
+
+def _in_range(key: str, value: Any) -> bool:
+    """Return whether the numbers of an option are some that an optimizer can compute with."""
+    if isinstance(value, list | tuple):
+        return all(_in_range(key, each) for each in value)
+    if value is None or isinstance(value, bool):
+        return True
+    if _is_share(key):
+        return 0 <= value < MOST_OF_SHARES
+    return abs(value) <= (MOST_STEPS if key == "ns_steps" else MOST)
 
 
 def _same_type(value: Any, default: Any) -> bool:

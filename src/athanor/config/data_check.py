@@ -110,7 +110,11 @@ def compile_template(text: str) -> Template:
     Raises:
         jinja2.TemplateSyntaxError: where the text is none.
     """
-    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment = SandboxedEnvironment(
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        optimized=False,  # else it computes what is constant, such as 9**9**9, without an end
+    )
     return environment.from_string(text)
 
 
@@ -139,3 +143,5 @@ def _syntax(key: str, text: Any) -> Iterator[Problem]:
         compile_template(str(text))
     except TemplateError as error:
         yield Problem("config.no_template", key, error=error.message)
+    except (SyntaxError, RecursionError, MemoryError, ValueError) as error:  # of Python's compiler
+        yield Problem("config.no_template", key, error=type(error).__name__)

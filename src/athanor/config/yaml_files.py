@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.plugins.config_source import ConfigSource
 from omegaconf._utils import get_yaml_loader
 
 from athanor.errors import Problem
@@ -58,7 +59,7 @@ def read_yaml(path: Path) -> YamlFile:
         loader = get_yaml_loader()(text)
         root = loader.get_single_node()
         if root is None:
-            return YamlFile(path, package=_package(text))
+            return YamlFile(path, package=_package(path, text))
         _refuse_expansion(path, root)
         tree = loader.construct_document(root)
     except yaml.MarkedYAMLError as error:
@@ -76,7 +77,7 @@ def read_yaml(path: Path) -> YamlFile:
     except (ValueError, TypeError, OverflowError) as error:
         raise FileError(Problem("config.invalid_yaml", str(path), error=error)) from error
     lines = dict(_lines(root, ""))
-    return YamlFile(path, tree, lines, _comments(text, lines), _package(text))
+    return YamlFile(path, tree, lines, _comments(text, lines), _package(path, text))
 
 
 def _read_text(path: Path) -> str:
@@ -168,12 +169,9 @@ def _comments(text: str, lines: dict[str, int]) -> dict[str, str]:
     return comments
 
 
-def _package(text: str) -> str | None:
-    """Return the package that the comments at the start of a file name."""
-    for line in text.splitlines():
-        words = line.strip().lstrip("#").split()
-        if line.strip() and not line.lstrip().startswith("#"):
-            return None
-        if words[:1] == ["@package"] and len(words) > 1:
-            return words[1]
-    return None
+def _package(path: Path, text: str) -> str | None:
+    """Return the package that the first lines of a file name, as Hydra reads them."""
+    try:
+        return ConfigSource._get_header_dict(text[:512])["package"]
+    except ValueError as error:
+        raise FileError(Problem("config.invalid_yaml", f"{path}:1", error=error)) from error
