@@ -105,6 +105,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=5, help="kills in test_resuming")
+    parser.addoption("--settings", type=int, default=100, help="examples in test_random_settings")
     parser.addoption("--altered", type=int, default=40, help="altered folders of each kind")
 
 

@@ -5,8 +5,12 @@ their values without types, and the values of the command line are put in afterw
 of a file, typo, wrong type and impossible value is reported, each with its place.
 """
 
+import hashlib
 import os
-from dataclasses import dataclass
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +27,7 @@ from athanor.config.conf_files import ConfFiles, config_groups
 from athanor.config.overrides import Overrides, sort_overrides
 from athanor.config.schema import Config
 from athanor.config.values import flatten
-from athanor.config.yaml_files import FileError, YamlFile, read_yaml
+from athanor.config.yaml_files import MOST_BYTES, FileError, YamlFile, read_yaml
 from athanor.errors import Problem, UserError
 from athanor.paths import Workspace
 
@@ -225,16 +229,44 @@ def warn_if_params_differ_from_conf(config: Config) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Contents:
+    """The contents of conf/: equal for folders of which Hydra composes the same."""
+
+    digest: str
+    folder: Path = field(compare=False)
+
+    @classmethod
+    def read(cls, folder: Path) -> "_Contents":
+        hashed = hashlib.sha256()
+        for parent, _, names in sorted(os.walk(folder)):
+            for path in (Path(parent, name) for name in sorted(names) if name.endswith(".yaml")):
+                content = b""
+                with suppress(OSError):  # of a file that no defaults list leads to
+                    if path.is_file() and path.stat().st_size <= MOST_BYTES:
+                        content = path.read_bytes()
+                hashed.update(repr((path.relative_to(folder), content)).encode())
+        return cls(hashed.hexdigest(), folder)
+
+
 def _compose(folder: Path, overrides: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return Hydra's composition as a plain tree, and its own part: sweeper, launcher, options.
 
     Interpolations in the tree are left as they are.
     """
+    return deepcopy(_compose_once(_Contents.read(folder), tuple(overrides)))
+
+
+@lru_cache(maxsize=16)  # a sweep composes the same options with each of its values
+def _compose_once(
+    contents: _Contents, overrides: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    folder = contents.folder
     try:
         with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-            config = hydra_compose("config", overrides, return_hydra_config=True)
+            config = hydra_compose("config", [*overrides], return_hydra_config=True)
         hydra = {
-            "runtime": {"choices": config.hydra.runtime.choices},
+            "runtime": {"choices": OmegaConf.to_container(config.hydra.runtime.choices)},
             "sweeper": OmegaConf.to_container(config.hydra.sweeper, resolve=True),
             # Not all of it: submitit's names the job, which has no name yet.
             "launcher": {key: config.hydra.launcher.get(key) for key in ("_target_", "n_jobs")},
