@@ -9,7 +9,7 @@ import pytest
 from athanor.config.check import ConfigError
 from athanor.config.compose import compose_config, load_config
 from athanor.config.params_file import write_params
-from athanor.errors import UserError
+from athanor.errors import Problem
 from athanor.paths import Workspace
 from support.refused import refused, refused_keys
 
@@ -234,7 +234,7 @@ def write(conf: Path, files: dict[str, str]) -> None:
         (conf / name).write_text(text, encoding="utf-8")
 
 
-def refuse(conf: Path, code: str) -> UserError | object:
+def refuse(conf: Path, code: str) -> Problem:
     with pytest.raises(ConfigError) as caught:
         compose_config(conf, [])
     [problem] = caught.value.problems
