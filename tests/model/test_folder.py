@@ -384,6 +384,26 @@ def test_missing_files_are_named(tiny: Path, tmp_path: Path, change: Change, cod
 
 
 @pytest.mark.parametrize(
+    ("left", "code"),
+    [
+        ((), "model.no_tokenizer"),
+        (("vocab.json",), "model.no_tokenizer"),
+        (("tokenizer.model",), "chat.tokenizer_not_loaded"),  # one of SentencePiece, broken
+    ],
+)
+def test_a_missing_tokenizer_is_named(
+    tiny: Path, tmp_path: Path, left: tuple[str, ...], code: str
+) -> None:
+    folder = copy_model(tiny, tmp_path / "model")
+    (folder / TOKENIZER).unlink()
+    for name in left:
+        put(name, '{"a": 1}')(folder)
+    with refused(code, folder=folder) as caught:
+        load_tokenizer(folder)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
     ("path", "revision", "code"),
     [
         ("", None, "no_name"),

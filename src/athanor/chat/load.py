@@ -7,6 +7,7 @@ from athanor.chat.template_probes import find_turn_end
 from athanor.errors import UserError
 from athanor.model.folder import inspect_folder
 from athanor.model.load import load_model, one_line
+from athanor.model.tokenizer_files import refuse_missing_tokenizer
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -28,6 +29,7 @@ def load_tokenizer(folder: Path) -> "TokenizerWrapper":
     from mlx_lm.utils import load_tokenizer as load_with_ends
 
     inspect_folder(folder)
+    refuse_missing_tokenizer(folder)
     try:
         tokenizer = load_with_ends(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
         end = find_turn_end(tokenizer)

@@ -67,6 +67,15 @@ def check_tokenizer(
     return {token.text: token.id for token in beyond.values()}
 
 
+def refuse_missing_tokenizer(folder: Path) -> None:
+    """Raise UserError where a folder has no tokenizer: transformers would make an empty one."""
+    names = {path.name for path in folder.iterdir()}
+    if names & {"tokenizer.json", "vocab.txt"} or {"vocab.json", "merges.txt"} <= names:
+        return
+    if not any(name.endswith((".model", ".tiktoken")) for name in names):
+        raise UserError("model.no_tokenizer", folder=folder, files=sorted(names)[:12])
+
+
 def _read(files: dict[str, Path], name: str) -> dict[str, Any]:
     limit = LARGEST_TOKENIZER if name in ("tokenizer.json", "vocab.json") else None
     if name not in files:
