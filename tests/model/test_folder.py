@@ -112,9 +112,11 @@ REFUSED: list[tuple[str, Change, str, str]] = [
     ("a key twice", put(CONFIG, '{"a": 1, "a": 2}'), "not_json", CONFIG),
     *(
         (f"{name} {state}", put(name, text), code, name)
-        for name in ("generation_config.json", "tokenizer_config.json", TOKENIZER)
+        for name in ("generation_config.json", "tokenizer_config.json")
         for state, text, code in (("broken", "{", "not_json"), ("a list", "[1]", "no_object"))
     ),
+    ("tokenizer broken", put(TOKENIZER, "{"), "not_json", TOKENIZER),
+    ("tokenizer as a list", put(TOKENIZER, "[1]"), "other_form", TOKENIZER),
     ("settings of special tokens", put("special_tokens_map.json", "[]"), "no_object", "special_"),
     ("another's settings", put("hf_quant_config.json", "3"), "no_object", "hf_quant_config.json"),
     ("template in Latin-1", put(TEMPLATE, b"\xe9"), "not_utf8", TEMPLATE),
@@ -231,8 +233,8 @@ REFUSED: list[tuple[str, Change, str, str]] = [
         WEIGHTS,
     ),
     # The tokenizer.
-    ("a vocabulary of texts", vocabulary(a="b"), "wrong_value", TOKENIZER),
-    ("an id below 0", vocabulary(a=-1), "wrong_value", TOKENIZER),
+    ("a vocabulary of texts", vocabulary(a="b"), "other_form", TOKENIZER),
+    ("an id below 0", vocabulary(a=-1), "other_form", TOKENIZER),
     ("a plain token beyond the rows", vocabulary(new=6144), "tokens_beyond_rows", "6144"),
     (
         "an added token beyond the rows",

@@ -5,7 +5,7 @@ import reprlib
 import stat
 from collections import Counter
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
@@ -16,6 +16,8 @@ MB = 10**6
 LARGEST, LARGEST_TOKENIZER = 32 * MB, 256 * MB
 # Objects and lists within each other. Settings of models have 6 at most, tokenizers 8.
 DEEPEST = 64
+
+Form = TypeVar("Form")
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -43,11 +45,11 @@ def refuse_irregular(path: Path) -> None:
         raise UserError("model.irregular_file", path=path, kind=KINDS[stat.S_IFMT(mode)])
 
 
-def read_text(path: Path, limit: int = LARGEST) -> str:
-    """Return the text of a file in UTF-8.
+def read_bytes(path: Path, limit: int = LARGEST) -> bytes:
+    """Return the content of a file.
 
     Raises:
-        UserError: where it is no regular file, can't be read, is too large, or holds no such text.
+        UserError: where it is no regular file, can't be read, is too large, or is no model's file.
     """
     refuse_irregular(path)
     size = path.stat().st_size
@@ -58,23 +60,31 @@ def read_text(path: Path, limit: int = LARGEST) -> str:
     except OSError as error:
         raise UserError("model.unreadable", path=path, error=error.strerror) from error
     explain_kind(path, content[:512])
+    return content
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file in UTF-8.
+
+    Raises:
+        UserError: as read_bytes does, and where it holds no such text.
+    """
     try:
-        return content.decode()
+        return read_bytes(path).decode()
     except UnicodeDecodeError as error:
-        raise UserError("model.not_utf8", path=path, place=error.start) from error
+        raise UserError("model.not_utf8", path=path, byte=error.start) from error
 
 
-def read_object(path: Path, limit: int = LARGEST) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
         UserError: as read_text does, and where it is no JSON, no object, nested too deep, or has a
             key twice.
     """
-    text = read_text(path, limit)
+    text = read_text(path)
     try:
-        # The faster reader knows no NaN and Infinity, which settings may have.
-        value = parse_unique(text) if len(text) < MB else msgspec.json.decode(text)
+        value = parse_unique(text)
     except RecursionError as error:
         raise UserError("model.too_deep", path=path, limit=DEEPEST) from error
     except ValueError as error:
@@ -92,6 +102,22 @@ def read_object(path: Path, limit: int = LARGEST) -> dict[str, Any]:
         if not level:
             return value
     raise UserError("model.too_deep", path=path, limit=DEEPEST)
+
+
+def read_struct(path: Path, form: type[Form]) -> Form:
+    """Return the JSON in a large file, such as a vocabulary, as a msgspec type; skip the rest.
+
+    Raises:
+        UserError: as read_bytes does, and where it is no JSON of this form.
+    """
+    try:
+        return msgspec.json.decode(read_bytes(path, LARGEST_TOKENIZER), type=form)
+    except RecursionError as error:
+        raise UserError("model.too_deep", path=path, limit=DEEPEST) from error
+    except msgspec.ValidationError as error:
+        raise UserError("model.other_form", path=path, error=error) from error
+    except ValueError as error:
+        raise UserError("model.not_json", path=path, error=error) from error
 
 
 def parse_unique(text: str | bytes) -> Any:

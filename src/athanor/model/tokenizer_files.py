@@ -1,28 +1,45 @@
 """Files of a tokenizer: their form, and the ids of their tokens against the embedding's rows."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from athanor.errors import UserError
-from athanor.model.json_files import LARGEST_TOKENIZER, read_object, refuse_value
+from athanor.model.json_files import read_object, read_struct, refuse_value
 
 # Keys of tokenizer_config.json whose tokens are written into every text or end it.
 WRITTEN = ("bos_token", "eos_token")
 
+# Instead of an id that an entry does not have.
+MISSING = -1
+Id = Annotated[int, msgspec.Meta(ge=0)]
 
-@dataclass(frozen=True)
-class TokenId:
-    """A token's text and id, and whether only the tokenizer's special tokens have it."""
 
-    text: str
-    id: int
-    special: bool
+class AddedToken(msgspec.Struct):
+    """A token beside the vocabulary, in tokenizer.json and tokenizer_config.json."""
+
+    content: str
+    special: bool = False
+    id: Id = MISSING
+
+
+class Vocabulary(msgspec.Struct):
+    """The section `model` of tokenizer.json: ids by their texts, or a list of texts and scores."""
+
+    vocab: dict[str, Id] | list[tuple[str, float]] = {}
+
+
+class Tokenizer(msgspec.Struct):
+    """The parts of tokenizer.json that have ids."""
+
+    model: Vocabulary
+    added_tokens: list[AddedToken] | None = None
 
 
 def check_tokenizer(
-    files: dict[str, Path], rows: int | None, ends: list[int], embedding: Path
+    files: dict[str, Path], rows: int | None, ends: list[int], folder: Path
 ) -> dict[str, int]:
     """Check the tokenizer's files, and their ids against the `rows` of the embedding.
 
@@ -33,38 +50,42 @@ def check_tokenizer(
         files: the folder's files by name.
         rows: None where they are unknown.
         ends: the ids that end an answer.
-        embedding: the folder or the file that has the rows, for the message.
+        folder: the model's, for the message.
 
     Raises:
         UserError: for a broken file, or for tokens that the embedding has no rows for.
     """
     settings = _read(files, "tokenizer_config.json")
     _read(files, "special_tokens_map.json")
-    tokens = list(_iterate_tokens(files, settings))
+    path = files.get("tokenizer.json")
+    tokenizer = read_struct(path, Tokenizer) if path else None
+    vocabularies = list(_read_vocabularies(files, tokenizer))
+    added = list(_read_added(files, tokenizer, settings))
     if rows is None:
         return {}
-    beyond = {token.id: token for token in tokens if token.id >= rows}
-    if not beyond:
-        return {}
-    named = [settings.get(key) for key in WRITTEN]
-    written = {text["content"] if isinstance(text, dict) else text for text in named if text}
-    template = _template(files, settings)
-    needed = [
-        token
-        for token in beyond.values()
-        if not token.special or token.id in ends or token.text in written or token.text in template
-    ]
-    if needed:
+    special = {token.content: token.id for token in added if token.special and token.id >= rows}
+    plain = {token.content: token.id for token in added if not token.special and token.id >= rows}
+    for vocabulary in vocabularies:
+        if max(vocabulary.values(), default=0) >= rows:
+            plain |= {text: id for text, id in vocabulary.items() if id >= rows}
+    written = {settings.get(key) for key in WRITTEN if isinstance(settings.get(key), str)}
+    written |= {end["content"] for key in WRITTEN if isinstance(end := settings.get(key), dict)}
+    template = _template(files, settings) if special else ""
+    for text, id in special.items():
+        if id in ends or text in written or text in template:
+            plain[text] = id
+    if plain:
+        token = min(plain, key=plain.__getitem__)
         raise UserError(
             "model.tokens_beyond_rows",
-            folder=embedding,
+            folder=folder,
             rows=rows,
-            count=len(beyond),
-            token=needed[0].text[:60],
-            id=needed[0].id,
-            largest=max(beyond),
+            count=len(plain),
+            token=token[:60],
+            id=plain[token],
+            largest=max(plain.values()),
         )
-    return {token.text: token.id for token in beyond.values()}
+    return special
 
 
 def refuse_missing_tokenizer(folder: Path) -> None:
@@ -77,62 +98,44 @@ def refuse_missing_tokenizer(folder: Path) -> None:
 
 
 def _read(files: dict[str, Path], name: str) -> dict[str, Any]:
-    limit = LARGEST_TOKENIZER if name in ("tokenizer.json", "vocab.json") else None
-    if name not in files:
-        return {}
-    return read_object(files[name], limit) if limit else read_object(files[name])
+    return read_object(files[name]) if name in files else {}
 
 
-def _iterate_tokens(files: dict[str, Path], settings: dict[str, Any]) -> Iterator[TokenId]:
-    """Yield the tokens of all files, some of them more than once."""
-    if path := files.get("tokenizer.json"):
-        tokenizer = _read(files, "tokenizer.json")
-        model = tokenizer.get("model")
-        if not isinstance(model, dict):
-            refuse_value(path, "model", model, "an object")
-        yield from _iterate_vocabulary(path, "model.vocab", model.get("vocab"))
-        added = tokenizer.get("added_tokens") or []
-        if not isinstance(added, list):
-            refuse_value(path, "added_tokens", added, "a list")
-        for entry in added:
-            if not isinstance(entry, dict):
-                refuse_value(path, "added_tokens", entry, "a list of objects")
-            yield _added(path, "added_tokens", entry.get("id"), entry)
+def _read_vocabularies(
+    files: dict[str, Path], tokenizer: Tokenizer | None
+) -> Iterator[dict[str, int]]:
+    """Yield ids by their texts, from each file that has plain tokens."""
+    if tokenizer is not None:
+        vocabulary = tokenizer.model.vocab
+        if isinstance(vocabulary, dict):
+            yield vocabulary
+        else:
+            yield {text: id for id, (text, _) in enumerate(vocabulary)}
     elif path := files.get("vocab.json"):
-        yield from _iterate_vocabulary(path, "", _read(files, "vocab.json"))
+        yield read_struct(path, dict[str, Id])
     if path := files.get("added_tokens.json"):
-        yield from _iterate_vocabulary(path, "", _read(files, "added_tokens.json"))
+        yield read_struct(path, dict[str, Id])
+
+
+def _read_added(
+    files: dict[str, Path], tokenizer: Tokenizer | None, settings: dict[str, Any]
+) -> Iterator[AddedToken]:
+    """Yield tokens that stand beside the vocabulary, each with an id."""
+    if tokenizer is not None:
+        for token in tokenizer.added_tokens or []:
+            if token.id == MISSING:
+                name = f"the id of {token.content[:60]!r} in added_tokens"
+                refuse_value(files["tokenizer.json"], name, None, "a whole number")
+            yield token
     if path := files.get("tokenizer_config.json"):
-        decoder = settings.get("added_tokens_decoder") or {}
-        if not isinstance(decoder, dict):
-            refuse_value(path, "added_tokens_decoder", decoder, "an object")
-        for number, entry in decoder.items():
-            id = int(number) if number.isascii() and number.isdigit() else number
-            if not isinstance(entry, dict):
-                refuse_value(path, f"added_tokens_decoder.{number}", entry, "an object")
-            yield _added(path, "added_tokens_decoder", id, entry)
-
-
-def _iterate_vocabulary(path: Path, key: str, vocabulary: Any) -> Iterator[TokenId]:
-    if isinstance(vocabulary, list):  # of pairs of a text and its score
-        if not all(isinstance(pair, list) and len(pair) == 2 for pair in vocabulary):
-            refuse_value(path, key, vocabulary, "a list of pairs")
-        vocabulary = {str(text): id for id, (text, _) in enumerate(vocabulary)}
-    if not isinstance(vocabulary, dict):
-        refuse_value(path, key, vocabulary, "tokens with their ids")
-    for text, id in vocabulary.items():
-        if type(id) is not int or id < 0:
-            refuse_value(path, f"{key}.{text}"[:80].lstrip("."), id, "a token's id")
-        yield TokenId(text, id, False)
-
-
-def _added(path: Path, key: str, id: Any, entry: dict[str, Any]) -> TokenId:
-    text = entry.get("content")
-    if type(id) is not int or id < 0:
-        refuse_value(path, key, id, "a token's id")
-    if not isinstance(text, str):
-        refuse_value(path, key, text, "a token's text as content")
-    return TokenId(text, id, entry.get("special") is True)
+        try:
+            decoder = msgspec.convert(
+                settings.get("added_tokens_decoder") or {}, dict[str, AddedToken]
+            )
+            for id, token in decoder.items():
+                yield AddedToken(token.content, token.special, int(id))
+        except (msgspec.ValidationError, ValueError) as error:
+            raise UserError("model.other_form", path=path, error=error) from error
 
 
 def _template(files: dict[str, Path], settings: dict[str, Any]) -> str:
