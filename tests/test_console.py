@@ -1,8 +1,16 @@
-"""Printed texts are literal, whatever brackets they have."""
+"""The terminal: literal texts, output that loses its reader, signals that stop a command."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from athanor import console
+from athanor import console, switches
 
 
 @pytest.mark.parametrize("text", [r"\[/INST] [/INST]", "[bold]x[/bold]", r"\[a+b\]", "[/x]"])
@@ -10,3 +18,83 @@ def test_brackets_are_no_markup(capsys: pytest.CaptureFixture[str], text: str) -
     console.print_table("title", ["head"], [[text]])
     console.print_facts("stage", {"fact": text})
     assert capsys.readouterr().out.count(text) == 2
+
+
+def closed_pipe() -> int:
+    """Return a pipe that nobody reads, as after `head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def closed_terminal() -> int:
+    """Return a terminal whose window was closed."""
+    window, terminal = pty.openpty()
+    os.close(window)
+    return terminal
+
+
+def full_disk() -> int:
+    """Return a file on a full disk."""
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+@pytest.mark.parametrize("lost", [closed_pipe, closed_terminal, full_disk])
+def test_output_that_is_lost_stops_nothing(lost: Callable[[], int]) -> None:
+    if lost is full_disk and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    number = lost()
+    stream = os.fdopen(number, "w", encoding="utf-8", closefd=False)
+    with pytest.raises(OSError):
+        print("text", file=stream, flush=True)
+    lasting = console.LastingStream(stream)
+    for _ in range(3):
+        print("text" * 10_000, file=lasting, flush=True)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)  # what is buffered goes somewhere
+    stream.close()
+    os.close(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_stops_nothing(number: signal.Signals) -> None:
+    """As nohup has it, and a shell that starts a command in the background."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        assert set(switches.interrupts()) == {
+            *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+        } - {number}
+        with console.defer_interrupts() as interrupted:
+            os.kill(os.getpid(), number)
+            assert not interrupted()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupted()
+    finally:
+        signal.signal(number, before)
+
+
+CHILD = """
+import os, signal, sys, time
+from athanor import switches
+if sys.argv[1] == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    switches.GRACE = 0.1
+switches.end_with_parent(lambda: switches.wait_for_end(os.getppid()))
+print(os.getpid(), flush=True)
+time.sleep(1000)
+"""
+PARENT = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("child", ["well", "deaf"])
+def test_a_process_ends_with_its_parent(child: str) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, CHILD, child], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    assert int(parent.stdout.readline()) != parent.pid
+    parent.kill()
+    assert parent.stdout.read() == ""  # ends when the child does
+    parent.wait()

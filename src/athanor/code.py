@@ -9,7 +9,10 @@ from typing import Any
 
 SRC = Path(__file__).parents[1]
 # Rooms that check, show or record, and decide no byte of a stage's output.
-NO_OUTPUT = ("athanor", "code", "config", "console", "errors", "paths", "runs", "switches")
+NO_OUTPUT = (
+    *("athanor", "code", "config", "console", "errors", "locks", "paths", "runs"),
+    *("startup", "switches"),
+)
 
 
 def digest_code(modules: Iterable[str]) -> str:

@@ -65,17 +65,55 @@ err = _Terminal(stderr=True, highlight=False, width=None if sys.stderr.isatty() 
 # The numbers of an OSError where a disk or a person's share of it is full.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+# Those of a pipe that nobody reads, and of a terminal that was closed.
+READER_GONE = (errno.EPIPE, errno.EIO)
+
 RESUMES = "the same command continues from there"
+UNCHANGED = "nothing here was changed"
 CHECKOUT = "`uv run dvc checkout` restores the stage's previous output"
+
+
+class LastingStream:
+    """A standard stream that drops what it cannot write.
+
+    A training goes on where its terminal was closed, `head` has read enough, or its log is on a
+    full disk.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it."""
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what was written, or drop it."""
+        self._try(self._stream.flush)
+
+    def _try(self, function: Callable[..., object], *arguments: str) -> None:
+        try:
+            function(*arguments)
+        except OSError as error:
+            if error.errno in READER_GONE:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def run_command(main: Callable[[], None], after_interrupt: str = CHECKOUT) -> None:
     """Run a command's main, and exit with 1 after an error, with 130 after an interrupt.
 
     An error that the user can fix is printed without its traceback; `after_interrupt` is printed
-    after Ctrl-C or SIGTERM.
+    after Ctrl-C, SIGTERM or SIGHUP. A command that writes files goes on where its output has lost
+    its reader.
     """
-    switches.interrupt_on(signal.SIGTERM)
+    switches.interrupt_on_signals()
+    if after_interrupt != UNCHANGED:
+        streams: Any = LastingStream(sys.stdout), LastingStream(sys.stderr)
+        sys.stdout, sys.stderr = streams
     switches.freeze_objects()
     try:
         main()
@@ -84,7 +122,7 @@ def run_command(main: Callable[[], None], after_interrupt: str = CHECKOUT) -> No
     except KeyboardInterrupt as interrupt:
         state = f"{interrupt}; " if str(interrupt) else ""
         err.print(
-            f"[bold red]stopped[/] by Ctrl-C or SIGTERM; {escape(state)}{after_interrupt}",
+            f"[bold red]stopped[/] by Ctrl-C or a signal; {escape(state)}{after_interrupt}",
             soft_wrap=True,
         )
         sys.exit(130)
@@ -114,7 +152,7 @@ def _exit_with_traceback() -> NoReturn:
 
 @contextmanager
 def defer_interrupts() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells if Ctrl-C or SIGTERM arrived; the first one does nothing else.
+    """Yield a function that tells if a signal to stop arrived; the first one does nothing else.
 
     The second one interrupts at once. In other threads than the main one, nothing changes.
     """
@@ -130,9 +168,7 @@ def defer_interrupts() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    previous = {
-        number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    previous = {number: signal.signal(number, receive) for number in switches.interrupts()}
     try:
         yield lambda: bool(received)
     finally:

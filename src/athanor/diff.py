@@ -211,4 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run_command(main, "nothing here was changed")
+    console.run_command(main, console.UNCHANGED)

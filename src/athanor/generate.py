@@ -131,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run_command(main)
+    console.run_command(main, console.UNCHANGED)

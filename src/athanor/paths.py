@@ -40,6 +40,11 @@ class Workspace:
         return self.root / "data"
 
     @property
+    def artifacts(self) -> Path:
+        """The outputs of the stages, a folder each."""
+        return self.root / "artifacts"
+
+    @property
     def prepared(self) -> Path:
         """The output of the stage `prepare`."""
         return self.root / "artifacts/prepare"

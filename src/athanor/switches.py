@@ -4,7 +4,7 @@ None of these changes a result. Those that do are in the room device: device.bla
 OpenBLAS, device.backend turns mlx's compiler on or off.
 
 Collector, threads: `freeze_objects`, `rare_collections`, `switch_threads_often`
-Signals:            `interrupt_on`
+Signals:            `interrupt_on_signals`, `end_with_parent`
 mlx:                `limit_cache`, `wire_memory`, `release_memory`
 Other libraries:    `disable_telemetry`, `parallel_tokenizers`, `configure_mlflow`,
                     `mlflow_timeout`, `configure_hydra`
@@ -14,8 +14,10 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 TELEMETRY = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -23,6 +25,8 @@ TELEMETRY = {
     "DVC_NO_ANALYTICS": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+# Seconds for a checkpoint in a process whose parent is gone, before it is killed.
+GRACE = 5
 # Seconds that a Python thread runs before another may; Python's default is the second.
 OFTEN, USUALLY = 0.0005, 0.005
 MLFLOW = {
@@ -65,9 +69,46 @@ def switch_threads_often(on: bool) -> None:
     sys.setswitchinterval(OFTEN if on else USUALLY)
 
 
-def interrupt_on(number: signal.Signals) -> None:
-    """Make a signal raise KeyboardInterrupt, as Ctrl-C does."""
-    signal.signal(number, signal.default_int_handler)
+def interrupts() -> list[signal.Signals]:
+    """Return the signals that stop a command: Ctrl-C, SIGTERM, and a closed terminal's SIGHUP.
+
+    Those that whoever started it has it ignore, as nohup does, are left out.
+    """
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in stops if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def interrupt_on_signals() -> None:
+    """Make the signals that stop a command raise KeyboardInterrupt, as Ctrl-C does."""
+    for number in interrupts():
+        signal.signal(number, signal.default_int_handler)
+
+
+def end_with_parent(wait: Callable[[], object], group: bool = False) -> None:
+    """Stop this process as SIGTERM does when `wait` returns, and kill it where that takes long.
+
+    Args:
+        wait: returns when the process that this one belongs to is gone.
+        group: whether the processes of its group, which it leads, end with it.
+    """
+
+    def end() -> None:
+        wait()
+        target = 0 if group else os.getpid()
+        os.kill(target, signal.SIGTERM)
+        time.sleep(GRACE)
+        os.kill(target, signal.SIGKILL)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def wait_for_end(process: int) -> None:
+    """Return when a process of this machine has ended, or the one that started this one."""
+    parent = os.getppid()
+    with suppress(ProcessLookupError):
+        while os.getppid() == parent:
+            os.kill(process, 0)
+            time.sleep(0.5)
 
 
 def limit_cache(size: int) -> None:

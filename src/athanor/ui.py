@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from athanor import console, files, switches
+from athanor import console, files
 from athanor.errors import UserError
 from athanor.paths import Workspace
 from athanor.runs import mlflow_views, tracking_store
@@ -31,7 +31,7 @@ from athanor.runs.run import send_left_journals
 
 # Not MLflow's own 5000, which macOS has its AirPlay receiver on.
 PORT = 5199
-SECONDS_TO_START = 120
+SECONDS_TO_START = 300
 
 
 def find_page(base: str, prefixes: Sequence[str]) -> str:
@@ -174,7 +174,6 @@ def main() -> None:
     args = parser.parse_args()
     if not 1 <= args.port <= 65535:
         parser.error("argument --port: from 1 to 65535")
-    switches.interrupt_on(signal.SIGHUP)  # the terminal is closed
     tracking_store.require_store()
     if not any(Workspace.here().outbox.glob("*")):  # else the run may be among what waits there
         for prefix in args.runs:
@@ -203,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run_command(main, "nothing here was changed")
+    console.run_command(main, console.UNCHANGED)

@@ -261,7 +261,7 @@ def test_killed_repro_goes_on_by_itself(clone: Workspace) -> None:
     process = subprocess.Popen(
         ["dvc", "repro", "train"], cwd=clone.folder, env=clone.cold().env(), start_new_session=True
     )
-    wait_while(lambda: not any(saved.glob("*/0*/manifest.json")), seconds=60, every=0.02)
+    wait_while(lambda: not any(saved.glob("*/0*/manifest.json")), every=0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     printed = clone.run("dvc", "repro", "train")
@@ -304,7 +304,7 @@ def test_a_sweep_and_queued_experiments_make_the_same_points(clone: Workspace) -
         assert "Failed" not in status, status + clone.run("dvc", "queue", "logs", check=False)
         return status.count("Success") < 2
 
-    wait_while(waiting, seconds=180)
+    wait_while(waiting)
     clone.run("dvc", "queue", "stop")
     runs = client.search_runs([experiment.experiment_id])
     queued, swept = (
@@ -381,7 +381,7 @@ def test_stages_name_the_code_they_run(repo: Path) -> None:
         assert {dep for dep in named if not any({dep} & {p, *p.parents} for p in reached)} == set()
 
 
-def wait_while(condition: Callable[[], bool], seconds: float, every: float = 5) -> None:
+def wait_while(condition: Callable[[], bool], seconds: float = 600, every: float = 5) -> None:
     deadline = time.monotonic() + seconds
     while condition():
         assert time.monotonic() < deadline, f"still waiting after {seconds} s"

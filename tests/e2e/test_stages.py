@@ -347,7 +347,7 @@ def test_terminated_training_ends_its_run_killed(stages: Stages, store: str) -> 
         if line.startswith("iteration     3 "):
             process.terminate()
             break
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=600) == 130
     last = last_run(store)
     assert last.info.status == "KILLED"
     assert last.data.metrics["train_loss"] > 0

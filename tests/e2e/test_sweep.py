@@ -78,7 +78,7 @@ def start(*arguments: str, python: str = sys.executable) -> "subprocess.Popen[st
 def run(*arguments: str, cold: bool = False) -> str:
     """Run a sweep to its end and return its output; `cold` starts it as a person does."""
     process = start(*arguments, python=sys.executable if cold else warm.python())
-    printed, _ = process.communicate(timeout=300)
+    printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed
     return printed
 
@@ -103,7 +103,7 @@ def notes(folder: Path) -> list[dict[str, Any]]:
 
 
 def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
@@ -123,9 +123,9 @@ def states(folder: Path) -> Counter[str]:
 def test_a_killed_sweep_goes_on_and_trains_no_trial_twice(prepared: Path, store: str) -> None:
     process = start(*GRID)
     wait_for(lambda: states(prepared)["FINISHED"] >= 4 and states(prepared)["RUNNING"] > 0, process)
-    for leader in (process.pid, worker_of(process)):
-        os.killpg(leader, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    printed, _ = process.communicate()  # until the worker has ended too
+    assert "Traceback" not in printed
     trained = {
         path: (path.stat().st_ino, path.stat().st_mtime_ns)
         for path in prepared.glob("artifacts/sweep/points/*/trained.json")
@@ -144,7 +144,8 @@ def test_a_killed_sweep_goes_on_and_trains_no_trial_twice(prepared: Path, store:
     assert printed.count("was trained before") >= 4
     assert list(Path("mlruns/outbox").glob("*")) == []
     # The pipeline's own outputs are DVC's.
-    assert {path.name for path in prepared.glob("artifacts/*")} == {"prepare", "train", "sweep"}
+    written = {path.name for path in prepared.glob("artifacts/*")}
+    assert written == {".locks", "prepare", "train", "sweep"}
     assert [path.name for path in prepared.glob("artifacts/train/*")] == ["checkpoints"]
 
     names = {child.info.run_name for child in children}
@@ -197,7 +198,7 @@ def test_a_process_that_is_killed_costs_its_trial(prepared: Path, store: str) ->
 
     wait_for(under_way, process)
     os.kill(worker_of(process), signal.SIGKILL)
-    printed, _ = process.communicate(timeout=300)
+    printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed
     assert "lr 1e-4 failed, and the sweep goes on: its process was ended by SIGKILL" in printed
     parent, children = recorded(store)
@@ -220,7 +221,7 @@ def test_ctrl_c_ends_a_sweep_that_the_same_command_goes_on_with(prepared: Path, 
 
     wait_for(second, process)
     process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=600)
     assert process.returncode == 130, printed
     assert "the same command continues" in printed
     parent, children = recorded(store)
@@ -313,7 +314,7 @@ def test_rows_that_change_while_it_runs_stop_a_sweep(prepared: Path, store: str)
     wait_for(lambda: states(prepared)["FINISHED"] == 1, process)
     rows = prepared / "artifacts/prepare/train.jsonl"
     rows.write_text("".join(rows.read_text("utf-8").splitlines(True)[:3]), encoding="utf-8")
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=600)
     assert process.returncode == 1, printed
     assert "data changed while the sweep was running" in printed
     assert len(list(prepared.glob("artifacts/sweep/points/*/trained.json"))) < 3

@@ -111,7 +111,7 @@ def test_it_serves_the_embedded_store_until_it_is_interrupted(runs: dict[str, st
     finally:
         taken.close()
         opened.process.send_signal(signal.SIGINT)
-        rest, _ = opened.process.communicate(timeout=30)
+        rest, _ = opened.process.communicate(timeout=300)
     assert (opened.process.returncode, rest) == (0, "")
     with pytest.raises(OSError):
         urllib.request.urlopen(f"{opened.base}/health", timeout=5)

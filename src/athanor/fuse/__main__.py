@@ -7,17 +7,17 @@ Hugging Face's format), its exports and fused.json, which compares it with the t
 it to the training's MLflow run. A model that is not the trained one is not written.
 """
 
-import shutil
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
-from athanor import console, files
+from athanor import console, files, locks
 from athanor.chat.contract import Contract
 from athanor.chat.conversation import read_line
 from athanor.chat.model_check import refuse_model_misfits
 from athanor.config.command import read_overrides
 from athanor.config.compose import load_config
+from athanor.config.schema import Config
 from athanor.fuse.export import export_all
 from athanor.fuse.log_model import log_model
 from athanor.fuse.weights import fuse_and_compare
@@ -31,12 +31,14 @@ QUESTIONS = 8
 
 
 def main() -> None:
+    fuse(load_config(read_overrides(__doc__, ("fuse",))))
+
+
+@locks.stage("fuse", "prepare", "train")
+def fuse(cfg: Config) -> None:
     """Fuse the trained adapters, compare the result with the trained model, and export it."""
     workspace = Workspace.here()
-    cfg = load_config(read_overrides(__doc__, ("fuse",)))
     trained = files.read_json(workspace.trained / "run.json")
-    for leftover in workspace.fused.parent.glob(f".{workspace.fused.name}.*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed
     with resume_run(trained["run"], trained["run_id"]) as run:
         source = Source.read(workspace.prepared / "model.json")
         base = source.folder()
@@ -64,12 +66,10 @@ def main() -> None:
             log_model(workspace, run, cfg, source, base, fused["digest"], trained["iteration"])
     model = workspace.fused / "model"
     size = sum(path.stat().st_size for path in model.iterdir()) / 1e6
-    facts = {
-        "model": f"{model}, {size:.1f} MB" + (", dequantized" if dequantized else ""),
-        "parity": report.summary(),
-        **{form: f"{workspace.fused}/{file}" for form, file in exports.items()},
-        "digest": fused["digest"][:12],
-    }
+    facts = {"model": f"{model}, {size:.1f} MB" + (", dequantized" if dequantized else "")}
+    facts |= {"parity": report.summary()}
+    facts |= {form: f"{workspace.fused}/{file}" for form, file in exports.items()}
+    facts |= {"digest": fused["digest"][:12]}
     if cfg.fuse.registered_model_name is not None:
         facts["registered"] = run.describe_version()
     facts["ask it"] = f'uv run mlx_lm.generate --model {model} --prompt "…"'

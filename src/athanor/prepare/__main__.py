@@ -11,10 +11,11 @@ generation stops).
 
 from typing import Any
 
-from athanor import console
+from athanor import console, locks
 from athanor.chat.model_check import refuse_model_misfits
 from athanor.config.command import read_overrides
 from athanor.config.compose import load_config, warn_if_params_differ_from_conf
+from athanor.config.schema import Config
 from athanor.config.values import to_dataclass
 from athanor.model.source import Source, find_model
 from athanor.paths import Workspace
@@ -23,8 +24,12 @@ from athanor.prepare.result import DECIDED_BY
 
 
 def main() -> None:
+    prepare_rows(load_config(read_overrides(__doc__, DECIDED_BY)))
+
+
+@locks.stage("prepare")
+def prepare_rows(cfg: Config) -> None:
     workspace = Workspace.here()
-    cfg = load_config(read_overrides(__doc__, DECIDED_BY))
     warn_if_params_differ_from_conf(cfg)
     refuse_model_misfits(cfg, find_model(cfg.model.path, cfg.model.revision))
     report = prepare(workspace.data, workspace.prepared, to_dataclass(cfg))

@@ -13,20 +13,19 @@ process was killed: a second process does the work, and this one starts it again
 """
 
 import os
-import signal
 import sys
-import threading
 
-from athanor import console
-from athanor.sweep.supervise import COMMAND, supervise
+from athanor import console, switches
+from athanor.sweep.supervise import COMMAND, WORKER, supervise
 
 
 def main() -> None:
     sys.argv = [text for text in sys.argv if text not in ("-m", "--multirun")]
     if COMMAND in os.environ:
+        switches.end_with_parent(lambda: os.read(0, 1), group=True)  # its end of the pipe is closed
+        os.environ[WORKER] = str(os.getpid())
         from athanor.sweep import worker
 
-        exit_with_supervisor()
         worker.main(sys.argv[1:])
     else:
         if any(text.startswith("-") for text in sys.argv[1:]):
@@ -34,16 +33,6 @@ def main() -> None:
 
             read_overrides(__doc__, ("seed", "train"), composes=True)
         sys.exit(supervise([sys.executable, "-m", "athanor.sweep", *sys.argv[1:]]))
-
-
-def exit_with_supervisor() -> None:
-    """End this process as SIGTERM does once its supervisor, and so its pipe, is gone."""
-
-    def wait() -> None:
-        os.read(0, 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":

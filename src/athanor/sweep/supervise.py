@@ -7,9 +7,12 @@ import uuid
 from contextlib import suppress
 from typing import Any
 
-# Variables for the worker: a unique name of this start, and the cause of the last worker's end.
+from athanor import switches
+
+# Variables: a unique name of this start, the cause of the last worker's end, the worker's process.
 COMMAND = "ATHANOR_SWEEP_COMMAND"
 ENDED_BY = "ATHANOR_SWEEP_ENDED_BY"
+WORKER = "ATHANOR_SWEEP_WORKER"
 # The exit status of a worker of which another process was killed.
 LOST = 70
 
@@ -29,7 +32,7 @@ def supervise(command: list[str]) -> int:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in switches.interrupts()}
     try:
         while True:
             # The worker ends when this pipe does, however this process ended. Signals reach it
@@ -37,6 +40,10 @@ def supervise(command: list[str]) -> int:
             process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, process_group=0
             )
+            ended = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            if ended is not None and ended.si_code != os.CLD_EXITED:
+                with suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL)  # what a launcher started in its group
             status = process.wait()
             if signals or (status >= 0 and status != LOST):
                 return status if status >= 0 else 128 - status

@@ -16,8 +16,10 @@ import copy
 import hashlib
 import json
 import math
+import os
 import traceback
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from athanor.sweep import choice, naming, summary
 from athanor.sweep.description import Sweep, trials_folder
 from athanor.sweep.recording import fail, read_trial, record_failure
 from athanor.sweep.shared import TESTED_SPLITS, Shared, load_shared
+from athanor.sweep.supervise import WORKER
 from athanor.sweep.trial_record import TrialRecord, TrialStatus
 from athanor.test.examine import Examination, examine
 from athanor.test.predictions import as_columns, read_predictions
@@ -63,6 +66,7 @@ def run(composed: DictConfig) -> float:
     """
     from hydra.core.hydra_config import HydraConfig
 
+    _end_with_worker()
     sweep = Sweep.here()
     blas.use_threads(sweep.blas_threads)
     hydra = HydraConfig.get()
@@ -80,6 +84,14 @@ def run(composed: DictConfig) -> float:
     flat = flatten(cfg)
     values = {key: flat[key] if key in flat else _parse(key, overrides) for key in sweep.keys}
     return _run_trial(sweep, hydra.job.num, values, cfg, shared)
+
+
+@cache
+def _end_with_worker() -> None:
+    """Let a process that a launcher started on this machine end with the worker of its sweep."""
+    worker = int(os.environ.get(WORKER, os.getpid()))
+    if worker != os.getpid() and "SLURM_JOB_ID" not in os.environ:  # Slurm ends its jobs itself
+        switches.end_with_parent(lambda: switches.wait_for_end(worker))
 
 
 def _parse(key: str, overrides: dict[str, str]) -> Any:

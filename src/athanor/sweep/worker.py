@@ -13,7 +13,7 @@ import hydra
 from msgspec.structs import replace
 from omegaconf import OmegaConf
 
-from athanor import console, files, switches, ui
+from athanor import console, files, locks, switches, ui
 from athanor.config.values import flatten
 from athanor.device import blas
 from athanor.device.backend import describe_device
@@ -35,6 +35,7 @@ from athanor.train.identity import training_identity
 WRITTEN = ("summary.html", "points.csv", "heatmap.svg", "curves.svg")
 
 
+@locks.stage(None, "prepare")
 def main(arguments: list[str]) -> None:
     """Run a sweep, as far as it has not been run before.
 

@@ -10,9 +10,10 @@ questions are asked as well: `test_train_*` show if they were learned by heart.
 
 from omegaconf import OmegaConf
 
-from athanor import console, files
+from athanor import console, files, locks
 from athanor.config.command import read_overrides
 from athanor.config.compose import load_config
+from athanor.config.schema import Config
 from athanor.device import blas
 from athanor.model.adapters import load_adapters
 from athanor.paths import SPLITS, Workspace
@@ -26,9 +27,13 @@ from athanor.test.tables import print_examination
 
 
 def main() -> None:
+    test_models(load_config(read_overrides(__doc__, ("seed", "test"))))
+
+
+@locks.stage("test", "prepare", "train")
+def test_models(cfg: Config) -> None:
     """Examine both models, record the results and print them."""
     workspace = Workspace.here()
-    cfg = load_config(read_overrides(__doc__, ("seed", "test")))
     blas.use_threads(cfg.train.blas_threads)
     trained = files.read_json(workspace.trained / "run.json")
     with resume_run(trained["run"], trained["run_id"]) as run:

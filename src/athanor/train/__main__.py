@@ -3,16 +3,16 @@
     uv run python -m athanor.train
     uv run python -m athanor.train train.learning_rate=3e-4
 
-Reads params.yaml and artifacts/prepare/; writes artifacts/train/adapters/ (mlx-lm's format; the
-best or the last, as train.keep has it), other_adapters/ (the other of the two), history.csv (the
-metrics by iteration), metrics.json (the last of every metric) and run.json (the MLflow run that the
-later stages add to). Checkpoints in artifacts/train/checkpoints/ let the same command continue
-after an interrupt.
+Reads params.yaml and artifacts/prepare/; writes to artifacts/train/: adapters/ (mlx-lm's format;
+the best or the last, as train.keep has it), other_adapters/ (the other of the two), history.csv and
+metrics.json (the metrics by iteration, and the last of each) and run.json (the MLflow run of later
+stages). Checkpoints beside them let the same command continue after an interrupt.
 """
 
-from athanor import console, files
+from athanor import console, files, locks
 from athanor.config.command import read_overrides
 from athanor.config.compose import load_config, warn_if_params_differ_from_conf
+from athanor.config.schema import Config
 from athanor.device import blas
 from athanor.paths import Workspace
 from athanor.prepare import result
@@ -25,9 +25,13 @@ from athanor.train.result import write_result
 
 
 def main() -> None:
+    train(load_config(read_overrides(__doc__, ("seed", "train"))))
+
+
+@locks.stage("train", "prepare")
+def train(cfg: Config) -> None:
     """Train, or continue the training that was interrupted."""
     workspace = Workspace.here()
-    cfg = load_config(read_overrides(__doc__, ("seed", "train")))
     warn_if_params_differ_from_conf(cfg)
     blas.use_threads(cfg.train.blas_threads)
     base = Prepared.read(cfg, workspace)
@@ -56,10 +60,9 @@ def main() -> None:
         )
         metrics = write_result(cfg, trainer, base.source, workspace.trained)
         record_training(run, workspace, workspace.trained, metrics)
-        files.write_json(
-            workspace.trained / "run.json",
-            {"run": run.name, "run_id": run.wait_for_id(), "iteration": metrics["kept_iteration"]},
-        )
+        trained = {"run": run.name, "run_id": run.wait_for_id()}
+        iteration = {"iteration": metrics["kept_iteration"]}
+        files.write_json(workspace.trained / "run.json", trained | iteration)
     checkpoints.clear()
     facts = {
         "train loss": f"{metrics['train_loss']:.4f}",

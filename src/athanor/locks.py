@@ -1,0 +1,100 @@
+"""The locks of stages: one process writes a stage's folder, and none while others read it.
+
+They lie beside the folders, because DVC deletes a stage's outputs before it runs. The system frees
+the locks of a process that ends, however it ends.
+"""
+
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from athanor.errors import UserError
+from athanor.paths import Workspace
+
+STAGES = ("prepare", "train", "test", "fuse")
+
+
+@contextmanager
+def stage(name: str | None, *inputs: str) -> Iterator[None]:
+    """Hold a stage's folder for writing, and those of its inputs for reading; decorates a main.
+
+    Removes what stages that were killed left under temporary names.
+
+    Args:
+        name: the stage whose folder this process writes, None for a command beside the pipeline.
+        inputs: the stages whose folders it reads.
+
+    Raises:
+        UserError: while another process uses them.
+    """
+    artifacts = Workspace.here().artifacts
+    artifacts.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        if name is not None:
+            held.enter_context(_hold(artifacts, name, fcntl.LOCK_EX))
+        for read in inputs:
+            held.enter_context(_hold(artifacts, read, fcntl.LOCK_SH))
+        _remove_leftovers(artifacts, name)
+        yield
+
+
+@contextmanager
+def _hold(artifacts: Path, stage: str, kind: int) -> Iterator[None]:
+    path = artifacts / ".locks" / stage
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            users = [line.split(" ", 1) for line in file.read().splitlines()]
+            processes = [f"{command} (process {pid})" for pid, command in users if _runs(int(pid))]
+            raise UserError(
+                "locks.in_use",
+                folder=artifacts / stage,
+                processes=processes or "an unknown one",
+            ) from None
+        if kind == fcntl.LOCK_EX:
+            file.truncate(0)
+        command = " ".join(" ".join(sys.orig_argv).split())
+        file.write(f"{os.getpid()} {command.partition(' -m ')[2] or command}\n")
+        file.flush()
+        yield
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another person's
+        pass
+    return True
+
+
+def _remove_leftovers(artifacts: Path, own: str | None) -> None:
+    """Remove temporary files and folders of stages that no process writes."""
+    for name in STAGES:
+        left = [*artifacts.glob(f".{name}.*"), *artifacts.glob(f"{name}/.*")]
+        if not left:
+            continue
+        try:
+            with ExitStack() as held:
+                if name != own:
+                    held.enter_context(_hold(artifacts, name, fcntl.LOCK_EX))
+                remove(left)
+        except UserError:
+            continue  # in use
+
+
+def remove(paths: list[Path]) -> None:
+    """Remove files and folders, as far as that is possible."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
