@@ -14,6 +14,8 @@ from support.workspace import Workspace
 LORA = Path("conf/train/lora.yaml")
 MODELS = Path("src/athanor/model/adapters.py")
 TRAIN = Path("data/train.jsonl")
+# A folder that is not ASCII, with characters that a URI or a shell gives a meaning to.
+ODD = "用户 项目#1%41&é"
 
 
 def stages(clone: Workspace, *names: str) -> str:
@@ -47,7 +49,7 @@ def row(text: str, name: str) -> list[str]:
 @pytest.fixture(scope="module")
 def runs(repo: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, str]:
     """A repository whose code, rows and configuration differ from those of its run."""
-    clone = workspace.of_the_repository(repo, tmp_path_factory.mktemp("clone") / "athanor")
+    clone = workspace.of_the_repository(repo, tmp_path_factory.mktemp("clone") / ODD)
     shutil.copytree(data, clone.folder / "data")
     text = (clone.folder / LORA).read_text(encoding="utf-8")
     iters = next(line for line in text.splitlines() if line.startswith("iters:"))

@@ -24,9 +24,13 @@ from support.refused import refused
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The ids by name of runs in the embedded store of these tests' working directory."""
+    """The ids by name of runs in the embedded store of these tests' working directory.
+
+    It was moved there after the runs were recorded.
+    """
+    folder = tmp_path_factory.mktemp("place")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("place"))
+        patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         ids = {}
         for rate in ("1e-4", "3e-4", "1e-3"):
@@ -36,6 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
                 run.log_text("seed: 0", "params.yaml")
             assert run.id is not None
             ids[f"lr={rate}"] = run.id
+        patch.chdir(folder.rename(folder.with_name("moved")))
         client = tracking_store.connect()
         for child in ("lr=3e-4", "lr=1e-3"):
             client.set_tag(ids[child], "mlflow.parentRunId", ids["lr=1e-4"])

@@ -15,7 +15,7 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.tracking._tracking_service import utils
 
 from athanor.runs import compare, sqlite_store, tracking_store
-from athanor.runs.run import Run, start_run
+from athanor.runs.run import Run, send_left_journals, start_run
 from support import mlflow_store
 
 ADAPTERS = "adapters/adapters.safetensors"
@@ -180,6 +180,31 @@ def test_a_record_is_read_wherever_its_repository_is(
     assert MlflowClient(store).get_run(recorded.run).info.artifact_uri.startswith("file:mlruns/")
     (tmp_path / "again").mkdir()
     assert fetch_by_mlflow(store, recorded.run, tmp_path / "again") == "second"
+
+
+def test_a_run_goes_on_while_its_repository_is_copied(
+    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the copy it ended when the copy was made; each has its own files."""
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    shutil.copytree(recorded.folder, original)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(original)
+    with start("other") as run:
+        assert run.wait_for_id()
+        shutil.copytree(original, copy)
+        monkeypatch.chdir(copy)
+        send_left_journals()
+        monkeypatch.chdir(original)
+        log_adapters(run, "later")
+    states = {
+        folder.name: mlflow_store.connect(folder).get_run(run.id).info.status
+        for folder in (original, copy)
+    }
+    assert states == {"original": "FINISHED", "copy": "KILLED"}
+    assert list((copy / "mlruns/outbox").iterdir()) == []
+    adapters = Path(f"mlruns/artifacts/{run.id}/artifacts", ADAPTERS)
+    assert [(folder / adapters).exists() for folder in (original, copy)] == [True, False]
 
 
 def test_files_that_a_person_keeps_elsewhere_stay_there(
