@@ -80,6 +80,13 @@ def test_a_store_that_is_spoilt_is_reported_and_left_as_it_is(
         assert before == (store.read_bytes() if store.is_file() else None)
 
 
+def test_a_store_of_an_older_mlflow_names_the_command_that_upgrades_it(store: Path) -> None:
+    with sqlite3.connect(store) as database:
+        database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    with refused("runs.older_store", path=store):
+        tracking_store.connect()
+
+
 def test_a_training_keeps_the_record_that_a_spoilt_store_cannot_take(
     store: Path, empty_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

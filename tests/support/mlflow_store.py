@@ -8,7 +8,9 @@ def connect(store: str | Path) -> Any:
     """Return an MlflowClient of a store; of a folder's embedded one, if it is a path."""
     from mlflow import MlflowClient
 
-    return MlflowClient(store if isinstance(store, str) else f"sqlite:///{store}/mlruns/mlflow.db")
+    if isinstance(store, Path):
+        store = f"sqlite:///{store}/mlruns/mlflow.db".replace("%", "%25")
+    return MlflowClient(store)
 
 
 def list_runs(store: str | Path, experiment: str = "athanor") -> list[Any]:

@@ -89,12 +89,14 @@ def read(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def explain(error: BaseException, path: Path) -> UserError | None:
-    """Return what a person can do about an error of SQLite's, by its text; None if it is other."""
+    """Return what a person can do about an error of SQLite's or MLflow's; None if it is other."""
     text = str(error)
     if "not a database" in text or "malformed" in text:
         return UserError("runs.damaged_store", path=path)
     if "is locked" in text:
         return UserError("runs.locked_store", path=path)
+    if "out-of-date database schema" in text:
+        return UserError("runs.older_store", path=path)
     if "readonly database" in text:
         return UserError("runs.read_only_store", path=path)
     return None

@@ -155,6 +155,7 @@ def connect() -> Any:
     from mlflow.store.db import utils
 
     utils.MAX_RETRY_COUNT = 0  # no setting shortens its retries of a minute or more
+    utils._logger.setLevel("CRITICAL")  # else tracebacks of errors that are reported here
     if path is None:
         return MlflowClient(uri())
     with hold_lock():
@@ -164,7 +165,10 @@ def connect() -> Any:
             MlflowClient(_make_uri(new)).search_experiments(max_results=1)
             new.replace(path)
         _make_locations_relative(path)
-        client = MlflowClient(uri())
+        try:
+            client = MlflowClient(uri())
+        except Exception as error:
+            raise sqlite_store.explain(error, path) or error from None
         if client.get_experiment_by_name(EXPERIMENT) is None:
             ensure_experiment(client, EXPERIMENT)
     return client
