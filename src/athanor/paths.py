@@ -70,6 +70,11 @@ class Workspace:
         return self.home / "artifacts/train/checkpoints"
 
     @property
+    def initial_adapters(self) -> Path:
+        """Adapters of earlier runs, fetched for trainings that begin with them."""
+        return self.home / "artifacts/train/initial_adapters"
+
+    @property
     def sweeps(self) -> Path:
         """The output of sweeps."""
         return self.home / "artifacts/sweep"

@@ -58,6 +58,8 @@ def reproduce(record: RunRecord, keep: bool) -> bool:
         for path in (config["model"]["path"], config["data"].get("dataset")):
             if path is not None:
                 restore.link_input(path, tree)
+        if initial := restore.restore_initial_adapters(record, tree):
+            config["train"]["resume_adapter_file"] = initial
         blas.use_threads(config["train"].get("blas_threads"))
         environment_changes = list(_list_environment_changes(record, commit))
         note(environment_changes)

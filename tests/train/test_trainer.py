@@ -35,12 +35,14 @@ from athanor.config.compose import compose_config
 from athanor.config.schema import Config
 from athanor.config.values import flatten
 from athanor.device.backend import compile_kernels
-from athanor.model.adapters import load_adapters, make_trainable
+from athanor.model.adapters import InitialAdapters, load_adapters, make_trainable
 from athanor.model.load import copy_sharing_weights
+from athanor.model.source import resolve_source
 from athanor.paths import Workspace
 from athanor.train.batches import Batch, Batches
 from athanor.train.build import build_trainer
 from athanor.train.checkpoints import Checkpoints
+from athanor.train.initial import load_initial_adapters
 from athanor.train.memory import predict_peak
 from athanor.train.metrics import Metrics, history_csv
 from athanor.train.plan import Hooks, TrainingPlan
@@ -170,11 +172,14 @@ def same(a: Weights, b: Weights) -> bool:
 
 @pytest.mark.parametrize("method", rules.METHODS)
 def test_losses_are_mlx_lms_with_its_own_loss_and_batches(
-    method: str, fresh: Callable[..., nn.Module], tiny: Path, tmp_path: Path
+    method: str, fresh: Callable[..., nn.Module], cfg: Config, tiny: Path, tmp_path: Path
 ) -> None:
-    """The oracle: 50 steps by mlx_lm.tuner.trainer, and the same 50 by ours."""
+    """The oracle: 20 steps by mlx_lm.tuner.trainer, 20 that begin with their adapters, and ours."""
     seen: list[tuple[mx.array, mx.array]] = []
     theirs: list[float] = []
+    cfg = copy.deepcopy(cfg)
+    cfg.train.method, cfg.train.num_layers = method, 2
+    source = resolve_source(str(tiny), None)
 
     def remembered(**arguments: Any) -> Iterator[tuple[mx.array, mx.array]]:
         np.random.seed(5)
@@ -192,37 +197,46 @@ def test_losses_are_mlx_lms_with_its_own_loss_and_batches(
         return Batch([0], rows, sum(sum(row.supervised[1:]) for row in rows))
 
     lines = msgspec.to_builtins(ROWS)  # as their own loader reads them
-    peer.train(
-        fresh(method=method),
-        optim.Adam(learning_rate=1e-4),
-        CacheDataset(
-            create_dataset(lines, load_tokenizer(tiny), types.SimpleNamespace(mask_prompt=True))
-        ),
-        args=peer.TrainingArgs(
-            batch_size=2,
-            iters=50,
-            steps_per_report=1,
-            steps_per_save=99,
-            adapter_file=str(tmp_path / "adapters.safetensors"),
-        ),
-        iterate_batches=remembered,
-        training_callback=types.SimpleNamespace(
-            on_train_loss_report=lambda report: theirs.append(report["train_loss"])
-        ),
+    data = CacheDataset(
+        create_dataset(lines, load_tokenizer(tiny), types.SimpleNamespace(mask_prompt=True))
     )
     ours: list[float] = []
-    Trainer(
-        TrainingPlan(seed=0, iters=50, batch_size=2, steps_per_report=1, steps_per_eval=99),
-        with_frozen_layers(fresh(method=method), as_they_came(1).rows),
-        as_they_came,
-        [],
-        optim.Adam(learning_rate=1e-4),
-        hooks=Hooks(on_metrics=lambda metrics: ours.append(metrics.values["train_loss"])),
-    ).run()
-    assert len(ours) == len(theirs) == 50
+    for part in ("first", "second"):
+        model, own = fresh(method=method), fresh(method=method)
+        if part == "second":
+            adapters = tmp_path / "first.safetensors"
+            model.load_weights(str(adapters), strict=False)
+            load_initial_adapters(InitialAdapters(adapters, "", None), own, cfg, source)
+        seen.clear()
+        peer.train(
+            model,
+            optim.Adam(learning_rate=6e-5),
+            data,
+            args=peer.TrainingArgs(
+                batch_size=2,
+                iters=20,
+                steps_per_report=1,
+                steps_per_save=99,
+                adapter_file=str(tmp_path / f"{part}.safetensors"),
+            ),
+            iterate_batches=remembered,
+            training_callback=types.SimpleNamespace(
+                on_train_loss_report=lambda report: theirs.append(report["train_loss"])
+            ),
+        )
+        Trainer(
+            TrainingPlan(seed=0, iters=20, batch_size=2, steps_per_report=1, steps_per_eval=99),
+            with_frozen_layers(own, as_they_came(1).rows),
+            as_they_came,
+            [],
+            optim.Adam(learning_rate=6e-5),
+            hooks=Hooks(on_metrics=lambda metrics: ours.append(metrics.values["train_loss"])),
+        ).run()
+    assert len(ours) == len(theirs) == 40
     assert theirs[-1] < theirs[0] / 2
-    # Summed in another order, as only supervised positions and layers that learn are computed.
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-5)
+    # Summed in another order, as only supervised positions and layers that learn are computed. The
+    # rate keeps losses large: mlx's float32 cross-entropy of small ones is 2e-5 below float64's.
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_padding_and_prompts_move_no_parameter(

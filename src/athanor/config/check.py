@@ -14,6 +14,7 @@ from athanor.config.rules import impossible_values
 from athanor.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from athanor.config.values import flatten
 from athanor.errors import Problem, UserError, nearest
+from athanor.model.adapters import RUN_ID, locate_adapters
 from athanor.model.config_values import SECTIONS, count_experts
 from athanor.model.folder import inspect_folder, is_quantized, read_config
 from athanor.model.source import (
@@ -23,6 +24,7 @@ from athanor.model.source import (
     refuse_name,
     refuse_stage_output,
 )
+from athanor.paths import Workspace
 
 # Characters of no text: NUL, and half a character that a cut text leaves.
 UNREADABLE = re.compile(r"[\x00\ud800-\udfff]")
@@ -62,6 +64,8 @@ def check_config(tree: dict[str, Any], places: dict[str, str], problems: list[Pr
     of_model = {"model.path", "model.revision", "train.num_layers", "train.method", "train.rank"}
     if of_model <= valid.keys():
         wrong += model_misfits(config.model, config.train)
+    if valid.get("train.resume_adapter_file") is not None:
+        wrong += adapter_misfits(valid["train.resume_adapter_file"])
     if "train.optimizer_config" in valid:
         from athanor.compute import optimizers  # imports mlx, which DVC's Hydra does not need
 
@@ -210,6 +214,20 @@ def model_misfits(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:
         yield problem
     else:
         yield from training_misfits(config, train)
+
+
+def adapter_misfits(path: str) -> Iterator[Problem]:
+    """Yield a problem where the adapters that a training begins with are gone, or will be."""
+    key = "train.resume_adapter_file"
+    try:
+        refuse_stage_output(path)
+    except UserError:
+        yield Problem("train.own_adapters", key, path=path)
+        return
+    except (OSError, ValueError):  # no path at all
+        pass
+    if locate_adapters(path, Workspace.here()) is None and not RUN_ID.fullmatch(path):
+        yield Problem("train.no_such_adapters", key, path=path)
 
 
 def training_misfits(config: dict[str, Any], train: TrainConfig) -> Iterator[Problem]:

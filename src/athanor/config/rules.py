@@ -78,7 +78,12 @@ SIZES = dict.fromkeys(keys_of(float), FLOAT32) | {
 RULES = (
     rule(
         "config.empty_text",
-        ("model.path", *keys_ending("data", "_feature"), "data.label_prompt"),
+        (
+            "model.path",
+            "train.resume_adapter_file",
+            *keys_ending("data", "_feature"),
+            "data.label_prompt",
+        ),
         bool,
     ),
     rule("config.no_share", keys_ending("data", "_size", "_share"), lambda v: 0 <= v <= 1),

@@ -97,6 +97,7 @@ class TrainConfig:
     end_token: str = MISSING
     compile: bool | None = MISSING
     blas_threads: int | None = MISSING
+    resume_adapter_file: str | None = MISSING
 
 
 @dataclass

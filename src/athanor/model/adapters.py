@@ -1,15 +1,24 @@
 """Adapters: the weights that are trained on a base model, and their files in mlx-lm's format."""
 
+import re
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from athanor import files
 from athanor.errors import UserError
 from athanor.model.source import Source
+from athanor.paths import Workspace
 
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
+
+
+WEIGHTS = "adapters.safetensors"
+# The beginning of the id of a run in MLflow.
+RUN_ID = re.compile(r"[0-9a-fA-F]{4,32}")
 
 
 class AdapterOptions(Protocol):
@@ -20,6 +29,21 @@ class AdapterOptions(Protocol):
     rank: int
     scale: float
     dropout: float
+
+
+@dataclass(frozen=True)
+class InitialAdapters:
+    """Adapters that a training begins with.
+
+    Args:
+        weights: the file of weights.
+        digest: its sha256.
+        run: MLflow's id of the run that trained them, None for those of a file.
+    """
+
+    weights: Path
+    digest: str
+    run: str | None
 
 
 def make_trainable(
@@ -130,7 +154,7 @@ def save_adapters(
     """
     import mlx.core as mx
 
-    selectors, keys = _outside_layers(model)
+    selectors, keys = find_outside_layers(model)
     weights = selectors | weights
     parameters = lora_parameters(train) | ({"keys": keys} if keys else {})
     with files.whole_folder(folder) as temporary:
@@ -152,7 +176,7 @@ def save_adapters(
         )
 
 
-def _outside_layers(model: "nn.Module") -> "tuple[dict[str, mx.array], list[str]]":
+def find_outside_layers(model: "nn.Module") -> "tuple[dict[str, mx.array], list[str]]":
     """Return the factors that _make_row_trainable fixed, and mlx-lm's keys of adapted modules.
 
     Both are empty where only layers have adapters, which mlx-lm finds without keys.
@@ -171,6 +195,15 @@ def _outside_layers(model: "nn.Module") -> "tuple[dict[str, mx.array], list[str]
         if factor not in modules[name].trainable_parameters()
     }
     return selectors, sorted(inside) + outside if outside else []
+
+
+def locate_adapters(path: str, workspace: Workspace) -> Path | None:
+    """Return the file or folder of adapters that a path names; None where there is none."""
+    for folder in (workspace.root, workspace.home):
+        with suppress(OSError, ValueError):  # too long a name, a NUL
+            if (folder / path).exists():
+                return folder / path
+    return None
 
 
 def load_adapters(model: "nn.Module", folder: Path) -> None:

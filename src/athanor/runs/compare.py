@@ -4,6 +4,8 @@ Artifacts are fetched from the tracking store to a folder of the caller's when t
 """
 
 import json
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from athanor import files
+from athanor.errors import UserError
 from athanor.runs import lineage, tracking_store
 
 if TYPE_CHECKING:
@@ -100,6 +104,26 @@ def load_record(prefix: str, folder: Path) -> RunRecord:
         datasets={read.dataset.name: read.dataset.digest for read in run.inputs.dataset_inputs},
         folder=folder,
     )
+
+
+def fetch_adapters(prefix: str, folder: Path) -> tuple[str, Path]:
+    """Fetch the adapters of the run whose id begins with `prefix`; return its id and their folder.
+
+    `folder` has a folder for each run; adapters that are there are not fetched again.
+
+    Raises:
+        UserError: as `load_record` does, and where the run has no adapters.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        record = load_record(prefix, Path(temporary))
+        target = folder / record.id
+        if not target.exists():
+            kept = record.fetch_artifact("adapters")
+            if kept is None:
+                raise UserError("runs.no_adapters", run=record.id, name=record.name)
+            with files.whole_folder(target) as new:
+                shutil.copytree(kept, new, dirs_exist_ok=True)
+    return record.id, target
 
 
 def list_children(record: RunRecord) -> str:

@@ -4,6 +4,7 @@ A run has it as tags (commit, digest of the code, DVC's hash of the data) and as
 
     code.patch       the changes of the code since its commit, for `git apply`, if there are any
     versions.json    the versions of Python and of the deciding libraries, and the machine
+    initial_adapters the adapters that the training began with, if there are any
     data/rows.npz    an array for each split: a digest of 8 bytes for each prepared row, in order
 
 Rows have digests of their own because data.dvc can name older rows than the prepared ones, and to
@@ -43,6 +44,7 @@ NO_CODE = (
 )
 MOST_BYTES = 1_000_000  # of an untracked file in a patch
 PATCH, ROWS, VERSIONS = "code.patch", "rows.npz", "versions.json"
+INITIAL = "initial_adapters"
 # They decide a prepared row, a weight or a metric; those that are not installed are left out.
 LIBRARIES = (
     *("mlx", "mlx-cpu", "mlx-metal", "mlx-cuda-12", "mlx-cuda-13", "mlx-lm", "numpy"),

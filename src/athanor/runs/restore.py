@@ -213,6 +213,23 @@ def _dvc(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+def restore_initial_adapters(record: RunRecord, tree: Path) -> str | None:
+    """Put the adapters that the run began with into the worktree; return their folder there.
+
+    None where it began with new ones.
+
+    Raises:
+        UserError: where they are gone.
+    """
+    if "initial.digest" not in record.tags:
+        return None
+    kept = record.fetch_artifact(lineage.INITIAL)
+    if kept is None:
+        raise UserError("runs.no_initial_adapters", run=record.id, name=record.name)
+    shutil.copytree(kept, tree / lineage.INITIAL)
+    return lineage.INITIAL
+
+
 def link_input(path: str, tree: Path) -> None:
     """Link a folder that a configuration names, that is here and that git does not have."""
     here, there = Workspace.here().home / path, tree / path

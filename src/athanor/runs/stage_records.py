@@ -10,6 +10,7 @@ from athanor import files
 from athanor.config.schema import Config
 from athanor.config.values import effective_values
 from athanor.device.backend import blas_threads, describe_device
+from athanor.model.adapters import InitialAdapters
 from athanor.model.folder import read_config
 from athanor.model.source import Source
 from athanor.paths import SPLITS, Workspace
@@ -30,11 +31,13 @@ def start_training(
     digest: str,
     run: str,
     parent: str | None = None,
+    initial: InitialAdapters | None = None,
 ) -> Run:
     """Open the MLflow run of a training, with everything that decides it.
 
     `source` and `folder` are those of the base model; `digest` is that of all that decides the
-    training; `run` and `parent` are our names of the run and of its sweep's run.
+    training; `run` and `parent` are our names of the run and of its sweep's run; `initial` are
+    the adapters that it begins with.
     """
     opened = start_run(
         name,
@@ -64,8 +67,22 @@ def start_training(
             if (workspace.prepared / report).exists():
                 opened.log_artifact(workspace.prepared / report, "data")
         lineage.record_lineage(opened, workspace.prepared)
+        if initial is not None:
+            _record_initial(opened, initial, nested=parent is None)
         stack.pop_all()
     return opened
+
+
+def _record_initial(run: Run, initial: InitialAdapters, nested: bool) -> None:
+    """Add the adapters that a training begins with; `nested` lists the run below theirs."""
+    run.set_tags({"initial.digest": initial.digest})
+    if initial.run is not None:
+        run.set_tags({"initial.run": initial.run})
+    if initial.run is not None and nested:
+        run.set_tags({"mlflow.parentRunId": initial.run})
+    for path in (initial.weights, initial.weights.with_name("adapter_config.json")):
+        if path.is_file():
+            run.log_artifact(path, lineage.INITIAL)
 
 
 def list_datasets(workspace: Workspace) -> list[Dataset]:

@@ -35,11 +35,15 @@ from athanor.config.schema import Config
 from athanor.config.values import flatten
 from athanor.device import blas
 from athanor.errors import UserError
-from athanor.model.adapters import load_adapters, read_adapter_names
+from athanor.model.adapters import InitialAdapters, load_adapters, read_adapter_names
 from athanor.model.load import copy_sharing_weights
 from athanor.paths import SPLITS, Workspace
 from athanor.runs.run import Run, resume_run
-from athanor.runs.stage_records import record_test, record_training, start_training
+from athanor.runs.stage_records import (
+    record_test,
+    record_training,
+    start_training,
+)
 from athanor.sweep import choice, naming, summary
 from athanor.sweep.description import Sweep, trials_folder
 from athanor.sweep.recording import fail, read_trial, record_failure
@@ -51,6 +55,7 @@ from athanor.test.predictions import as_columns, read_predictions
 from athanor.train import checkpoints
 from athanor.train.fit import fit
 from athanor.train.identity import training_identity
+from athanor.train.initial import find_initial_adapters
 from athanor.train.metrics import Metrics
 from athanor.train.result import write_result
 
@@ -76,6 +81,7 @@ def run(composed: DictConfig) -> float:
     shared = load_shared(sweep.folder)
     try:
         cfg = check_config(tree, {}, [])
+        initial = find_initial_adapters(cfg, shared.base.workspace)
     except UserError as error:  # of values that are valid only by themselves
         values = {key: _parse(key, overrides) for key in sweep.keys}
         record = _new_record(sweep, hydra.job.num, checkpoints.key(tree), values)
@@ -83,7 +89,7 @@ def run(composed: DictConfig) -> float:
         return math.inf
     flat = flatten(cfg)
     values = {key: flat[key] if key in flat else _parse(key, overrides) for key in sweep.keys}
-    return _run_trial(sweep, hydra.job.num, values, cfg, shared)
+    return _run_trial(sweep, hydra.job.num, values, cfg, shared, initial)
 
 
 @cache
@@ -143,10 +149,15 @@ def _refuse_changed(sweep: Sweep, identity: dict[str, Any], cfg: Config, shared:
 
 
 def _run_trial(
-    sweep: Sweep, number: int, values: dict[str, Any], cfg: Config, shared: Shared
+    sweep: Sweep,
+    number: int,
+    values: dict[str, Any],
+    cfg: Config,
+    shared: Shared,
+    initial: InitialAdapters | None,
 ) -> float:
     """Train and test a trial, or read the results of that, and record it; return its loss."""
-    identity = training_identity(cfg, shared.base)
+    identity = training_identity(cfg, shared.base, initial)
     _refuse_changed(sweep, identity, cfg, shared)
     digest = checkpoints.key(identity)
     folder = trials_folder() / digest
@@ -182,8 +193,9 @@ def _run_trial(
                 digest,
                 record.run,
                 parent=sweep.run,
+                initial=initial,
             ) as opened:
-                metrics = _train(cfg, shared, folder, kept, opened)
+                metrics = _train(cfg, shared, folder, kept, opened, initial)
                 examined = _examine(cfg, shared, folder, tested, TESTED_SPLITS)
                 _record_test(opened, tested, examined, int(metrics["kept_iteration"]))
                 note = summary.note(read_trial(record.finished(), tested))
@@ -209,7 +221,12 @@ def _run_trial(
 
 
 def _train(
-    cfg: Config, shared: Shared, folder: Path, kept: checkpoints.Checkpoints, run: Run
+    cfg: Config,
+    shared: Shared,
+    folder: Path,
+    kept: checkpoints.Checkpoints,
+    run: Run,
+    initial: InitialAdapters | None,
 ) -> dict[str, float]:
     """Train the trial, or read the results of its training, and record both in its run."""
     path = folder / "trained.json"
@@ -224,7 +241,7 @@ def _train(
     else:
         model = copy_sharing_weights(shared.model)
         base, tokens, reused = shared.base, shared.tokens, shared.shared_for(cfg)
-        trainer = fit(cfg, base, model, tokens, kept, publish, shared=reused)
+        trainer = fit(cfg, base, model, tokens, kept, publish, initial=initial, shared=reused)
         metrics = write_result(cfg, trainer, base.source, folder)
         trained = {"metrics": metrics, "history": list(map(asdict, trainer.state.history))}
         files.write_json(path, trained)

@@ -31,6 +31,7 @@ from athanor.sweep.supervise import COMMAND, ENDED_BY, LOST
 from athanor.sweep.trial_record import TrialStatus
 from athanor.train import checkpoints
 from athanor.train.identity import training_identity
+from athanor.train.initial import find_initial_adapters
 
 WRITTEN = ("summary.html", "points.csv", "heatmap.svg", "curves.svg")
 
@@ -202,7 +203,8 @@ def _run_trials(space: Space, folder: Path) -> None:
 
 def _describe(space: Space, base: Prepared) -> dict[str, Any]:
     """Return everything that decides the sweep's results; its digest names the sweep's folder."""
-    identity = training_identity(space.base, base)
+    initial = find_initial_adapters(space.base, base.workspace)
+    identity = training_identity(space.base, base, initial)
     flat = flatten(space.base)
     return {
         "swept": list(space.swept.items()),

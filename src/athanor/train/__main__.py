@@ -21,7 +21,8 @@ from athanor.runs.stage_records import name_run, record_training, start_training
 from athanor.train.checkpoints import Checkpoints
 from athanor.train.fit import fit, warn_of_rows_without_targets
 from athanor.train.identity import run_of, training_identity
-from athanor.train.result import write_result
+from athanor.train.initial import find_initial_adapters
+from athanor.train.result import describe_metrics, write_result
 
 
 def main() -> None:
@@ -36,7 +37,8 @@ def train(cfg: Config) -> None:
     blas.use_threads(cfg.train.blas_threads)
     base = Prepared.read(cfg, workspace)
     rows = result.read_rows(workspace, ("train", "valid"))
-    checkpoints = Checkpoints(workspace.checkpoints, training_identity(cfg, base))
+    initial = find_initial_adapters(cfg, workspace)
+    checkpoints = Checkpoints(workspace.checkpoints, training_identity(cfg, base, initial))
     with start_training(
         workspace,
         cfg,
@@ -45,6 +47,7 @@ def train(cfg: Config) -> None:
         name_run(cfg),
         checkpoints.folder.name,
         run_of(checkpoints.folder),
+        initial=initial,
     ) as run:
         model, tokenizer = base.load()
         tokens = {split: base.tokens(rows[split], tokenizer, cfg) for split in rows}
@@ -56,6 +59,7 @@ def train(cfg: Config) -> None:
             tokens,
             checkpoints,
             lambda metrics: run.log_metrics(metrics.iteration, metrics.values, once=True),
+            initial=initial,
             log=console.out.print,
         )
         metrics = write_result(cfg, trainer, base.source, workspace.trained)
@@ -64,16 +68,8 @@ def train(cfg: Config) -> None:
         iteration = {"iteration": metrics["kept_iteration"]}
         files.write_json(workspace.trained / "run.json", trained | iteration)
     checkpoints.clear()
-    facts = {
-        "train loss": f"{metrics['train_loss']:.4f}",
-        "validation loss": f"{metrics['val_loss']:.4f}; best {metrics['best_val_loss']:.4f} "
-        f"after iteration {metrics['best_iteration']}",
-        "peak memory": f"{metrics['peak_memory']:.2f} GB",
-        "adapters": f"{workspace.trained / 'adapters'}, after iteration "
-        f"{metrics['kept_iteration']} ({cfg.train.keep})",
-        "MLflow run": run.describe(),
-    }
-    console.print_facts("train", facts)
+    facts = {"adapters": workspace.trained / "adapters", "MLflow run": run.describe()}
+    console.print_facts("train", describe_metrics(cfg, metrics) | facts)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ from athanor.compute.arrays import TokenizedText
 from athanor.config.schema import Config
 from athanor.device.backend import describe_device, memory_limit
 from athanor.errors import UserError
-from athanor.model.adapters import make_trainable
+from athanor.model.adapters import InitialAdapters, make_trainable
 from athanor.model.load import count_parameters
 from athanor.paths import Workspace
 from athanor.prepare.result import Prepared
 from athanor.train.build import build_trainer
 from athanor.train.checkpoints import Checkpoints, unfinished
+from athanor.train.initial import load_initial_adapters
 from athanor.train.memory import explain_out_of_memory
 from athanor.train.metrics import Metrics
 from athanor.train.plan import Hooks
@@ -31,6 +32,7 @@ def fit(
     checkpoints: Checkpoints,
     on_metrics: Callable[[Metrics], None],
     *,
+    initial: InitialAdapters | None = None,
     shared: SharedBase | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Trainer:
@@ -40,11 +42,12 @@ def fit(
 
     Args:
         tokens: the rows of `train` and `valid`.
+        initial: the adapters to begin with, instead of new ones.
         shared: the results that trainings on this base share.
         log: prints a line about the training.
 
     Raises:
-        UserError: where the training diverges or runs out of memory.
+        UserError: where the training diverges or runs out of memory, or `initial` do not fit it.
         KeyboardInterrupt: after Ctrl-C or SIGTERM and a checkpoint.
     """
     trained_end = base.contract.end if base.contract.trains_end else None
@@ -52,6 +55,8 @@ def fit(
         raise UserError("train.end_needs_lora", end=trained_end, method=cfg.train.method)
     with explain_out_of_memory():
         make_trainable(model, cfg.train, cfg.seed, trained_end)
+    if initial is not None:
+        load_initial_adapters(initial, model, cfg, base.source)
     shared = shared or SharedBase()
     with console.progress() as bar:
         task = bar.add_task("train")

@@ -10,17 +10,21 @@ from athanor.code import digest_code
 from athanor.config.schema import Config
 from athanor.config.values import effective_values
 from athanor.device.backend import blas_threads, describe_device
+from athanor.model.adapters import InitialAdapters
 from athanor.prepare.result import Prepared
 
 # The modules that train and write; the code that decides is theirs and what they import.
 CODE = ("athanor.train.fit", "athanor.train.result")
 
 
-def training_identity(cfg: Config, base: Prepared) -> dict[str, Any]:
+def training_identity(
+    cfg: Config, base: Prepared, initial: InitialAdapters | None = None
+) -> dict[str, Any]:
     """Return everything that the result depends on, as JSON.
 
     A training resumes from no checkpoint of another identity. Of the code it takes the syntax trees
-    (see digest_code), so that rewording a docstring orphans no checkpoint and no trial.
+    (see digest_code), so that rewording a docstring orphans no checkpoint and no trial. `initial`
+    are the adapters that the training begins with.
     """
     deciding, source = ("seed", "train."), base.source
     return {
@@ -28,6 +32,8 @@ def training_identity(cfg: Config, base: Prepared) -> dict[str, Any]:
         "train.blas_threads": blas_threads(),  # null and its number are the same training
         # The times of saving and the place of activations decide nothing.
         **dict.fromkeys(("train.save_every", "train.activations_memory", "train.activations_disk")),
+        # The same adapters are the same beginning, wherever they are.
+        "train.resume_adapter_file": initial.digest if initial else None,
         "data": files.digest([base.workspace.rows(split) for split in ("train", "valid")]),
         "model": [source.path, source.commit, source.digest],
         "code": digest_code(CODE),

@@ -51,3 +51,14 @@ def write_result(cfg: Config, trainer: Trainer, source: Source, out: Path) -> di
     files.write_text(out / "history.csv", history_csv(state.history))
     files.write_json(out / "metrics.json", metrics)
     return metrics
+
+
+def describe_metrics(cfg: Config, metrics: dict[str, float]) -> dict[str, str]:
+    """Return the metrics at the end of a training in words, by name."""
+    return {
+        "train loss": f"{metrics['train_loss']:.4f}",
+        "validation loss": f"{metrics['val_loss']:.4f}; best {metrics['best_val_loss']:.4f} "
+        f"after iteration {metrics['best_iteration']}",
+        "peak memory": f"{metrics['peak_memory']:.2f} GB",
+        "kept": f"after iteration {metrics['kept_iteration']} ({cfg.train.keep})",
+    }
