@@ -1,5 +1,6 @@
 """The terminal: literal texts, output that loses its reader, signals that stop a command."""
 
+import io
 import os
 import pty
 import signal
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from athanor import console, switches
 
@@ -98,3 +100,16 @@ def test_a_process_ends_with_its_parent(child: str) -> None:
     parent.kill()
     assert parent.stdout.read() == ""  # ends when the child does
     parent.wait()
+
+
+@pytest.mark.parametrize("width", [100, 60, 30])
+def test_numbers_of_a_table_are_whole(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Console(file=io.StringIO(), width=width)
+    monkeypatch.setattr(console, "out", out)
+    numbers = [f"{1_234_567_890 + i:,}" for i in range(6)]
+    console.print_table("", ["split", *"abcdef"], [["train", *numbers]])
+    text = "data/train.jsonl:1: 123,456 of 345,678 tokens are cut, with the end of an answer"
+    console.print_table("", ["check", "rows", "example"], [["too_long", "1,234,567", text]])
+    printed = out.file.getvalue()  # type: ignore[attr-defined]
+    assert all(number in printed for number in [*numbers, "1,234,567", "123,456", "345,678"])
+    assert "…" not in printed

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Table
@@ -61,6 +62,9 @@ class _Terminal(Console):
 # DVC's log is no terminal: a width of 80 would break paths there.
 out = _Terminal(width=None if sys.stdout.isatty() else 100, soft_wrap=False)
 err = _Terminal(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
+
+# Cells of a table that are longer than this wrap.
+WHOLE = 24
 
 # The numbers of an OSError where a disk or a person's share of it is full.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -196,7 +200,21 @@ def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
     table = Table(*head, box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for row in rows:
         table.add_row(*(escape(visible(cell)) for cell in row))
-    out.print(table)
+    print_whole(table)
+
+
+def print_whole(table: Table) -> None:
+    """Print a table whose long cells wrap and whose numbers stay whole, however narrow `out` is."""
+    widths = []
+    for column in table.columns:
+        cells = [column.header, *column.cells]
+        longest = max(Measurement.get(out, out.options, cell).maximum for cell in cells)
+        column.no_wrap, column.overflow = longest <= WHOLE, "fold"
+        widths.append(min(longest, WHOLE))
+    needed = sum(widths) + 3 * len(widths) + 1  # with the space between columns
+    if needed > out.width:
+        table.width = needed
+    out.print(table, crop=False)
 
 
 def share(part: float | None, whole: float = 1.0) -> str:

@@ -22,8 +22,9 @@ from athanor.config.compose import compose_config
 from athanor.config.values import to_dataclass
 from athanor.paths import SPLITS
 from athanor.prepare import near_duplicates, origins, read_json
-from athanor.prepare.check_rows import BETWEEN, CHUNKS_AHEAD, FirstPass
+from athanor.prepare.check_rows import CHUNKS_AHEAD, FirstPass
 from athanor.prepare.checks import Findings
+from athanor.prepare.near_duplicates import BETWEEN
 from athanor.prepare.origins import Origin
 from athanor.prepare.prepare import prepare
 from athanor.prepare.records import Record

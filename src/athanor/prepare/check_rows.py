@@ -42,9 +42,6 @@ if TYPE_CHECKING:
 CHUNKS_AHEAD = 3
 # Names are numbered up to this many; the others share a number.
 MOST_NAMES = 1000
-# Between what is asked and the answer, and after what is read beside the question, both folded:
-# characters that folding removes.
-BETWEEN, BESIDE = "\x1f", "\x1e"
 # Python's hash as an unsigned number. It differs between processes; a split needs a stable digest.
 BITS = 2**64 - 1
 
@@ -53,8 +50,9 @@ BITS = 2**64 - 1
 class Candidate:
     """A row of the first pass, before its tokens are known.
 
-    `folded` is what the model reads and the answer, folded, with BETWEEN between them; `digest` is
-    of that and of the tools, `asked` a hash of what the model reads, 0 where nothing is asked.
+    `folded` is what the model reads and the answer, folded, with the marks of near_duplicates
+    between; `digest` is of that and of the tools, `asked` a hash of what the model reads, 0 where
+    nothing is asked.
     """
 
     record: Record
@@ -169,15 +167,12 @@ class FirstPass:
         self, number: int, origin: int, record: Record, row: Row, faults: list[Fault]
     ) -> Candidate:
         line = self.builder.encode(row, record, faults)
-        question, context, tools = (
-            row.question(),
-            row.conversation.context(),
-            row.conversation.tools,
-        )
+        question, context = row.question(), row.conversation.context()
+        tools = row.conversation.tools
         read = near_duplicates.fold(question)
         if context:
-            read = f"{_fold_context(context)}{BESIDE}{read}"
-        folded = f"{read}{BETWEEN}{near_duplicates.fold(row.conversation.answer())}"
+            read = f"{_fold_context(context)}{near_duplicates.BESIDE}{read}"
+        folded = f"{read}{near_duplicates.BETWEEN}{near_duplicates.fold(row.conversation.answer())}"
         exact = msgspec.json.encode(tools).decode() if tools else ""
         digest = near_duplicates.digest(folded + exact)
         asked = hash((read, exact)) & BITS if question else 0

@@ -59,7 +59,7 @@ def show(trials: list[Trial], fixed: Iterable[str]) -> None:
         table.add_column(header, justify="left" if number < len(choice.keys) else "right")
     for candidate, row in zip(choice.candidates, rows, strict=True):
         table.add_row(*map(escape, row), style="bold" if candidate is choice.best else None)
-    console.out.print(table)
+    console.print_whole(table)
     _show_grid(choice)
     for trial in choice.without_loss:
         line = f"{escape(name_trial(trial.values))}: {escape(trial.fault)}"
@@ -178,7 +178,7 @@ def _show_grid(choice: Choice) -> None:
             for column in range(len(grid.columns))
         ]
         table.add_row(escape(format_value(grid.down, grid.rows[row])), *cells)
-    console.out.print(table)
+    console.print_whole(table)
     console.out.print()
 
 
