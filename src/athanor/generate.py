@@ -67,12 +67,14 @@ def ask(questions: list[str], system: str | None, cfg: Config) -> dict[str, list
     workspace = Workspace.here()
     source = read_base(workspace)
     from athanor.chat import templates  # MLX and the models' code take seconds
+    from athanor.chat.contract import Contract
     from athanor.chat.conversation import Conversation, Turn
     from athanor.chat.load import load_with_tokenizer
     from athanor.compute.evaluation import generate_answers
     from athanor.model.adapters import load_adapters
 
-    model, tokenizer = load_with_tokenizer(source.folder())
+    contract = Contract.read(workspace.prepared / "chat.json")
+    model, tokenizer = load_with_tokenizer(source.folder(), contract.rendering)
     before = [] if system is None else [Turn("system", system)]
     answer = Turn("assistant", "")  # a row ends with one
     rows = [Conversation([*before, Turn("user", question), answer]) for question in questions]

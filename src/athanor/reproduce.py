@@ -24,7 +24,7 @@ from athanor import console, files
 from athanor.device import blas
 from athanor.errors import UserError
 from athanor.paths import SPLITS, Workspace
-from athanor.runs import compare, lineage, restore
+from athanor.runs import compare, lineage, restore, stage_records
 from athanor.runs.compare import RowChanges, RunRecord
 
 # Losses this near, absolutely or relatively, are called close; a GPU computes none twice alike.
@@ -143,11 +143,13 @@ def configuration(record: RunRecord) -> dict[str, Any]:
 
 
 def _read_params(path: Path, record: RunRecord) -> dict[str, Any]:
-    """Read a run's configuration, with the number of threads that null stood for."""
+    """Read a run's configuration, with the number of threads and the date that null stood for."""
     config = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     threads = record.params.get("train.blas_threads", "None")
     if threads != "None" and config["train"]["blas_threads"] is None:
         config["train"]["blas_threads"] = int(threads)
+    if date := record.tags.get(stage_records.DATE):
+        config["data"]["date"] = date
     return config
 
 

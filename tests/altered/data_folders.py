@@ -41,7 +41,7 @@ def load() -> None:
 
     config = to_dataclass(compose_config(REPO / "conf", [f"model.path={REPO / 'models/tiny'}"]))
     tokenizer = chat_load.load_tokenizer(REPO / "models/tiny")
-    prepare.load_tokenizer = lambda folder: tokenizer
+    prepare.load_configured_tokenizer = lambda *_: tokenizer
     LOADED.append(config)
 
 

@@ -367,7 +367,7 @@ def test_parameters_are_the_generations_and_the_configs(make: Make) -> None:
     ("kind", "bos", "note"),
     [
         (QWEN25, False, "knows tools; this TEMPLATE does not"),
-        (LLAMA32, False, "stays the day of export"),
+        (LLAMA32, False, "writes the date; here it stays 2"),
         (GEMMA, False, "no place for a system message"),
         (GEMMA, True, "<|endoftext|> is not in the TEMPLATE: the tokenizer puts it"),
         (CHATML, True, "before every prompt, which the chat template does not"),

@@ -4,13 +4,13 @@ from functools import lru_cache
 
 import pytest
 
-from athanor.chat.load import load_tokenizer
+from athanor.chat.load import load_configured_tokenizer
 from athanor.prepare import prepare
 
-load_once = lru_cache(maxsize=4)(load_tokenizer)
+load_once = lru_cache(maxsize=4)(load_configured_tokenizer)
 
 
 @pytest.fixture(autouse=True)
 def tokenizers_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Load the tokenizer of each folder once; `prepare` changes nothing in it."""
-    monkeypatch.setattr(prepare, "load_tokenizer", load_once)
+    monkeypatch.setattr(prepare, "load_configured_tokenizer", load_once)

@@ -10,7 +10,7 @@ import argparse
 
 from athanor import console
 from athanor.chat.contract import AUTO, BASE, FAULT, TEMPLATE, TRAIN, resolve_contract, show_report
-from athanor.chat.load import load_tokenizer
+from athanor.chat.load import load_configured_tokenizer
 from athanor.config.compose import load_config
 from athanor.errors import UserError
 from athanor.model.source import find_model
@@ -25,12 +25,12 @@ def main() -> None:
     parser.add_argument("--revision", help="of a hub's repository")
     parser.add_argument("--end-token", choices=[AUTO, TEMPLATE, BASE, TRAIN], default=AUTO)
     args = parser.parse_args()
-    path, revision = args.model, args.revision
+    path, revision, config = args.model, args.revision, load_config([])
     if path is None:
-        model = load_config([]).model
-        path, revision = model.path, model.revision
+        path, revision = config.model.path, config.model.revision
     folder = find_model(path, revision)
-    contract = resolve_contract(folder, load_tokenizer(folder), args.end_token)
+    tokenizer = load_configured_tokenizer(folder, config.data.date, config.data.system)
+    contract = resolve_contract(folder, tokenizer, args.end_token)
     show_report(f"chat: {path}", contract.report)
     if faults := contract.findings(FAULT):
         raise UserError("chat.faults", model=path, faults=[fault.about for fault in faults])

@@ -6,13 +6,14 @@ sets them: generation, the fused folder's files and the exports take them from t
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from athanor import console, files
 from athanor.chat import template_probes, templates, vocabulary
 from athanor.chat.conversation import chat
+from athanor.chat.rendering import Rendering, rendering_of
 from athanor.errors import UserError
 from athanor.model.folder import stated_stop_ids
 
@@ -47,18 +48,26 @@ class Contract:
         trains_end: whether its rows of the embedding and the head are trained as well.
         stops: the tokens at which generation stops.
         report: the findings about the model.
+        rendering: how its template writes conversations.
     """
 
     end: int
     trains_end: bool
     stops: list[int]
     report: list[Finding]
+    rendering: Rendering = field(default_factory=Rendering)
 
     @classmethod
     def read(cls, path: Path) -> "Contract":
         """Read the contract that `prepare` wrote."""
         value = files.read_json(path)
-        return cls(**value | {"report": [Finding(**finding) for finding in value["report"]]})
+        return cls(
+            **value
+            | {
+                "report": [Finding(**finding) for finding in value["report"]],
+                "rendering": Rendering(**value.get("rendering", {})),
+            }
+        )
 
     def write(self, path: Path) -> None:
         """Write the contract for the later stages."""
@@ -107,7 +116,7 @@ def resolve_contract(folder: Path, tokenizer: "TokenizerWrapper", choice: str) -
         _report_saying(name, end, written, trains_end, untrained),
         _report_stops(name, stops, _stated_stops(folder, tokenizer)),
     ]
-    return Contract(end, trains_end, stops, report)
+    return Contract(end, trains_end, stops, report, rendering_of(tokenizer))
 
 
 def _report_template(tokenizer: "TokenizerWrapper") -> Iterator[Finding]:
@@ -138,9 +147,23 @@ def _report_template(tokenizer: "TokenizerWrapper") -> Iterator[Finding]:
     else:
         state, finding = OK, "yes, every answer"
     yield Finding("asked as trained", state, finding)
+    rendering = rendering_of(tokenizer)
+    if rendering.date is not None:
+        yield Finding(
+            "date in the template", NOTE, f"{rendering.date} in all stages; data.date sets another"
+        )
     for part, support in template_probes.probe_support(tokenizer).items():
         about = f"{part} in the template"
-        if support == "kept":
+        if part == "system" and rendering.merge_system:
+            yield Finding(about, OK, "put into the question that follows (data.system=merge)")
+        elif part == "system" and support != "kept":
+            yield Finding(
+                about,
+                ASIDE,
+                f"{support}; prepare reports the rows that need it, and data.system=merge puts "
+                "system messages into the questions after them",
+            )
+        elif support == "kept":
             yield Finding(about, OK, support)
         else:
             yield Finding(about, ASIDE, f"{support}; prepare reports the rows that need it")

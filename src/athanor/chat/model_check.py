@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+from athanor.chat.rendering import Rendering
 from athanor.config.check import ConfigError, training_misfits
 from athanor.config.schema import Config
 from athanor.errors import Problem, UserError
 from athanor.model.folder import read_config
 
 
-def refuse_model_misfits(config: Config, folder: Path) -> None:
+def refuse_model_misfits(config: Config, folder: Path, rendering: Rendering | None = None) -> None:
     """Raise where the model cannot be trained, or not exported, with this configuration.
 
     Raises:
@@ -21,7 +22,7 @@ def refuse_model_misfits(config: Config, folder: Path) -> None:
     model = read_config(folder)
     problems = list(training_misfits(model, config.train))
     if config.fuse.gguf is not None:
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, rendering)
         try:
             architecture_fields(model)
             tokenizer_fields(tokenizer, model, sorted(tokenizer.eos_token_ids))

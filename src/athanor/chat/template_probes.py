@@ -93,6 +93,43 @@ def probe_support(tokenizer: "TokenizerWrapper") -> dict[str, str]:
     return support
 
 
+def probe_conversations() -> list[dict[str, Any]]:
+    """Return conversations of all kinds as the variables that a template is rendered with.
+
+    The first is a question with its answer.
+    """
+    question, answered = _question_and_answer()
+    system = {"role": "system", "content": OTHER}
+    call = {"type": "function", "id": CALL, "function": {"name": TOOL, "arguments": {"a": CALL}}}
+    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+    told = {"role": "tool", "content": OTHER, "name": TOOL, "tool_call_id": CALL}
+    thinking = answered | {"reasoning_content": OTHER}
+    thought = answered | {"content": f"<think>\n{OTHER}\n</think>\n\n{ANSWER}"}
+    long = {"role": "user", "content": f"{QUESTION} " * 2000}
+    turns = [
+        [question, answered],
+        [question],
+        [system, question, answered],
+        [question, answered, system, question, answered],
+        [question, thought, question, thinking],
+        [question, calling, told, answered],
+        [answered],
+        [long, answered],
+        [question, answered] * 20,
+    ]
+    return [
+        {"messages": messages, "tools": tools, "add_generation_prompt": asks, **options}
+        for messages in turns
+        for tools in (None, [_tool()])
+        for asks, options in (
+            (False, {}),
+            (True, {}),
+            (True, {"enable_thinking": False}),
+            (True, {"enable_thinking": True}),
+        )
+    ]
+
+
 def _tool() -> Message:
     function = {"name": TOOL, "description": "", "parameters": {}}
     return {"type": "function", "function": function}

@@ -12,6 +12,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from athanor.chat.conversation import Conversation, Message, Tool, Turn
+from athanor.chat.rendering import merge_system_turns
 from athanor.chat.template_probes import (
     CLOSER,
     OPENER,
@@ -167,6 +168,19 @@ def find_dropped_thoughts(row: Conversation, rendered: list[RenderedText]) -> li
         and (thought := _thought(turn))
         and not any(thought in answer for answer in _answers(rendered))
     ]
+
+
+def suggest_merge(row: Conversation, tokenizer: "TokenizerWrapper") -> str:
+    """Return the advice to merge system messages, where a row's texts then have everything."""
+    if all(turn.role != "system" for turn in row.turns):
+        return ""
+    merged = merge_system_turns(row)
+    try:
+        if find_dropped_content(merged, render_row(merged, tokenizer), tokenizer) is not None:
+            return ""
+    except Exception:  # a chat template may raise any
+        return ""
+    return "; data.system=merge puts system messages into the questions after them"
 
 
 def _answers(rendered: list[RenderedText]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from datetime import date
 from functools import partial
 from math import inf, isfinite
 from pathlib import PurePath
@@ -17,6 +18,8 @@ KEEP = ("best", "last")
 GGUF_DTYPES = ("f32", "f16", "bf16", "q8_0")
 # A name in MLflow's registry, without characters that have a meaning in its paths and searches.
 MODEL_NAME = re.compile(r"[\w.-]{1,250}")
+# What becomes of system messages: they stay, or are put into the questions after them.
+KEEP_SYSTEM, MERGE = "keep", "merge"
 END_TOKENS = ("auto", "template", "base", "train")
 
 
@@ -51,6 +54,14 @@ def is_path(text: str) -> bool:
     return len(text.encode()) < 4096 and all(
         len(part.encode()) < 256 for part in PurePath(text).parts
     )
+
+
+def is_date(text: str) -> bool:
+    """Return whether a text is a date of the calendar, written as YYYY-MM-DD."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def at_most(most: float, value: float) -> bool:
@@ -88,10 +99,12 @@ RULES = (
     ),
     rule("config.no_share", keys_ending("data", "_size", "_share"), lambda v: 0 <= v <= 1),
     rule("config.too_large", ("fuse.max_difference", "train.dropout"), lambda v: 0 <= v < 1),
+    rule("config.no_date", ("data.date",), is_date),
     rule("config.leak_similarity", ("data.leak_similarity",), lambda v: 0.5 <= v <= 1),
     *(
         rule("config.not_an_option", (key,), options.__contains__, options=options)
         for key, options in {
+            "data.system": (KEEP_SYSTEM, MERGE),
             "train.method": METHODS,
             "train.optimizer": OPTIMIZERS,
             "train.lr_schedule": SCHEDULES,

@@ -45,6 +45,8 @@ class DataConfig:
     test_size: float = MISSING
     max_row_bytes: int = MISSING
     max_file_bytes: int = MISSING
+    date: str | None = MISSING
+    system: str = MISSING
     min_quality: float | None = MISSING
     leak_similarity: float = MISSING
     imbalance_share: float = MISSING

@@ -42,24 +42,22 @@ def fuse(cfg: Config) -> None:
     with resume_run(trained["run"], trained["run_id"]) as run:
         source = Source.read(workspace.prepared / "model.json")
         base = source.folder()
-        refuse_model_misfits(cfg, base)  # the exports may have changed since the training
+        contract = Contract.read(workspace.prepared / "chat.json")
+        refuse_model_misfits(cfg, base, contract.rendering)  # the exports may be other ones now
         with files.whole_folder(workspace.fused) as folder:
             report, dequantized = fuse_and_compare(
                 base,
                 workspace.trained / "adapters",
                 folder / "model",
                 list(islice(files.iterate_jsonl(workspace.rows("train"), read_line), QUESTIONS)),
-                end=Contract.read(workspace.prepared / "chat.json").end,
+                end=contract.end,
+                rendering=contract.rendering,
                 dequantize=cfg.fuse.dequantize,
                 max_difference=cfg.fuse.max_difference,
             )
-            fused: dict[str, Any] = {
-                "digest": digest_model(folder / "model"),
-                "base": source.path,
-                "dequantized": dequantized,
-                "parity": asdict(report),
-            }
-            exports = export_all(folder, workspace, base, source.path, cfg)
+            fused: dict[str, Any] = {"digest": digest_model(folder / "model"), "base": source.path}
+            fused |= {"dequantized": dequantized, "parity": asdict(report)}
+            exports = export_all(folder, workspace, base, source.path, cfg, contract.rendering)
             files.write_json(folder / "fused.json", fused)
         record_fused(run, workspace.fused, fused, trained["iteration"])
         if cfg.fuse.log_model:

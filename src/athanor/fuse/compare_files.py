@@ -9,6 +9,7 @@ from athanor import files
 from athanor.chat import templates
 from athanor.chat.conversation import Conversation
 from athanor.chat.load import load_tokenizer
+from athanor.chat.rendering import rendering_of
 from athanor.chat.template_probes import common_length
 from athanor.errors import UserError
 from athanor.model.folder import read_config, stated_stop_ids
@@ -21,7 +22,7 @@ def find_file_differences(
     base: Path, folder: Path, rows: list[Conversation], tokenizer: TokenizerWrapper
 ) -> Iterator[UserError]:
     """Yield an error for each difference of a fused folder, read by `tokenizer`, from its base."""
-    own = load_tokenizer(base)
+    own = load_tokenizer(base, rendering_of(tokenizer))
     questions = zip(tokenize_questions(rows, own), tokenize_questions(rows, tokenizer), strict=True)
     for row, (expected, ids) in zip(rows, questions, strict=True):
         if ids != expected:

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from athanor import console, files
 from athanor.chat.conversation import Conversation, read_line
+from athanor.chat.rendering import Rendering
 from athanor.config.schema import Config
 from athanor.errors import UserError
 from athanor.fuse.export_gguf import write_gguf
@@ -14,7 +16,12 @@ from athanor.paths import Workspace
 
 
 def export_all(
-    folder: Path, workspace: Workspace, base: Path, name: str, cfg: Config
+    folder: Path,
+    workspace: Workspace,
+    base: Path,
+    name: str,
+    cfg: Config,
+    rendering: Rendering | None = None,
 ) -> dict[str, str]:
     """Write the exports that cfg.fuse asks for to `folder`, beside model/, the fused model.
 
@@ -22,6 +29,7 @@ def export_all(
         folder: the temporary folder that becomes workspace.fused.
         base: the base model's folder.
         name: the base model's name, after which the GGUF is called.
+        rendering: how the template wrote the rows of the training.
 
     Returns:
         By the form of the export, the file or folder that it is in, from `folder`.
@@ -30,17 +38,18 @@ def export_all(
     exports = {}
     if cfg.fuse.gguf is not None:
         gguf = folder / f"{Path(name).name}-{cfg.fuse.gguf}.gguf"
-        write_gguf(model, gguf, cfg.fuse.gguf)
+        write_gguf(model, gguf, cfg.fuse.gguf, rendering)
         exports["gguf"] = f"{gguf.name}, {gguf.stat().st_size / 1e6:.1f} MB"
     if cfg.fuse.modelfile:
         system = cfg.fuse.system
         if system is None:
             system = common_system_message(files.iterate_jsonl(workspace.rows("train"), read_line))
+        options: dict[str, Any] = {"system": system, "rendering": rendering}
         try:
             if cfg.fuse.gguf is not None:
-                text = build_modelfile(model, f"./{gguf.name}", system=system)
+                text = build_modelfile(model, f"./{gguf.name}", **options)
                 files.write_text(folder / "Modelfile", text)
-            text = build_modelfile(model, ".", system=system)
+            text = build_modelfile(model, ".", **options)
             files.write_text(model / "Modelfile", text)
             exports["ollama"] = "Modelfile" if cfg.fuse.gguf is not None else "model/Modelfile"
         except UserError as error:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from athanor import files
 from athanor.chat.load import load_tokenizer
+from athanor.chat.rendering import Rendering
 from athanor.errors import UserError
 from athanor.model.folder import read_config, stated_stop_ids
 from athanor.model.gguf_architecture import (
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 DTYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 
 
-def write_gguf(model: Path, out: Path, dtype: str) -> None:
+def write_gguf(model: Path, out: Path, dtype: str, rendering: Rendering | None = None) -> None:
     """Write a model's folder as `out`, whole or not at all, one tensor in memory at a time.
 
     Matrices are stored as `dtype`: f32, f16, bf16 or q8_0 (8 bits, a scale for each 32 weights;
@@ -57,7 +58,7 @@ def write_gguf(model: Path, out: Path, dtype: str) -> None:
     from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGUFWriter
 
     config = read_config(model)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, rendering)
     try:
         fields = architecture_fields(config)
         fields |= tokenizer_fields(tokenizer, config, _read_stops(model, tokenizer))

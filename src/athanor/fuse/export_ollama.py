@@ -19,11 +19,13 @@ continued is ended; of contents that the Jinja template trims, ASCII's white spa
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from athanor import files
 from athanor.chat.load import load_tokenizer
+from athanor.chat.rendering import Rendering, choose_date, rendering_of
 from athanor.errors import UserError
 from athanor.fuse.go_template import lost_characters, write_go_template
 from athanor.fuse.template_pieces import Pieces, derive_pieces, puts_bos, render
@@ -72,18 +74,22 @@ SAMPLING = {
 LONGEST = 8192
 
 
-def build_modelfile(model: Path, source: str, *, system: str | None = None) -> str:
+def build_modelfile(
+    model: Path, source: str, *, system: str | None = None, rendering: Rendering | None = None
+) -> str:
     """Return the text of a Modelfile for a fused folder.
 
     `source` is what FROM names, as seen from the Modelfile: "./model-f16.gguf", or "." for the
-    folder itself. Stops and sampling parameters are generation_config.json's, where
-    `do_sample: false` is temperature 0.
+    folder itself. The TEMPLATE writes conversations as `rendering` does. Stops and sampling
+    parameters are generation_config.json's, where `do_sample: false` is temperature 0.
 
     Raises:
         UserError: where no TEMPLATE writes what the chat template writes, and where the template
             has no place for the system message or a Modelfile cannot hold it.
     """
-    tokenizer = load_tokenizer(model)
+    if rendering is not None and system is None:  # a person's own system messages stay apart
+        rendering = replace(rendering, merge_system=False)
+    tokenizer = load_tokenizer(model, rendering)
     generation: dict[str, Any] = files.read_json(model / "generation_config.json")
     config: dict[str, Any] = files.read_json(model / "config.json")
     notes = ["ollama create NAME -f Modelfile && ollama run NAME"]
@@ -128,8 +134,8 @@ def _notes(tokenizer: "TokenizerWrapper", pieces: Pieces) -> list[str]:
         notes.append(
             "The model's chat template has no place for a system message: none is written."
         )
-    if render(question, tokenizer, strftime_now=lambda _: "another day") != usual:
-        notes.append("The model's chat template writes the date; here it stays the day of export.")
+    if day := rendering_of(tokenizer).date or choose_date(tokenizer, None):
+        notes.append(f"The model's chat template writes the date; here it stays {day}.")
     if puts_bos(tokenizer):
         bos = str(tokenizer.bos_token)
         written = str(tokenizer.apply_chat_template(question, tokenize=False)).startswith(bos)

@@ -31,14 +31,15 @@ def log_model(
 
     `digest` is the fused model's, `iteration` the one that its weights are from.
     """
+    contract = Contract.read(workspace.prepared / "chat.json")
     # The base's: the fused folder's tokenizer names a different end, which plain texts would get.
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, contract.rendering)
     valid = tokenize_rows(
         files.read_jsonl(workspace.rows("valid"), read_line),
         tokenizer,
         cfg.train.mask_prompt,
         cfg.train.max_seq_length,
-        Contract.read(workspace.prepared / "chat.json").end,
+        contract.end,
     )
     valid = select_validation_texts(valid, cfg.train.val_batches, cfg.train.batch_size)
     metrics = files.read_json(workspace.trained / "metrics.json")

@@ -19,6 +19,7 @@ import numpy as np
 
 from athanor.chat.conversation import Conversation, chat
 from athanor.chat.load import load_with_tokenizer
+from athanor.chat.rendering import Rendering, rendering_of
 from athanor.compute import evaluation
 from athanor.device.backend import on_cpu
 from athanor.errors import UserError
@@ -90,6 +91,7 @@ class TrainedModel:
     rows: list[Conversation]
     replies: list[Reply]
     change: float
+    rendering: Rendering
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ class Report:
         )
 
 
-def ask_trained_model(base: Path, adapters: Path, rows: list[Conversation]) -> TrainedModel:
+def ask_trained_model(
+    base: Path, adapters: Path, rows: list[Conversation], rendering: Rendering | None = None
+) -> TrainedModel:
     """Ask the trained model, `base` with `adapters` on, the FIXED questions and those of `rows`.
 
     Questions that its template refuses or that are longer than LONGEST tokens are not asked; of
@@ -143,7 +147,7 @@ def ask_trained_model(base: Path, adapters: Path, rows: list[Conversation]) -> T
     Raises:
         UserError: where the adapters make no finite logits.
     """
-    model, tokenizer = load_with_tokenizer(base)
+    model, tokenizer = load_with_tokenizer(base, rendering)
     load_adapters(model, adapters)
     plain = [Conversation(text=row.turns[-2].content) for row in FIXED]
     rows = [*(FIXED if tokenizer.has_chat_template else plain), *rows]
@@ -167,7 +171,7 @@ def ask_trained_model(base: Path, adapters: Path, rows: list[Conversation]) -> T
     change = max(map(_largest, differences), default=0.0)
     if not math.isfinite(change):
         raise UserError("fuse.no_finite_logits", adapters=adapters, base=base)
-    return TrainedModel(base, adapters, rows, replies, change)
+    return TrainedModel(base, adapters, rows, replies, change, rendering_of(tokenizer))
 
 
 def compare_with_trained(trained: TrainedModel, folder: Path, max_difference: float) -> Report:
@@ -178,7 +182,7 @@ def compare_with_trained(trained: TrainedModel, folder: Path, max_difference: fl
     Raises:
         UserError: where the folder can't be loaded.
     """
-    model, tokenizer = load_with_tokenizer(folder)
+    model, tokenizer = load_with_tokenizer(folder, trained.rendering)
     steps = STEPS_OF_WEIGHTS if on_cpu() else STEPS_OF_RESULTS
     largest = max((_largest(reply.logits) for reply in trained.replies), default=0.0)
     rounding = steps * _coarsest_epsilon(folder) * largest

@@ -16,6 +16,7 @@ from mlx_lm.utils import dequantize_model, load_config, save_model
 from athanor import console, files
 from athanor.chat.conversation import Conversation
 from athanor.chat.load import load_with_tokenizer
+from athanor.chat.rendering import Rendering
 from athanor.errors import UserError
 from athanor.fuse import parity
 from athanor.fuse.media_weights import save_with_media
@@ -37,6 +38,7 @@ def fuse_and_compare(
     end: int,
     dequantize: bool | None,
     max_difference: float,
+    rendering: Rendering | None = None,
 ) -> tuple[parity.Report, bool]:
     """Write the fused model to `out` if it passes parity's gate on the questions of `rows`.
 
@@ -56,12 +58,14 @@ def fuse_and_compare(
         attempts = [False]
     else:
         attempts = [True] if dequantize or not writable else [False, True]
-    trained = parity.ask_trained_model(base, adapters, rows)
+    trained = parity.ask_trained_model(base, adapters, rows, rendering)
     with files.whole_folder(out) as folder:
         for dequantized in attempts:
             for path in folder.iterdir():
                 path.unlink()
-            write_fused_model(base, adapters, folder, end=end, dequantize=dequantized)
+            write_fused_model(
+                base, adapters, folder, end=end, dequantize=dequantized, rendering=rendering
+            )
             report = parity.compare_with_trained(trained, folder, max_difference)
             if report.cause is None:
                 return report, dequantized
@@ -73,7 +77,13 @@ def fuse_and_compare(
 
 
 def write_fused_model(
-    base: Path, adapters: Path, folder: Path, *, end: int, dequantize: bool
+    base: Path,
+    adapters: Path,
+    folder: Path,
+    *,
+    end: int,
+    dequantize: bool,
+    rendering: Rendering | None = None,
 ) -> None:
     """Write the model with its adapters in the weights to `folder`, which exists and is empty.
 
@@ -81,7 +91,7 @@ def write_fused_model(
     With `dequantize` a quantized base becomes plain weights; without it, quantized weights with
     adapters are quantized again after the sum, in their own form.
     """
-    model, tokenizer = load_with_tokenizer(base)
+    model, tokenizer = load_with_tokenizer(base, rendering)
     load_adapters(model, adapters)
     model.set_dtype(mx.float32)  # on a GPU too: a sum in half precision would be rounded twice
     merge_adapters(model, dequantize=dequantize)

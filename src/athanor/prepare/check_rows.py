@@ -19,10 +19,12 @@ import numpy as np
 
 from athanor import console
 from athanor.chat import templates
+from athanor.chat.rendering import TemplateUnending
 from athanor.chat.templates import RenderedText
 from athanor.chat.tokens import encode_texts, select_trained_texts
 from athanor.config.data_check import IGNORE
 from athanor.config.schema import Config, DataConfig
+from athanor.errors import UserError
 from athanor.paths import SPLITS
 from athanor.prepare import characters, near_duplicates
 from athanor.prepare.check_tokens import TokenChecks
@@ -204,14 +206,21 @@ class FirstPass:
         accepted = []
         for candidate, rendered in zip(candidates, written, strict=True):
             if isinstance(rendered, Exception):
-                fault = Fault("template_refuses", f"refused by the chat template: {rendered}")
+                row = candidate.row.conversation
+                if isinstance(rendered, TemplateUnending):
+                    where = candidate.record.where
+                    raise UserError("prepare.template_unending", where=where, reason=rendered)
+                advice = templates.suggest_merge(row, self.tokenizer)
+                text = f"refused by the chat template: {rendered}{advice}"
+                fault = Fault("template_refuses", text)
                 self._passes(candidate, [*candidate.faults, fault])
                 continue
             candidate.rendered = select_trained_texts(rendered, self.mask_prompt)
             conversation = candidate.row.conversation
             lost = templates.find_dropped_content(conversation, candidate.rendered, self.tokenizer)
             if lost is not None:
-                text = f"the chat template leaves out {lost}"
+                advice = templates.suggest_merge(candidate.row.conversation, self.tokenizer)
+                text = f"the chat template leaves out {lost}{advice}"
                 candidate.faults.append(Fault("left_out_by_template", text))
             if dropped := templates.find_dropped_thoughts(conversation, candidate.rendered):
                 numbers = ", ".join(map(str, dropped))

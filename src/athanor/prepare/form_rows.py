@@ -5,6 +5,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from athanor.chat.conversation import Conversation
+from athanor.chat.rendering import merge_system_turns
+from athanor.config.rules import MERGE
 from athanor.config.schema import DataConfig
 from athanor.errors import UserError
 from athanor.prepare.chats import without_end
@@ -66,6 +68,8 @@ class RowBuilder:
             if changed:
                 _check_texts_left(row)
         self._check_turns(row.conversation, record)
+        if self.config.system == MERGE:
+            _merge_system(row, record)
         self.formats[origin][row.format] += 1
         return row
 
@@ -220,6 +224,14 @@ def source_of(value: dict[str, Any]) -> str | None:
 def replace_surrogates(text: str) -> str:
     """Return a text with the replacement character instead of lone surrogates."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _merge_system(row: Row, record: Record) -> None:
+    """Put the system messages of a row into the questions after them."""
+    if any(turn.role == "system" for turn in row.conversation.turns):
+        row.conversation = merge_system_turns(row.conversation)
+        text = "its system message opens the question after it, as data.system is merge"
+        record.fixed.append(Fault("system_merged", text))
 
 
 def _check_texts_left(row: Row) -> None:

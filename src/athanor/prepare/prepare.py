@@ -7,7 +7,7 @@ from typing import Any
 
 from athanor import console, files, switches
 from athanor.chat.contract import FAULT, NOTE, resolve_contract
-from athanor.chat.load import load_tokenizer
+from athanor.chat.load import load_configured_tokenizer
 from athanor.config.schema import Config
 from athanor.errors import UserError
 from athanor.model.source import resolve_source
@@ -32,7 +32,7 @@ def prepare(data: Path, out: Path, cfg: Config) -> dict[str, Any]:
     switches.parallel_tokenizers()
     config = cfg.data
     source = resolve_source(cfg.model.path, cfg.model.revision)
-    tokenizer = load_tokenizer(source.folder())
+    tokenizer = load_configured_tokenizer(source.folder(), config.date, config.system)
     contract = resolve_contract(source.folder(), tokenizer, cfg.train.end_token)
     for finding in contract.findings(NOTE, FAULT):
         console.warn(f"{finding.about}: {finding.text}")

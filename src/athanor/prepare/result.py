@@ -51,12 +51,13 @@ class Prepared:
                 revision=cfg.model.revision,
             )
         folder = source.folder()
-        refuse_model_misfits(cfg, folder)
-        return cls(source, Contract.read(workspace.prepared / "chat.json"), folder, workspace)
+        contract = Contract.read(workspace.prepared / "chat.json")
+        refuse_model_misfits(cfg, folder, contract.rendering)
+        return cls(source, contract, folder, workspace)
 
     def load(self) -> "tuple[nn.Module, TokenizerWrapper]":
         """Load the base model and its tokenizer."""
-        return load_with_tokenizer(self.folder)
+        return load_with_tokenizer(self.folder, self.contract.rendering)
 
     def tokens(
         self, rows: list[Conversation], tokenizer: "TokenizerWrapper", cfg: Config

@@ -20,6 +20,8 @@ from athanor.runs.run import Run, start_run
 
 # The param of the number of trained layers; train.num_layers can be -1 for all.
 LAYERS = "trained_layers"
+# The tag of the date that the chat template wrote.
+DATE = "template.date"
 
 
 def start_training(
@@ -51,6 +53,7 @@ def start_training(
             "model.path": source.path,
             "model.digest": source.digest,
             **({"model.commit": source.commit} if source.commit else {}),
+            **_template_date(workspace),
             "device": describe_device(),
             "athanor.point": digest,
         },
@@ -151,6 +154,14 @@ def record_fused(run: Run, out: Path, fused: dict[str, Any], iteration: int) -> 
     for name in ("fused.json", "Modelfile"):
         if (out / name).exists():
             run.log_artifact(out / name, "fuse")
+
+
+def _template_date(workspace: Workspace) -> dict[str, str]:
+    """Return the date that the chat template wrote as a tag, where it writes one."""
+    path = workspace.prepared / "chat.json"
+    contract = files.read_json(path) if path.exists() else {}
+    date = contract.get("rendering", {}).get("date")
+    return {} if date is None else {DATE: date}
 
 
 def _trained_layers(cfg: Config, folder: Path) -> dict[str, int]:

@@ -41,6 +41,7 @@ def training_identity(
             f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "numpy", "transformers")
         ],
         "device": describe_device(),
+        "date": base.contract.rendering.date,
         "end": [base.contract.end, base.contract.trains_end],
     }
 
