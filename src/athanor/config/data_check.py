@@ -53,7 +53,6 @@ CHECKS: dict[str, tuple[str, str]] = {
     "malformed_tool_call": ("a malformed tool, or call of one", "stop skip"),
     "unknown_label": ("a label that is not in data.labels", "stop skip"),
     "special_token": ("a special token of the model inside a text", "stop skip fix warn"),
-    "system_merged": ("a system message that data.system=merge put into a question", "fix"),
     "template_refuses": ("a row that the model's chat template refuses", "stop skip"),
     "left_out_by_template": ("content that the chat template leaves out", "stop skip warn"),
     "thought_left_out": ("a thought that the chat template has no place for", "stop skip warn"),

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 CLASSES = "classification"
 # More different labels are texts of another kind.
 MOST_LABELS = 100
+# The step under which rows are counted whose system message opens a question.
+MERGED = "system message put into the question (data.system)"
 
 
 class RowBuilder:
@@ -68,8 +70,11 @@ class RowBuilder:
             if changed:
                 _check_texts_left(row)
         self._check_turns(row.conversation, record)
-        if self.config.system == MERGE:
-            _merge_system(row, record)
+        if self.config.system == MERGE and any(
+            turn.role == "system" for turn in row.conversation.turns
+        ):
+            row.conversation = merge_system_turns(row.conversation)
+            self.cleaned[MERGED] += 1
         self.formats[origin][row.format] += 1
         return row
 
@@ -224,14 +229,6 @@ def source_of(value: dict[str, Any]) -> str | None:
 def replace_surrogates(text: str) -> str:
     """Return a text with the replacement character instead of lone surrogates."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _merge_system(row: Row, record: Record) -> None:
-    """Put the system messages of a row into the questions after them."""
-    if any(turn.role == "system" for turn in row.conversation.turns):
-        row.conversation = merge_system_turns(row.conversation)
-        text = "its system message opens the question after it, as data.system is merge"
-        record.fixed.append(Fault("system_merged", text))
 
 
 def _check_texts_left(row: Row) -> None:
