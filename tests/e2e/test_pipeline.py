@@ -37,7 +37,7 @@ def finished(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 @pytest.fixture(scope="module")
 def short(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The finished clone with a training of two iterations, its lock file committed."""
-    clone = finished.copy(tmp_path_factory.mktemp("short") / "athanor")
+    clone = finished.copy(tmp_path_factory.mktemp("short") / "用户 项目#1%41&é")
     # An edit of conf/train re-runs what depends on training and nothing before it.
     text = (clone.folder / LORA).read_text(encoding="utf-8")
     iters = next(line for line in text.splitlines() if line.startswith("iters:"))

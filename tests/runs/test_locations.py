@@ -207,6 +207,22 @@ def test_a_run_goes_on_while_its_repository_is_copied(
     assert [(folder / adapters).exists() for folder in (original, copy)] == [True, False]
 
 
+def test_an_experiment_that_was_created_on_mlflows_page_gets_files(
+    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mlflow ui` gives it a place that only a server can write."""
+    home = tmp_path / "home"
+    shutil.copytree(recorded.folder, home)
+    monkeypatch.chdir(home)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(tracking_store, "EXPERIMENT", "page")
+    client = mlflow_store.connect(home)
+    client.create_experiment("page", artifact_location="mlflow-artifacts:/2")
+    with start("of the page") as run:
+        log_adapters(run, "here")
+    assert mlflow_store.fetch_artifact(home, run.id, ADAPTERS).read_text() == "here"
+
+
 def test_files_that_a_person_keeps_elsewhere_stay_there(
     recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,6 +154,19 @@ def make_locations_relative(path: Path, base: Path) -> None:
             _write(path, changes)
 
 
+def keep_files_here(path: Path, experiment: str) -> None:
+    """Give an experiment that was created on a page of `mlflow ui` a place that needs no server.
+
+    Its earlier runs stay where they are.
+    """
+    change = (
+        "UPDATE experiments SET artifact_location = 'file:mlruns/artifacts' "
+        "WHERE name = ? AND artifact_location LIKE 'mlflow-artifacts:%'"
+    )
+    with closing(sqlite3.connect(path, timeout=SECONDS_FOR_A_LOCK)) as database, database:
+        database.execute(change, (experiment,))
+
+
 def _list_absolute(database: sqlite3.Connection, table: str, column: str) -> list[tuple[int, str]]:
     where = "AND key = 'mlflow.artifactLocation'" if table == "trace_tags" else ""
     try:

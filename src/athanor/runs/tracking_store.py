@@ -182,12 +182,14 @@ def _make_locations_relative(path: Path) -> None:
 
 def ensure_experiment(client: Any, name: str) -> str:
     """Return the id of an experiment, created if it does not exist, restored if it was deleted."""
+    path = sqlite_path()
     if (experiment := client.get_experiment_by_name(name)) is not None:
         if experiment.lifecycle_stage == "deleted":
             client.restore_experiment(experiment.experiment_id)
             console.warn(f"experiment {name} was deleted in MLflow; it is restored with its runs")
+        if path is not None and experiment.artifact_location.startswith("mlflow-artifacts:"):
+            sqlite_store.keep_files_here(path, name)
         return str(experiment.experiment_id)
-    path = sqlite_path()
     # MLflow's default is in the working directory, which a queued experiment removes.
     location = (Workspace.here().runs / "artifacts").as_uri() if path is not None else None
     # Without its kind MLflow's UI opens an experiment as one of prompts and traces.
