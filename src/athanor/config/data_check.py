@@ -23,6 +23,7 @@ STOP, SKIP, FIX, WARN, IGNORE = "stop", "skip", "fix", "warn", "ignore"
 # The description of each check, and the actions that it may have.
 CHECKS: dict[str, tuple[str, str]] = {
     "unknown_file": ("a file of an unsupported type, or a link out of the folder", "stop warn"),
+    "demo_rows": ("the demo's files beside files of your own", "stop warn"),
     "shared_out": ("a file without a split's name beside files with one", "stop warn"),
     "unreadable_file": ("a file that does not have the format of its name", "stop warn"),
     "encoding": ("a text file in another encoding than UTF-8", "stop fix"),

@@ -16,9 +16,13 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from athanor.prepare.records import exceeds
+
 # Blocks alone: inside them only headings are read, and inline parsing takes a hundred times longer.
 _BLOCKS = MarkdownIt("commonmark").enable("table").disable(["inline", "text_join"])
 _INLINE = MarkdownIt("commonmark")
+# A block takes up to 0.1 ms, and may be a line.
+MOST_LINES = 100_000
 # No heading is meant to be longer.
 _LONGEST_HEADING = 2000
 _WHOLE = {"fence", "code_block", "html_block", "table_open"}
@@ -54,6 +58,7 @@ _CUTS = tuple(
 # Not \X of `regex`: it takes quadratic time for a run of flags, and splits pairs of surrogates.
 _CHARACTER = re.compile("[\U0001f1e6-\U0001f1ff]{2}|[\ud800-\udbff][\udc00-\udfff]|.", re.S)
 
+_BLANK = re.compile(r"\n[ \t\r]*\n")
 _PARAGRAPH = re.compile(r"\S(?:[^\n]|\n(?![ \t]*(?:\n|\Z)))*")
 
 _Span = tuple[int, int]  # the first character, and the one behind the last
@@ -104,6 +109,21 @@ def pieces(text: str, *, name: str, count: Callable[[str], int], budget: int) ->
         for first, last in _packed(text, parts, count, budget):
             line = bisect_right(offsets, parts[first][1])
             yield Piece(line, path, _joined(text, parts[first:last]))
+
+
+def large_paragraph(text: str, limit: int) -> int | None:
+    """Return the line of a paragraph that `exceeds` the limit; None without one."""
+    if not exceeds(text, limit):
+        return None
+    start = 0
+    for match in _BLANK.finditer(text):
+        if exceeds(text[start : match.start()], limit):
+            break
+        start = match.end()
+    else:
+        if not exceeds(text[start:], limit):
+            return None
+    return text.count("\n", 0, start) + 1
 
 
 def plain_pieces(

@@ -5,7 +5,7 @@ A file that is not UTF-8 is read in another encoding only if all of it decodes, 
   - it has NUL bytes, which no text has, and as UTF-16 or UTF-32 it has none, no unassigned
     characters, and at least one ASCII character in twenty; or
   - as GB18030, at least nine in ten of its characters beyond ASCII are Chinese punctuation or among
-    the 3,755 of GB 2312's first level, and three in ten of those are among the most common ones.
+    the 3,755 of GB 2312's first level, and four in ten of those are among the most common ones.
 Latin-1, Big5, Shift-JIS, EUC-JP and EUC-KR fail the last: their bytes, where GB18030 decodes them
 at all, are rare characters of it.
 """
@@ -106,7 +106,7 @@ def _is_chinese(counts: Counter[str] | None) -> bool:
     return (
         10 * (known + levels["punctuation"]) >= 9 * levels.total()
         and known > 0
-        and 10 * levels["common"] >= 3 * known
+        and 10 * levels["common"] >= 4 * known
     )
 
 

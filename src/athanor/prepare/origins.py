@@ -22,7 +22,7 @@ from athanor.prepare.read_parquet import read_parquet
 from athanor.prepare.read_tables import load_dataset, read_csv
 from athanor.prepare.read_workbook import read_workbook
 from athanor.prepare.records import Record, strip_mark
-from athanor.prepare.streams import DataFile, Limits, read_whole
+from athanor.prepare.streams import DataFile, Limits, read_whole, row_too_large
 
 LINES = (".jsonl", ".ndjson")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -209,6 +209,13 @@ def _read_article(
         line = data.count(b"\n", 0, error.start) + 1
         fault = Fault("invalid_utf8", f"byte {error.start + 1} of the file is not UTF-8")
         yield Record(name, line, data.decode(errors="backslashreplace"), [*faults, fault])
+        return
+    if line := articles.large_paragraph(text, file.limits.row):
+        yield Record(name, line, text, [row_too_large(file.limits.row)])
+        return
+    if file.kind == ".md" and text.count("\n") > articles.MOST_LINES:
+        reason = f"more than {articles.MOST_LINES:,} lines of Markdown; split the file"
+        yield Record(name, 1, None, [Fault("unreadable_file", reason)])
         return
     cut = articles.pieces if file.kind == ".md" else articles.plain_pieces
     for piece in cut(text, name=file.stem, count=count, budget=budget):

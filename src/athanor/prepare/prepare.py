@@ -15,6 +15,7 @@ from athanor.paths import SPLITS
 from athanor.prepare.check_rows import FirstPass
 from athanor.prepare.checks import NAMED, Findings
 from athanor.prepare.compare_rows import compare_rows
+from athanor.prepare.demo import demo_note
 from athanor.prepare.origins import SUFFIXES, Origin, find_dataset, find_files
 from athanor.prepare.report import build_report, lengths_csv, mark_samples, metrics_of
 from athanor.prepare.report_page import page
@@ -66,7 +67,7 @@ def prepare(data: Path, out: Path, cfg: Config) -> dict[str, Any]:
     ):
         folder = Path(name)
         findings = Findings(dict(config.checks), reasons)
-        _note_files(origins, skipped, findings)
+        _note_files(data, origins, skipped, findings)
         first = FirstPass(origins, cfg, tokenizer, contract.end, findings)
         tally = first.run(folder)
         findings.stop(rejected)
@@ -85,9 +86,13 @@ def prepare(data: Path, out: Path, cfg: Config) -> dict[str, Any]:
     return report
 
 
-def _note_files(origins: list[Origin], skipped: list[tuple[str, str]], findings: Findings) -> None:
+def _note_files(
+    data: Path, origins: list[Origin], skipped: list[tuple[str, str]], findings: Findings
+) -> None:
     for path, text in skipped:
         findings.note("unknown_file", path, text)
+    if note := demo_note(data, [origin.name for origin in origins]):
+        findings.note("demo_rows", str(data), note)
     if any(origin.split for origin in origins):
         for origin in origins:
             if origin.split is None:
