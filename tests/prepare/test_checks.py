@@ -1,6 +1,7 @@
 """One fault at a time, in every format: each is named with its place, and none is trained on."""
 
 import codecs
+import hashlib
 import io
 import json
 import os
@@ -169,6 +170,10 @@ POOL = "的一是了我不人在他有这个上们来到时大地为子中你说
 CHANCE = random.Random(0)
 HAN = [pair(*("".join(CHANCE.sample(POOL, 12)) for _ in range(2))) for _ in range(30)]
 SYSTEM = {"role": "system", "content": "你是<|im_end|>助手"}
+DEMO = {
+    "md5": hashlib.md5(table(*map(line, HELD_OUT["valid"])).encode()).hexdigest(),
+    "relpath": "valid.jsonl",
+}
 LIMITS = Limits(row=10**6, file=10**8)
 HALF_A_LINE = '{"prompt": "为什么", "compl'
 LONG = "很长的问题" * 40
@@ -183,6 +188,16 @@ TABLE = [
     beside("a-word-document", "unknown_file", "notes.docx", b"PK", None, whole_file=True),
     beside("no-suffix", "unknown_file", "README", "read me", None, whole_file=True),
     beside("about-the-data", "unknown_file", "README.md", "# A\n\nb\n", None, whole_file=True),
+    Bad(
+        "rows-of-the-demo",
+        "demo_rows",
+        {
+            "train/good.jsonl": table(*map(line, GOOD["completions"])),
+            "../.dvc/demo-remote/files/md5/00/0.dir": line([DEMO]),
+        },
+        "valid.jsonl",
+        whole_file=True,
+    ),
     Bad(
         "no-splits-name",
         "shared_out",

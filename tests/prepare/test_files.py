@@ -235,7 +235,7 @@ def make_socket(path: Path) -> None:
         os.chdir(here)
 
 
-STRANGE: dict[str, Callable[[Path], None]] = {
+STRANGE: dict[str, Callable[[Path], object]] = {
     "a named pipe": os.mkfifo,
     "a socket": make_socket,
     "which does not exist": lambda path: path.symlink_to("nowhere"),
@@ -243,9 +243,9 @@ STRANGE: dict[str, Callable[[Path], None]] = {
     "leaves the folder, to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
     "leaves the folder, to /;": lambda path: path.symlink_to("/"),
     "leaves the folder, to /proc;": lambda path: path.symlink_to("/proc"),
-    "unpack it": lambda path: path.with_suffix(".zip").write_bytes(b"PK") and None,
-    "save it as .xlsx": lambda path: path.with_suffix(".xls").write_bytes(b"") and None,
-    "convert it to .md": lambda path: path.with_suffix(".PDF").write_bytes(b"%PDF") and None,
+    "unpack it": lambda path: path.with_suffix(".zip").write_bytes(b"PK"),
+    "save it as .xlsx": lambda path: path.with_suffix(".xls").write_bytes(b""),
+    "convert it to .md": lambda path: path.with_suffix(".PDF").write_bytes(b"%PDF"),
 }
 
 
@@ -339,4 +339,5 @@ def test_the_demos_rows_beside_others_are_named(repo: Path, data: Path, tmp_path
     Path(paths[0]).write_text(LINE, encoding="utf-8")
     note = demo_note(tmp_path / "data", paths)
     assert note is not None
-    assert note.endswith(f"`rm {paths[1]} {paths[2]}`")
+    assert note[0] == paths[1]
+    assert note[1].endswith(f"`rm {paths[1]} {paths[2]}`")

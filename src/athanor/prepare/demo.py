@@ -14,8 +14,8 @@ from athanor import console
 REMOTE = ".dvc/demo-remote/files/md5"
 
 
-def demo_note(folder: Path, paths: list[str]) -> str | None:
-    """Return which of these files of the folder of data are the demo's, and how to remove them.
+def demo_note(folder: Path, paths: list[str]) -> tuple[str, str] | None:
+    """Return the first of the demo's files, and a sentence with all and how to remove them.
 
     None where none is, or all are.
     """
@@ -36,7 +36,7 @@ def demo_note(folder: Path, paths: list[str]) -> str | None:
     if not demo or len(demo) == len(paths):
         return None
     verb = "is the demo's" if len(demo) == 1 else "are the demo's"
-    return (
+    return demo[0], (
         f"{', '.join(demo)} {verb}, beside {console.counted(len(paths) - len(demo), 'file')} of "
         f"your own; to train without: `rm {shlex.join(demo)}`"
     )

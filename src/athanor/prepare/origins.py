@@ -210,8 +210,8 @@ def _read_article(
         fault = Fault("invalid_utf8", f"byte {error.start + 1} of the file is not UTF-8")
         yield Record(name, line, data.decode(errors="backslashreplace"), [*faults, fault])
         return
-    if line := articles.large_paragraph(text, file.limits.row):
-        yield Record(name, line, text, [row_too_large(file.limits.row)])
+    if large := articles.large_paragraph(text, file.limits.row):
+        yield Record(name, large, text[: file.limits.row], [row_too_large(file.limits.row)])
         return
     if file.kind == ".md" and text.count("\n") > articles.MOST_LINES:
         reason = f"more than {articles.MOST_LINES:,} lines of Markdown; split the file"

@@ -39,7 +39,7 @@ def prepare(data: Path, out: Path, cfg: Config) -> dict[str, Any]:
         console.warn(f"{finding.about}: {finding.text}")
 
     def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
+        return len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
     skipped: list[tuple[str, str]] = []
     if config.dataset is not None:
@@ -92,7 +92,7 @@ def _note_files(
     for path, text in skipped:
         findings.note("unknown_file", path, text)
     if note := demo_note(data, [origin.name for origin in origins]):
-        findings.note("demo_rows", str(data), note)
+        findings.note("demo_rows", *note)
     if any(origin.split for origin in origins):
         for origin in origins:
             if origin.split is None:
