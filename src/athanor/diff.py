@@ -180,7 +180,9 @@ def refuse_sweep(record: RunRecord) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="athanor.diff", description="Print the differences between two runs."
+        prog="python -m athanor.diff",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs=2, metavar="RUN_ID", help="MLflow's id, or its beginning")
     arguments = parser.parse_args()

@@ -107,7 +107,9 @@ def ask(questions: list[str], system: str | None, cfg: Config) -> dict[str, list
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m athanor.generate", description="Ask the base and the tuned model."
+        prog="python -m athanor.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "questions", nargs="*", metavar="QUESTION", help="- or none: standard input, one a line"

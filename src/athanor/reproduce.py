@@ -319,7 +319,9 @@ def _describe_weights(record: RunRecord, workspace: Workspace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="athanor.reproduce", description="Train a run again and compare it with its record."
+        prog="python -m athanor.reproduce",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_id", help="MLflow's id of the run, or its beginning")
     parser.add_argument("--keep", action="store_true", help="keep the worktree")

@@ -166,7 +166,9 @@ def show_link(link: str, browser: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m athanor.ui", description="Serve MLflow's UI on the store of the runs."
+        prog="python -m athanor.ui",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="*", metavar="run", help="an id, or the beginning of one")
     parser.add_argument("--port", type=int, default=PORT, help=f"or the next free one; {PORT}")

@@ -19,7 +19,8 @@ from athanor.model.source import find_model
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m athanor.chat",
-        description="Report how a model is asked, and whether it stops.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", nargs="?", help="a folder, or owner/name of a hub")
     parser.add_argument("--revision", help="of a hub's repository")
