@@ -407,6 +407,9 @@ def test_trials_at_once_are_the_launchers(conf: Path, arguments: list[str], at_o
         (["experiment=facts,null"], "group_without_option", {"key": "experiment"}),
         (["sweep=search", "seed=0,1"], "seed_in_a_search", {}),
         (["train=glob(*)"], "no_list_of_values", {"override": "train=glob(*)"}),
+        (["train.rank=range(1,1000000000000)"], "too_many_values", {"key": "train.rank"}),
+        (["train.rank=range(1,190)", "seed=range(0,999)"], "too_many_trials", {"trials": 188_811}),
+        (["sweep=search", "hydra.sweeper.n_trials=0"], "no_trials", {"value": 0}),
     ],
 )
 def test_a_space_that_no_sweep_can_search_is_refused(
@@ -423,6 +426,9 @@ def test_a_space_that_no_sweep_can_search_is_refused(
         ("train.learning_rate=1e-4,-1", "not_positive", "train.learning_rate"),
         ("train.rank=4,", "no_override", "train.rank=4,"),
         ("sweep=gird", "unknown_option", "sweep=gird"),
+        ("sweep=grid,seeds", "unknown_option", "sweep=grid,seeds"),
+        ("train.method=问题,问", "not_an_option", "train.method"),
+        ("hydra.launcher=5", "not_composed", "conf"),
     ],
 )
 def test_invalid_values_are_named(conf: Path, argument: str, code: str, key: str) -> None:

@@ -32,6 +32,17 @@ from athanor.errors import Problem, UserError
 from athanor.paths import Workspace
 
 
+# The errors of Hydra's composition; those of Python's come from keys of Hydra itself.
+UNCOMPOSABLE = (
+    HydraException,
+    OmegaConfBaseException,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
+
+
 @dataclass(frozen=True)
 class Composition:
     """A configuration composed from conf/.
@@ -274,7 +285,7 @@ def _compose_once(
         tree = OmegaConf.to_container(
             OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
         )
-    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
+    except UNCOMPOSABLE as error:
         reason = " ".join(str(error).split())
         raise ConfigError([Problem("config.not_composed", str(folder), error=reason)]) from error
     return cast(dict[str, Any], tree), hydra

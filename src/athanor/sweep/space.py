@@ -12,12 +12,17 @@ from hydra.errors import HydraException
 
 from athanor.config.check import ConfigError
 from athanor.config.compose import compose_config, load_config, multirun_config
-from athanor.config.conf_files import config_groups
+from athanor.config.conf_files import ConfFiles, config_groups
 from athanor.config.overrides import parse_override, unknown_option, unreadable_override
 from athanor.config.schema import Config
 from athanor.config.values import flatten
 from athanor.errors import Problem, UserError
+from athanor.paths import Workspace
 from athanor.prepare.result import DECIDED_BY
+from athanor.train.plan import refuse_too_many_iterations
+
+# More trials, or values of a key, than any machine trains.
+MOST_TRIALS = 10_000
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ def read_space(conf: Path, arguments: list[str]) -> Space:
     hydra: list[str] = []
     swept: dict[str, Override] = {}
     groups = config_groups(conf)
+    selected = ConfFiles.follow(conf, {}).selected
     for text in arguments:
         try:
             override = parse_override(text)
@@ -63,8 +69,10 @@ def read_space(conf: Path, arguments: list[str]) -> Space:
             problems.append(unreadable_override(text, error))
             continue
         key, text = override.key_or_group, override.input_line or text
-        if key == "sweep" and str(override.value()) not in groups["sweep"]:
-            problems.append(unknown_option(text, key, str(override.value()), groups[key]))
+        if key in groups and key not in selected and not text.startswith(("+", "~")):
+            text = f"+{text}"  # a group that the defaults list of config.yaml does not have
+        if key == "sweep" and text.partition("=")[2] not in groups["sweep"]:
+            problems.append(unknown_option(text, key, text.partition("=")[2], groups[key]))
         elif key.split("/")[0].split(".")[0] == "hydra" or key == "sweep":
             hydra.append(text)
         elif override.is_sweep_override():
@@ -80,7 +88,10 @@ def read_space(conf: Path, arguments: list[str]) -> Space:
     sweeper, launcher = _multirun(conf, [*fixed, *hydra])
     fixed_keys = {parse_override(text).key_or_group for text in fixed}
     for key, text in (sweeper.get("params") or {}).items():
-        override = parse_override(f"{key}={text}")
+        try:
+            override = parse_override(f"{key}={text}")
+        except HydraException as error:
+            raise ConfigError([unreadable_override(f"{key}={text}", error)]) from error
         if key in swept or key in fixed_keys:
             continue  # the command line wins
         if override.is_sweep_override():
@@ -96,18 +107,22 @@ def read_space(conf: Path, arguments: list[str]) -> Space:
             raise UserError("sweep.key_trains_nothing", key=key)
         if key in groups and "null" in values[key]:
             raise UserError("sweep.group_without_option", key=key)
-    _check_values(conf, base, fixed, values, arguments)
-    if "sampler" in sweeper and sweeper["sampler"].get("seed", base.seed) is None:
-        hydra.append(f"hydra.sweeper.sampler.seed={base.seed}")
-        sweeper, launcher = _multirun(conf, [*fixed, *hydra])
     if "n_trials" in sweeper and "seed" in swept:
         raise UserError("sweep.seed_in_a_search")
     total = sweeper.get("n_trials", 1)
+    if not isinstance(total, int) or total < 1:
+        raise UserError("sweep.no_trials", value=total)
     if "n_trials" not in sweeper:
         for key, override in swept.items():
             if override.value_type is not None and not override.is_discrete_sweep():
                 raise UserError("sweep.endless_interval", key=key, arguments=shlex.join(arguments))
             total *= len(values[key])
+    if total > MOST_TRIALS:
+        raise UserError("sweep.too_many_trials", trials=total, most=MOST_TRIALS)
+    _check_values(conf, base, fixed, values, arguments)
+    if "sampler" in sweeper and sweeper["sampler"].get("seed", base.seed) is None:
+        hydra.append(f"hydra.sweeper.sampler.seed={base.seed}")
+        sweeper, launcher = _multirun(conf, [*fixed, *hydra])
     at_once = _count_at_once(launcher, sweeper, total)
     return Space(base, values, typed, fixed, hydra, sweeper, total, at_once)
 
@@ -161,10 +176,14 @@ def _values(override: Override) -> Iterator[str]:
         yield from (str(value.start), str(value.end))
         return
     try:
-        yield from override.sweep_string_iterator()
+        for number, text in enumerate(override.sweep_string_iterator()):
+            if number == MOST_TRIALS:  # of a range
+                key = override.key_or_group
+                raise UserError("sweep.too_many_values", key=key, most=MOST_TRIALS)
+            yield text
     except HydraException as error:  # glob(*)
-        text = override.input_line
-        raise UserError("sweep.no_list_of_values", override=text, problem=str(error)) from error
+        shown = override.input_line
+        raise UserError("sweep.no_list_of_values", override=shown, problem=str(error)) from error
 
 
 def _check_values(
@@ -174,6 +193,7 @@ def _check_values(
     problems: list[Problem] = []
     needs: list[str] = []
     usual = flatten(base)
+    epochs, batch_sizes = [usual["train.epochs"] or 0], [usual["train.batch_size"]]
     for key, texts in values.items():
         for text in texts:
             try:
@@ -181,6 +201,8 @@ def _check_values(
             except ConfigError as error:
                 problems += [problem for problem in error.problems if problem not in problems]
                 continue
+            epochs.append(flat["train.epochs"] or 0)
+            batch_sizes.append(flat["train.batch_size"])
             if flat["train.blas_threads"] != usual["train.blas_threads"]:
                 raise UserError("sweep.blas_threads_differ", key=key)
             if key not in needs and any(
@@ -189,6 +211,7 @@ def _check_values(
                 needs.append(key)
     if problems:
         raise ConfigError(problems)
+    refuse_too_many_iterations(Workspace.here(), max(epochs), min(batch_sizes))
     if needs:
         own = [text for text in arguments if not text.startswith(("hydra", "sweep="))]
         typed = {text.split("=")[0].lstrip("+") for text in own}

@@ -22,6 +22,7 @@ from athanor.train.checkpoints import Checkpoints
 from athanor.train.fit import fit, warn_of_rows_without_targets
 from athanor.train.identity import run_of, training_identity
 from athanor.train.initial import find_initial_adapters
+from athanor.train.plan import refuse_too_many_iterations
 from athanor.train.result import describe_metrics, write_result
 
 
@@ -36,6 +37,7 @@ def train(cfg: Config) -> None:
     warn_if_params_differ_from_conf(cfg)
     blas.use_threads(cfg.train.blas_threads)
     base = Prepared.read(cfg, workspace)
+    refuse_too_many_iterations(workspace, cfg.train.epochs or 0, cfg.train.batch_size)
     rows = result.read_rows(workspace, ("train", "valid"))
     initial = find_initial_adapters(cfg, workspace)
     checkpoints = Checkpoints(workspace.checkpoints, training_identity(cfg, base, initial))

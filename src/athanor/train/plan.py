@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from athanor.config.schema import Config
 from athanor.device.backend import on_cpu
 from athanor.errors import UserError
+from athanor.paths import Workspace
 from athanor.train.metrics import Metrics
 
 # A training of more iterations is one that train.iters asks for, not one that epochs come to.
@@ -31,6 +32,15 @@ def count_iterations(iters: int | None, epochs: int | None, batches_per_epoch: i
             most=MOST_BY_EPOCHS,
         )
     return iterations
+
+
+def refuse_too_many_iterations(workspace: Workspace, epochs: int, batch_size: int) -> None:
+    """Raise UserError where the epochs, over the prepared rows, come to too many iterations."""
+    path = workspace.rows("train")
+    if epochs and path.exists():
+        with path.open("rb") as file:
+            rows = sum(1 for _ in file)
+        count_iterations(None, epochs, -(-rows // batch_size))
 
 
 @dataclass(frozen=True)
