@@ -31,7 +31,6 @@ from athanor.config.yaml_files import MOST_BYTES, FileError, YamlFile, read_yaml
 from athanor.errors import Problem, UserError
 from athanor.paths import Workspace
 
-
 # The errors of Hydra's composition; those of Python's come from keys of Hydra itself.
 UNCOMPOSABLE = (
     HydraException,

@@ -66,9 +66,9 @@ def train(cfg: Config) -> None:
         )
         metrics = write_result(cfg, trainer, base.source, workspace.trained)
         record_training(run, workspace, workspace.trained, metrics)
-        trained = {"run": run.name, "run_id": run.wait_for_id()}
-        iteration = {"iteration": metrics["kept_iteration"]}
-        files.write_json(workspace.trained / "run.json", trained | iteration)
+        kept = metrics["kept_iteration"]
+        trained = {"run": run.name, "run_id": run.wait_for_id(), "iteration": kept}
+        files.write_json(workspace.trained / "run.json", trained)
     checkpoints.clear()
     facts = {"adapters": workspace.trained / "adapters", "MLflow run": run.describe()}
     console.print_facts("train", describe_metrics(cfg, metrics) | facts)
