@@ -202,6 +202,8 @@ def test_commands_name_what_there_is(
             ]
         elif words[:2] == ["python", "-m"]:
             source = source_of(repo, words[2])
+            if words[2].removeprefix("athanor.") in (*stages, "sweep"):
+                source += (repo / "src/athanor/config/command.py").read_text(encoding="utf-8")
             wrong += [(place, option) for option in options if not takes(source, option)]
             rest = [word for word in words[3:] if not word.startswith("-")]
             if words[2] == "athanor.sweep":
