@@ -32,6 +32,7 @@ from athanor.prepare.checks import Fault, Findings
 from athanor.prepare.cleaning import synonym_changer
 from athanor.prepare.form_rows import RowBuilder, source_of
 from athanor.prepare.formats import Row
+from athanor.prepare.near_duplicates import BESIDE, BETWEEN
 from athanor.prepare.origins import Origin
 from athanor.prepare.records import Record
 from athanor.prepare.tally import COLUMNS, Tally, sized_chunks
@@ -169,13 +170,12 @@ class FirstPass:
         self, number: int, origin: int, record: Record, row: Row, faults: list[Fault]
     ) -> Candidate:
         line = self.builder.encode(row, record, faults)
-        question, context = row.question(), row.conversation.context()
-        tools = row.conversation.tools
-        read = near_duplicates.fold(question)
-        if context:
-            read = f"{_fold_context(context)}{near_duplicates.BESIDE}{read}"
-        folded = f"{read}{near_duplicates.BETWEEN}{near_duplicates.fold(row.conversation.answer())}"
+        question, tools = row.question(), row.conversation.tools
         exact = msgspec.json.encode(tools).decode() if tools else ""
+        read = near_duplicates.fold(question)
+        if context := row.conversation.context() + exact:
+            read = f"{_fold_context(context)}{BESIDE}{read}"
+        folded = f"{read}{BETWEEN}{near_duplicates.fold(row.conversation.answer())}"
         digest = near_duplicates.digest(folded + exact)
         asked = hash((read, exact)) & BITS if question else 0
         split = self.origins[origin].split or near_duplicates.split_of(digest, self._shares)
