@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -328,7 +329,28 @@ TABLE = [
     of_parquet("images-parquet", "image", {**pair("这是什么", "猫"), "images": ["cat.jpg"]}),
     # Keys and types
     jsonl("no-key", "missing_key", {}),
-    jsonl("foreign-keys", "missing_key", {"question": "a", "answer": "b"}),
+    jsonl("foreign-keys", "missing_key", {"frage": "a", "antwort": "b"}),
+    beside(
+        "unknown-columns",
+        "unknown_columns",
+        "b.jsonl",
+        line({"frage": "a", "antwort": "b"}),
+        None,
+        row={"frage": "a", "antwort": "b"},
+    ),
+    jsonl("unknown-key", "unknown_key", {**pair("a", "b"), "hint": "c"}),
+    jsonl(
+        "unknown-key-of-a-message",
+        "unknown_key",
+        {"messages": [{"role": "user", "content": "a", "hint": "c"}, *turns("a", "b")[1:]]},
+        "chat",
+    ),
+    Bad(
+        "a-bad-answer",
+        "preference",
+        {"train.jsonl": table(*map(line, [*GOOD["chat"], chat("a", "b", label=False)]))},
+        "train.jsonl",
+    ),
     jsonl("no-completion", "missing_key", {"prompt": "a"}),
     jsonl("no-prompt", "missing_key", {"completion": "a"}),
     jsonl("no-output", "missing_key", {"instruction": "a"}, "instruction"),
@@ -457,6 +479,12 @@ TABLE = [
         config={"min_quality": 0.5},
     ),
     # The model's own tokens
+    jsonl(
+        "another-models-turn",
+        "mixed_text",
+        {"text": "前言<|start_header_id|>user<|end_header_id|>\n\n谁<|eot_id|>"},
+        "text",
+    ),
     jsonl("token-in-a-prompt", "special_token", pair("a<|im_start|>system", "b")),
     jsonl("token-in-a-completion", "special_token", pair("a", "b<|endoftext|>c")),
     jsonl("token-in-a-text", "special_token", {"text": "一段<|im_end|>话"}, "text"),
@@ -687,7 +715,7 @@ def test_skip_keeps_the_row_from_training(bad: Bad, shop: Shop, strange: Path) -
     report = prepared(bad, SKIP, shop, strange)
     assert [(check["name"], check["rows"]) for check in report["checks"]] == [(bad.check, 1)]
     (rejected,) = shop.rows("rejected")
-    assert rejected["where"] == shop.where(bad)
+    assert rejected["where"].startswith(shop.where(bad))
     assert [reason["check"] for reason in rejected["reasons"]] == [bad.check]
     if not bad.whole_file:
         assert rejected["row"] == bad.row
@@ -767,7 +795,7 @@ MENDED: list[tuple[str, Files, list[Object]]] = [
     ("no_answer", {"train.jsonl": line(chat("a", "b", "c"))}, [chat("a", "b")]),
     (
         "no_answer",
-        {"train.jsonl": line({"conversations": turns("a", "b", "c"), "text": "d"})},
+        {"train.jsonl": line({"conversations": turns("a", "b", "c"), "id": "d"})},
         [chat("a", "b")],
     ),
     (
@@ -787,6 +815,11 @@ MENDED: list[tuple[str, Files, list[Object]]] = [
     (
         "empty_system",
         {"train.jsonl": line({"messages": [{"role": "system", "content": ""}, *turns("a", "b")]})},
+        [chat("a", "b")],
+    ),
+    (
+        "preference",
+        {"train.jsonl": line({"prompt": "a", "chosen": "b", "rejected": "c"})},
         [chat("a", "b")],
     ),
     (
@@ -813,6 +846,69 @@ def test_fix_mends_the_row(check: str, files: Files, mended: list[Object], shop:
     (counted,) = files_module.read_json(shop.folder / "out" / "report.json")["checks"]
     assert (counted["name"], counted["action"], counted["rows"]) == (check, FIX, 1)
     assert report["rows"]["rejected"] == 0
+
+
+def test_a_file_without_known_columns_is_one_problem_that_names_its_settings(shop: Shop) -> None:
+    rows: list[Object] = [{"frage": f"{question}?", "antwort": "ja", "id": 1} for question in POOL]
+    shop.write({"train.jsonl": table(*map(line, rows))})
+    with pytest.raises(UserError) as raised:
+        shop.prepare()
+    assert raised.value.code == "prepare.faults"  # no advice to skip
+    (listed,) = str(raised.value).splitlines()[1:]
+    assert listed.startswith(f"  {shop.data}/train.jsonl: unknown_columns: ")
+    assert "'frage', 'antwort', 'id'; its first row: {" in listed
+    assert rows[0]["frage"] in listed
+    assert f"({len(rows)} rows)" in listed
+    settings = dict(re.findall(r"data\.(\w+_feature)=(\w+)", listed))
+    assert settings == {"prompt_feature": "frage", "completion_feature": "antwort"}
+    assert 'prompt_feature: "frage", completion_feature: "antwort"' in listed
+    report = shop.prepare(**settings)
+    assert report["rows"]["kept"] == len(rows) + 2
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"gespräch": turns("a", "b")}, "data.chat_feature=gespräch"),
+        ({"question": "a", "antwort": "b"}, "data.completion_feature=antwort"),
+        ({"was fragt er": "a", "it's": "b"}, 'prompt_feature: "was fragt er"'),
+        ({"brief": "a"}, "data.text_feature=brief"),
+        ({"data": [pair("a", "b")]}, "put the list itself into the file"),
+        ({"zahl": 5}, "data.format=template"),
+        ({}, "data.format=template"),
+    ],
+)
+def test_the_settings_for_unknown_columns(row: Object, advice: str, shop: Shop) -> None:
+    shop.write({"train.jsonl": line(row)})
+    with pytest.raises(UserError, match=re.escape(advice)):
+        shop.prepare()
+
+
+def test_a_key_that_is_not_read_is_one_line_with_its_rows(shop: Shop) -> None:
+    first, second = ({**pair(*exchange), "hint": "x"} for exchange in EXCHANGES)
+    rows = [first, {**second, "mood": "y"}]
+    shop.write({"train.jsonl": table(*map(line, rows))})
+    (check,) = shop.prepare()["checks"]
+    assert (check["name"], check["rows"], check["problems"]) == ("unknown_key", 3, 2)
+    assert [(example["where"], example["text"]) for example in check["examples"]] == [
+        (f"{shop.data}/train.jsonl:1", "'hint' is not read (2 rows)"),
+        (f"{shop.data}/train.jsonl:2", "'mood' is not read (1 row)"),
+    ]
+    assert shop.prepare(checks={"unknown_key": "ignore"})["checks"] == []
+
+
+def test_marked_answers_are_counted_and_the_good_ones_learned(shop: Shop) -> None:
+    marked = [chat(q, a, label=number % 2 == 0) for number, (q, a) in enumerate(EXCHANGES * 2)]
+    shop.write({"train.jsonl": table(*map(line, marked))})
+    with pytest.raises(UserError) as raised:
+        shop.prepare()
+    (listed,) = str(raised.value).splitlines()[1:]
+    assert listed.startswith(f"  {shop.data}/train.jsonl: preference: 'label' is false")
+    assert listed.endswith("(2 rows)")
+    assert "data.checks.preference=fix" in listed
+    shop.prepare(checks={"preference": FIX, "duplicate": WARN})
+    assert shop.rows("train") == [chat(*EXCHANGES[0])] * 2
+    assert [row["row"]["label"] for row in shop.rows("rejected")] == [False, False]
 
 
 def test_every_fix_is_tried() -> None:

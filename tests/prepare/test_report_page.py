@@ -56,12 +56,20 @@ def report() -> dict[str, Any]:
                 "name": "duplicate",
                 "action": "skip",
                 "rows": 1234,
+                "problems": 1234,
                 "says": "the same row twice in a split",
                 "examples": [
                     {"where": "data/train.jsonl:17", "text": "the same as data/train.jsonl:3"}
                 ],
             },
-            {"name": "empty", "action": "warn", "rows": 1, "says": "no answer", "examples": []},
+            {
+                "name": "empty",
+                "action": "warn",
+                "rows": 1,
+                "problems": 1,
+                "says": "no answer",
+                "examples": [],
+            },
         ],
         "spelled": [
             {"character": chr(0x20BB7 + number), "tokens": 4, "rows": 3} for number in range(30)

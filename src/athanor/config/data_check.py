@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import StrictUndefined, Template, TemplateError, meta
 from jinja2.sandbox import SandboxedEnvironment
+from omegaconf import OmegaConf
 
 from athanor.config.schema import DataConfig
 from athanor.errors import Problem, nearest
@@ -39,6 +40,7 @@ CHECKS: dict[str, tuple[str, str]] = {
     "wrong_columns": ("a CSV line that does not match the header", "stop skip"),
     "too_large": ("a row of more than data.max_row_bytes", "stop skip"),
     "not_an_object": ("JSON that is not an object", "stop skip"),
+    "unknown_columns": ("a file whose columns have no known names", "stop skip"),
     "image": ("a row with images, which language models do not read", "stop skip"),
     "missing_key": ("a row without the keys of any format, or of its file's", "stop skip"),
     "wrong_type": ("a value of another type than its key needs", "stop skip"),
@@ -47,12 +49,15 @@ CHECKS: dict[str, tuple[str, str]] = {
     "empty_text": ("a text without characters", "stop skip"),
     "mixed_formats": ("a row of another format than the first of its file", "stop skip warn"),
     "unknown_role": ("a message with an unknown role", "stop skip"),
+    "unknown_key": ("a key that is not read", "stop warn ignore"),
+    "preference": ("preference data: an answer that is not to be learned", "stop fix"),
     "no_question": ("a conversation with an answer but no question", "stop skip"),
     "no_answer": ("a conversation that does not end with an answer", "stop skip fix"),
     "empty_system": ("a system message without text", "stop skip fix"),
     "unlearned_end": ("messages after the last answer that is learned", "stop skip fix"),
     "malformed_tool_call": ("a malformed tool, or call of one", "stop skip"),
     "unknown_label": ("a label that is not in data.labels", "stop skip"),
+    "mixed_text": ("a text that is only partly in the form of a chat", "stop skip warn"),
     "special_token": ("a special token of the model inside a text", "stop skip fix warn"),
     "template_refuses": ("a row that the model's chat template refuses", "stop skip"),
     "left_out_by_template": ("content that the chat template leaves out", "stop skip warn"),
@@ -74,9 +79,18 @@ CHECKS: dict[str, tuple[str, str]] = {
 }
 
 
+# The meanings of columns, and the roles of messages.
+MEANINGS = (
+    *("question", "answer", "context", "history", "system", "thought", "chat", "text", "label"),
+    *("tools", "role", "content"),
+)
+ROLES = ("system", "user", "assistant", "tool", "call")
+
+
 def data_misfits(config: DataConfig) -> Iterator[Problem]:
-    """Yield a problem for each check, format, template, step and synonym that is impossible."""
+    """Yield a problem for each column, check, format, template, step that is impossible."""
     yield from _check_misfits(dict(config.checks))
+    yield from _column_misfits(OmegaConf.to_container(config.columns))
     yield from _format_misfits(config)
     for step in config.clean:
         if step not in CLEANING:
@@ -100,6 +114,21 @@ def _check_misfits(actions: dict[str, Any]) -> Iterator[Problem]:
             yield Problem("config.missing_key", f"data.checks.{name}")
 
 
+def _column_misfits(columns: Any) -> Iterator[Problem]:
+    roles = columns.pop("roles", {})
+    parts = [("data.columns", columns, MEANINGS), ("data.columns.roles", roles, ROLES)]
+    for place, names, known in parts:
+        for key, value in names.items() if isinstance(names, dict) else [("", names)]:
+            is_texts = isinstance(value, list) and all(isinstance(name, str) for name in value)
+            if key not in known and key:
+                yield Problem(
+                    "config.unknown_key", f"{place}.{key}", candidates=nearest(str(key), known)
+                )
+            elif not is_texts:
+                name = f"{place}.{key}".rstrip(".")
+                yield Problem("config.wrong_type", name, expected="a list of texts", value=value)
+
+
 AUTO = "auto"
 FORMATS = ("chat", "completions", "instruction", "classification", "text", "template", "article")
 
@@ -117,6 +146,11 @@ def compile_template(text: str) -> Template:
         optimized=False,  # else it computes what is constant, such as 9**9**9, without an end
     )
     return environment.from_string(text)
+
+
+def variables(text: str) -> set[str]:
+    """Return the names of the values that a Jinja template reads."""
+    return meta.find_undeclared_variables(SandboxedEnvironment().parse(text))
 
 
 def _format_misfits(config: DataConfig) -> Iterator[Problem]:

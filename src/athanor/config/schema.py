@@ -24,7 +24,8 @@ class DataConfig:
     """Reading, splitting, checking and cleaning rows.
 
     Sizes and shares are of 1; `article_tokens` is in tokens; `checks` maps the names of
-    config/data_check.py to actions.
+    config/data_check.py to actions; `columns` maps its MEANINGS to names of columns, and `roles`
+    to the names of each role.
     """
 
     prompt_feature: str = MISSING
@@ -32,6 +33,7 @@ class DataConfig:
     chat_feature: str = MISSING
     text_feature: str = MISSING
     label_feature: str = MISSING
+    columns: dict[str, Any] = MISSING
     format: str = MISSING
     formats: dict[str, str] = MISSING
     template: dict[str, str | None] = MISSING

@@ -65,7 +65,7 @@ def _print_tables(report: dict[str, Any]) -> None:
             [
                 [check["name"], check["action"], f"{check['rows']:,}", ": ".join(example.values())]
                 for check in report["checks"]
-                for example in check["examples"][:1]
+                for example in check["examples"][: None if check["problems"] < check["rows"] else 1]
             ],
         )
 

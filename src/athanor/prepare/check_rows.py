@@ -158,7 +158,7 @@ class FirstPass:
         except Fault as fault:
             faults.append(fault)
         for mended in record.fixed:
-            self.findings.note(mended.name, record.where, mended.text)
+            self.findings.note_fault(mended, record.where)
         if candidate is None:
             self.findings.passes(record.where, faults, record.value, lost=True)
             return

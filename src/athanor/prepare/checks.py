@@ -6,24 +6,44 @@ from pathlib import Path
 from typing import IO, Any
 
 from athanor import console
-from athanor.config.data_check import CHECKS, FIX, SKIP, STOP, WARN
+from athanor.config.data_check import CHECKS, FIX, IGNORE, SKIP, STOP, WARN
 from athanor.errors import UserError
 
 # Rows that are named for each check; rejected.jsonl has all of them.
 NAMED = 20
+# Groups of faults that are counted each by itself.
+MOST_GROUPS = 10_000
+# Checks that would skip a whole file, which is never advised.
+OF_FILES = ("unknown_columns",)
 
 
 class Fault(Exception):
     """A fault of a row: the name of its check in CHECKS, and the facts in a sentence.
 
-    `pair` holds the texts of the row and of the one that it is compared with.
+    Faults with the same `group` are one problem, which is reported once with the number of its
+    rows.
+
+    Args:
+        pair: the texts of the row and of the one that it is compared with.
+        group: what the fault shares with those of other rows; "" for a fault of its own.
+        file: the place of a fault that is its file's and not its row's.
     """
 
-    def __init__(self, name: str, text: str, pair: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        pair: list[str] | None = None,
+        *,
+        group: str = "",
+        file: str = "",
+    ) -> None:
         super().__init__(text)
         self.name = name
         self.text = text
         self.pair = pair
+        self.group = group
+        self.file = file
 
 
 class Findings:
@@ -34,25 +54,49 @@ class Findings:
         self.fixes = frozenset(name for name, action in actions.items() if action == FIX)
         self.rejecting = frozenset(n for n, action in actions.items() if action in (STOP, SKIP))
         self.counts: Counter[str] = Counter()
-        self.examples: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.problems: Counter[str] = Counter()
         self.rejected = 0
+        self._examples: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._groups: Counter[tuple[str, str]] = Counter()
         self._file = rejected
 
-    def note(self, name: str, where: str, text: str, pair: list[str] | None = None) -> None:
-        """Count a fault; on its own, one that is mended, or not a single row's."""
+    def note(self, name: str, where: str, text: str) -> None:
+        """Count a fault that is not a single row's."""
+        self.note_fault(Fault(name, text), where)
+
+    def note_fault(self, fault: Fault, where: str) -> None:
+        """Count a fault of the row at `where`, or of its file."""
+        name, group = fault.name, (fault.name, fault.group)
         self.counts[name] += 1
-        if len(self.examples[name]) < NAMED:
-            shown = text.encode(errors="backslashreplace").decode()
-            example = {"where": where, "text": shown} | ({"pair": pair} if pair else {})
-            self.examples[name].append(example)
+        if fault.group and (group in self._groups or len(self._groups) < MOST_GROUPS):
+            self._groups[group] += 1
+            if self._groups[group] > 1:
+                return
+        self.problems[name] += 1
+        if len(self._examples[name]) < NAMED:
+            shown = fault.text.encode(errors="backslashreplace").decode()
+            example = {"where": fault.file or where, "text": shown, "group": fault.group}
+            self._examples[name].append(example | ({"pair": fault.pair} if fault.pair else {}))
+
+    def examples(self, name: str) -> list[dict[str, Any]]:
+        """Return the place and the text of a check's first faults, those of a group as one."""
+        shown = []
+        for example in self._examples[name]:
+            group = example["group"]
+            count = self._groups[name, group] or 1
+            rows = f" ({console.counted(count, 'row')})" if group else ""
+            rest = {key: value for key, value in example.items() if key != "group"}
+            shown.append(rest | {"text": example["text"] + rows})
+        return shown
 
     def passes(self, where: str, faults: list[Fault], row: Any, *, lost: bool = False) -> bool:
         """Count a row's faults; return False, and write the row to rejected.jsonl, if it is out.
 
         A row that is `lost` could not be mended: faults that would be fixed put it out as well.
         """
+        faults = [fault for fault in faults if self.actions[fault.name] != IGNORE]
         for fault in faults:
-            self.note(fault.name, where, fault.text, fault.pair)
+            self.note_fault(fault, where)
         keeping = (WARN,) if lost else (WARN, FIX)
         against = [fault for fault in faults if self.actions[fault.name] not in keeping]
         if against:
@@ -73,13 +117,14 @@ class Findings:
             return
         lines = []
         for name in checks:
-            shown = self.examples[name]
+            shown = self.examples(name)
             lines += [f"{example['where']}: {name}: {example['text']}" for example in shown]
-            if more := self.counts[name] - len(shown):
+            if more := self.problems[name] - len(shown):
                 lines.append(f"… and {more:,} more of {name}")
-        problems = console.counted(sum(self.counts[name] for name in checks), "problem")
+        problems = console.counted(sum(self.problems[name] for name in checks), "problem")
         listing = "\n  ".join(lines)
-        skips = " ".join(f"data.checks.{n}=skip" for n in checks if SKIP in CHECKS[n][1].split())
+        of_rows = [n for n in checks if SKIP in CHECKS[n][1].split() and n not in OF_FILES]
+        skips = " ".join(f"data.checks.{name}=skip" for name in of_rows)
         if not skips:
             raise UserError("prepare.faults", problems=problems, checks=checks, listing=listing)
         raise UserError(

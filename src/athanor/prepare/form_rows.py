@@ -9,9 +9,10 @@ from athanor.chat.rendering import merge_system_turns
 from athanor.config.rules import MERGE
 from athanor.config.schema import DataConfig
 from athanor.errors import UserError
-from athanor.prepare.chats import without_end
+from athanor.prepare.chats import Reading
 from athanor.prepare.checks import Fault
 from athanor.prepare.cleaning import STEPS, clean
+from athanor.prepare.column_advice import describe_first_row
 from athanor.prepare.formats import Formats, Row, label_of, without_nulls
 from athanor.prepare.origins import Origin
 from athanor.prepare.records import Record
@@ -44,6 +45,7 @@ class RowBuilder:
         self._formats = Formats(config, label_set(origins, config, fixes))
         self._configured = [self._formats.of_file(origin.name) for origin in origins]
         self._first: dict[int, tuple[str, int]] = {}
+        self._with_known_columns: set[int] = set()
         self._steps = [step for step in STEPS if config.clean.get(step)]
         self._special = special_tokens(tokenizer)
         self._ends = tuple(tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids)))
@@ -55,12 +57,23 @@ class RowBuilder:
             Fault: where it can't be one.
         """
         value = without_nulls(record.value)
-        kind = self._formats.kind(value, self._configured[origin])
+        layout = self._formats.layout(value, self._configured[origin])
         self._check_quality(value)
-        row = self._row(value, kind, record)
-        first, line = self._first.setdefault(origin, (kind, record.line))
-        if kind != first:
-            text = f"{kind}, but line {line} is {first}; a file must have one format"
+        reading = Reading(self._formats.columns, self._fixes)
+        try:
+            row = self._formats.row(value, layout, reading)
+            self._with_known_columns.add(origin)
+        except Fault as fault:
+            raise self._fault_of_file(fault, record, value, origin) from None
+        record.fixed += [
+            _preference_of_file(fault, record) if fault.name == "preference" else fault
+            for fault in reading.fixed
+        ]
+        faults += reading.faults
+        faults += [Fault("unknown_key", f"{key} is not read", group=key) for key in reading.unread]
+        first, line = self._first.setdefault(origin, (row.format, record.line))
+        if row.format != first:
+            text = f"{row.format}, but line {line} is {first}; a file must have one format"
             faults.append(Fault("mixed_formats", text))
         if self._steps:
             row.conversation, changed = clean(row.conversation, self._steps)
@@ -105,15 +118,17 @@ class RowBuilder:
         record.fixed.append(fault)
         return self._line(row, record)
 
-    def _row(self, value: dict[str, Any], kind: str, record: Record) -> Row:
-        try:
-            return self._formats.row(value, kind)
-        except Fault as fault:
-            if fault.name not in self._fixes or fault.name != "no_answer":
-                raise
-            row = self._formats.row(without_end(value, kind, self.config), kind)
-            record.fixed.append(fault)
-            return row
+    def _fault_of_file(
+        self, fault: Fault, record: Record, value: dict[str, Any], origin: int
+    ) -> Fault:
+        """Return a fault as its file's where all rows of the file are likely to have it."""
+        if fault.name == "preference":
+            return _preference_of_file(fault, record)
+        if fault.name != "missing_key" or origin in self._with_known_columns:
+            self._with_known_columns.add(origin)
+            return fault
+        text = describe_first_row(fault, value, self._formats.columns)
+        return Fault("unknown_columns", text, group=record.path, file=record.path)
 
     def _check_turns(self, conversation: Conversation, record: Record) -> None:
         """Take out system messages without a text, and the turns after the last learned answer."""
@@ -187,8 +202,10 @@ def label_set(origins: list[Origin], config: DataConfig, fixes: frozenset[str]) 
         for record in origin.read(fixes):
             try:
                 value = without_nulls(record.value)
-                kind = formats.kind(value, configured)
-                label = label_of(value, config.label_feature) if kind == CLASSES else ""
+                layout = formats.layout(value, configured)
+                kind = layout.kind
+                key = layout.keys.get("label", config.label_feature)
+                label = label_of(value, key) if kind == CLASSES else ""
             except Fault:
                 continue
             first = first or kind
@@ -201,7 +218,7 @@ def label_set(origins: list[Origin], config: DataConfig, fixes: frozenset[str]) 
                     "prepare.too_many_labels",
                     file=origin.name,
                     most=MOST_LABELS,
-                    key=config.label_feature,
+                    key=key,
                 )
     return sorted(labels)
 
@@ -229,6 +246,11 @@ def source_of(value: dict[str, Any]) -> str | None:
 def replace_surrogates(text: str) -> str:
     """Return a text with the replacement character instead of lone surrogates."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _preference_of_file(fault: Fault, record: Record) -> Fault:
+    group = f"{record.path} {fault.text}"
+    return Fault(fault.name, fault.text, group=group, file=record.path)
 
 
 def _check_texts_left(row: Row) -> None:

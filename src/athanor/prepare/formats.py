@@ -1,6 +1,7 @@
 """Records of every format as conversations.
 
-Keys that no format names are for the report, and are never trained on.
+Columns have the names that data's configuration gives them. A key that the conversation does not
+carry is named in `Reading.unread`, once for all formats.
 """
 
 from collections.abc import Callable
@@ -11,22 +12,32 @@ from typing import Any
 from jinja2 import TemplateError
 from msgspec.structs import replace
 
-from athanor.chat.conversation import Conversation, Turn, chat
-from athanor.config.data_check import AUTO, compile_template
+from athanor.chat.conversation import Conversation, Tool, Turn, chat
+from athanor.config.data_check import AUTO, compile_template, variables
 from athanor.config.schema import DataConfig
+from athanor.prepare import text_forms
 from athanor.prepare.chats import (
-    CHAT_KEYS,
     IMAGE_KEYS,
+    Reading,
+    apply_mask,
+    check_order,
     has_image,
     image_fault,
-    parse_cell,
-    read_messages,
-    read_tools,
-    written_out,
+    read_history,
+    read_system,
+    read_turns,
     wrong_type,
 )
 from athanor.prepare.checks import Fault
+from athanor.prepare.columns import Columns, Layout, fold, is_empty
+from athanor.prepare.preference import find_preference, is_mark, without_rejected
 from athanor.prepare.records import is_utf8
+from athanor.prepare.tool_calls import read_tools
+
+# Rows of these kinds are never preference data.
+NO_ANSWERS = ("text", "classification", "template", "article")
+ROW_MASKS = ("lossmask", "trainmask")
+ROLE_KEYS = frozenset(["role", "from", "speaker"])
 
 
 @dataclass(slots=True)
@@ -74,16 +85,15 @@ class Formats:
         """Prepare for rows with these labels; the configuration's check has seen the templates."""
         self.config = config
         self.labels = labels
+        self.columns = Columns(config)
         self._label_prompt = compile_template(config.label_prompt)
-        self._templates = {
-            key: compile_template(text)
-            for key, text in dict(config.template).items()
-            if text is not None
-        }
-        self._by_kind: dict[str, Callable[[Any], Row]] = {
+        texts = {key: text for key, text in dict(config.template).items() if text is not None}
+        self._templates = {key: compile_template(text) for key, text in texts.items()}
+        self._variables = frozenset(name for text in texts.values() for name in variables(text))
+        self._by_kind: dict[str, Callable[[dict[str, Any], Layout, Reading], Row]] = {
             "chat": self._chat,
-            "completions": self._pair,
-            "instruction": self._instruction,
+            "completions": self._exchange,
+            "instruction": self._exchange,
             "classification": self._classification,
             "text": self._text,
             "template": self._template,
@@ -99,11 +109,11 @@ class Formats:
                 return str(name)
         return self.config.format
 
-    def kind(self, value: Any, configured: str) -> str:
-        """Return a record's format: the configured one of its file, or the one its keys tell.
+    def layout(self, value: Any, configured: str) -> Layout:
+        """Return a record's layout: of the configured format, or of the one its columns tell.
 
         Raises:
-            Fault: not_an_object, image, missing_key.
+            Fault: not_an_object, image.
         """
         if not isinstance(value, dict):
             kind = {list: "a list", str: "a text", type(None): "null"}.get(type(value))
@@ -112,83 +122,136 @@ class Formats:
             )
         if not IMAGE_KEYS.isdisjoint(value) and has_image(value):
             raise image_fault()
-        if configured != AUTO:
-            return configured
-        config = self.config
-        if config.chat_feature in value or any(key in value for key in CHAT_KEYS):
-            return "chat"
-        if "instruction" in value:
-            return "instruction"
-        if config.prompt_feature in value or config.completion_feature in value:
-            return "completions"
-        if config.text_feature in value:
-            return "classification" if config.label_feature in value else "text"
-        if len(value) == 1 and isinstance(next(iter(value.values())), list):
-            text = f"a list of rows under {next(iter(value))!r}; put the list itself into the file"
-            raise Fault("missing_key", text)
-        expected = (
-            f"{config.prompt_feature!r} and {config.completion_feature!r}, "
-            f"{config.chat_feature!r}, 'instruction' and 'output', "
-            f"{config.text_feature!r} and {config.label_feature!r}, or {config.text_feature!r}"
-        )
-        keys = ", ".join(map(repr, value)) or "none"
-        raise Fault("missing_key", f"expected the keys {expected}; found {keys:.200}")
+        return self.columns.layout(value, configured)
 
-    def row(self, value: dict[str, Any], kind: str) -> Row:
-        """Return a record in the one form.
+    def row(self, value: dict[str, Any], layout: Layout, reading: Reading) -> Row:
+        """Return a record as a row.
 
         Raises:
             Fault: for a record that does not have its format.
         """
-        return self._by_kind[kind](value)
+        if layout.kind not in NO_ANSWERS and (fault := find_preference(value)):
+            reading.fix(fault)
+            kept = without_rejected(value, self.columns)
+            if kept is None:
+                raise fault
+            value, layout = kept, self.columns.layout(kept, AUTO)
+        if layout.kind is None:
+            expected = "a question and an answer, a conversation, or a text"
+            raise missing(value, expected, "the names in data.columns")
+        mask = next((key for key in layout.rest if fold(key) in ROW_MASKS), None)
+        reading.mask = None if mask is None or is_empty(value[mask]) else (mask, value[mask])
+        row = self._by_kind[layout.kind](value, layout, reading)
+        for key in layout.rest:
+            item = value[key]
+            if key != mask and not is_empty(item) and not self._is_read(key, item, layout.kind):
+                reading.unread[repr(key)] = None
+        return row
 
-    def _chat(self, value: dict[str, Any]) -> Row:
-        config = self.config
-        keys = (config.chat_feature, *CHAT_KEYS)
-        key = next((key for key in keys if key in value), config.chat_feature)
-        tools = read_tools(value["tools"]) if value.get("tools") else []
-        turns = read_messages(parse_cell(value.get(key)), key, tools)
-        system = value.get("system")
-        if isinstance(system, str) and system.strip() and turns[0].role != "system":
-            turns.insert(0, Turn("system", system))
+    def _is_read(self, key: str, item: Any, kind: str | None) -> bool:
+        """Return whether a format reads a key that stands for none of its columns."""
+        if kind == "template":
+            return key in self._variables
+        return kind == "article" or (kind not in NO_ANSWERS and is_mark(key, item))
+
+    def _chat(self, value: dict[str, Any], layout: Layout, reading: Reading) -> Row:
+        keys = layout.keys
+        if "chat" not in keys:
+            raise missing(value, "a conversation", repr(self.config.chat_feature))
+        tools = _tools(value, keys)
+        turns = read_turns(value[keys["chat"]], keys["chat"], tools, reading)
+        check_order(turns, reading)
+        system = self._system(value, keys, reading)
+        if not turns or turns[0].role != "system":
+            turns = system + turns
+        elif system and system[0].content != turns[0].content:
+            reading.unread[repr(keys["system"])] = None
+        _add_thought(value, keys, turns, reading)
         return Row(Conversation(turns, tools), "chat")
 
-    def _pair(self, value: dict[str, Any]) -> Row:
-        question = _string(value, self.config.prompt_feature, "empty_prompt")
-        answer = _string(value, self.config.completion_feature, "empty_completion")
-        return _exchange(value, question, answer, "completions")
+    def _exchange(self, value: dict[str, Any], layout: Layout, reading: Reading) -> Row:
+        keys = layout.keys
+        for meaning, name in (("question", "prompt"), ("answer", "completion")):
+            if meaning not in keys:
+                raise missing(value, f"a {name}", repr(self.columns.settings[meaning]))
+        mask, reading.mask = reading.mask, None
+        tools = _tools(value, keys)
+        answer = value[keys["answer"]]
+        if messages := _messages(answer):
+            turns = read_turns(messages, keys["answer"], tools, reading)
+        else:
+            turns = [Turn("assistant", _answer(answer, keys["answer"]))]
+        if turns[0].role == "assistant":
+            turns = self._asked(value, keys, tools, reading) + turns
+        elif value[keys["question"]] != next((t.content for t in turns if t.role == "user"), None):
+            reading.unread[repr(keys["question"])] = None
+        if "history" in keys and not is_empty(value[keys["history"]]):
+            turns = read_history(value[keys["history"]], keys["history"], tools, reading) + turns
+        check_order(turns, reading)
+        system = self._system(value, keys, reading)
+        turns = turns if turns[0].role == "system" else system + turns
+        _add_thought(value, keys, turns, reading)
+        if mask is not None:
+            reading.mask = mask
+            apply_mask(turns, list(range(1, len(turns) + 1)), len(turns), reading)
+        return Row(Conversation(turns, tools), str(layout.kind))
 
-    def _instruction(self, value: dict[str, Any]) -> Row:
-        question = _string(value, "instruction", "empty_prompt")
-        text = value.get("input")
-        if text is not None and not isinstance(text, str):
-            raise wrong_type("input", "a text", text)
-        if text and text.strip():
-            question = f"{question}\n\n{text}"
-        answer = _string(value, "output", "empty_completion")
-        return _exchange(value, question, answer, "instruction")
+    def _asked(
+        self, value: dict[str, Any], keys: dict[str, str], tools: list[Tool], reading: Reading
+    ) -> list[Turn]:
+        """Return the question of a row with its context, or the turns before its answer."""
+        key = keys["question"]
+        if messages := _messages(value[key]):
+            return read_turns(messages, key, tools, reading)
+        question = value[key]
+        if not isinstance(question, str):
+            raise wrong_type(key, "a text", question)
+        context = _context(value, keys)
+        if context and question.strip():
+            question = f"{question}\n\n{context}"
+        return [
+            Turn("user", _filled(question if question.strip() else context, key, "empty_prompt"))
+        ]
 
-    def _classification(self, value: dict[str, Any]) -> Row:
-        text = _string(value, self.config.text_feature, "empty_text")
-        label = label_of(value, self.config.label_feature)
+    def _system(self, value: dict[str, Any], keys: dict[str, str], reading: Reading) -> list[Turn]:
+        """Return the system message that has a column of its own."""
+        system = value.get(keys.get("system", ""))
+        is_blank = is_empty(system) or (isinstance(system, str) and not system.strip())
+        return [] if is_blank else [read_system(system, reading)]
+
+    def _classification(self, value: dict[str, Any], layout: Layout, reading: Reading) -> Row:
+        keys = layout.keys
+        for meaning in ("text", "label"):
+            if meaning not in keys:
+                raise missing(value, f"a {meaning}", repr(self.columns.settings[meaning]))
+        text = _string(value, keys["text"], "empty_text")
+        label = label_of(value, keys["label"])
         if self.labels and label not in self.labels:
             known = ", ".join(self.labels[:20])
             raise Fault("unknown_label", f"unknown label {label!r}; expected one of {known}")
         question = self._label_prompt.render(text=text, labels=self.labels)
-        row = _exchange(value, question, label, "classification")
-        row.subject = text
-        row.conversation.label = label
-        return row
+        turns = [*self._system(value, keys, reading), Turn("user", question)]
+        row = Conversation([*turns, Turn("assistant", label)], label=label)
+        return Row(row, "classification", text)
 
-    def _text(self, value: dict[str, Any]) -> Row:
-        text = _string(value, self.config.text_feature, "empty_text")
-        if messages := written_out(text):
+    def _text(self, value: dict[str, Any], layout: Layout, reading: Reading) -> Row:
+        if "text" not in layout.keys:
+            raise missing(value, "a text", repr(self.config.text_feature))
+        key = layout.keys["text"]
+        text = _string(value, key, "empty_text")
+        if messages := text_forms.read_text(text):
             # The model's own template writes it again, and only its answers are learned.
-            turns = read_messages(messages, self.config.text_feature, [])
+            said = [{"role": role, "content": content} for role, content in messages]
+            turns = read_turns(said, key, [], reading)
+            check_order(turns, reading)
             return Row(Conversation(turns), "text")
+        if (form := text_forms.find_form(text)) is not None:
+            reading.faults.append(
+                Fault("mixed_text", f"turns in the form of {form}, and other text")
+            )
         return Row(Conversation(text=text), "text")
 
-    def _template(self, value: dict[str, Any]) -> Row:
+    def _template(self, value: dict[str, Any], layout: Layout, reading: Reading) -> Row:
         fields: dict[str, Any] = {}
         for key, template in self._templates.items():
             try:
@@ -202,9 +265,11 @@ class Formats:
             return Row(Conversation(text=text), "template")
         question = _string(fields, "prompt", "empty_prompt")
         answer = _string(fields, "completion", "empty_completion")
-        return _exchange(fields, question, answer, "template")
+        system = self._system(fields, {"system": "system"}, reading)
+        turns = [*system, Turn("user", question), Turn("assistant", answer)]
+        return Row(Conversation(turns), "template")
 
-    def _article(self, value: dict[str, Any]) -> Row:
+    def _article(self, value: dict[str, Any], layout: Layout, reading: Reading) -> Row:
         title = " › ".join(value["path"])
         return Row(chat(("system", title), ("assistant", value["text"])), "article")
 
@@ -234,20 +299,74 @@ def label_of(value: dict[str, Any], key: str) -> str:
     return label.strip()
 
 
-def _exchange(value: dict[str, Any], question: str, answer: str, kind: str) -> Row:
-    turns = [Turn("user", question), Turn("assistant", answer)]
-    system = value.get("system")
-    if isinstance(system, str) and system.strip():
-        turns.insert(0, Turn("system", system))
-    return Row(Conversation(turns), kind)
+def _tools(value: dict[str, Any], keys: dict[str, str]) -> list[Tool]:
+    tools = value.get(keys.get("tools", ""))
+    return [] if is_empty(tools) else read_tools(tools)
+
+
+def _messages(item: Any) -> list[Any] | None:
+    """Return the messages of a prompt or completion that is a conversation; None for others."""
+    if isinstance(item, dict) and isinstance(item.get("messages"), list):
+        item = item["messages"]
+    messages = [item] if isinstance(item, dict) else item
+    if not isinstance(messages, list) or not messages:
+        return None
+    is_chat = all(isinstance(each, dict) and ROLE_KEYS & each.keys() for each in messages)
+    return messages if is_chat else None
+
+
+def _context(value: dict[str, Any], keys: dict[str, str]) -> str:
+    """Return the context of a question: a text, or texts one below the other."""
+    if "context" not in keys:
+        return ""
+    context = value[keys["context"]]
+    texts = context if isinstance(context, list) else [context]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise wrong_type(keys["context"], "a text", context)
+    return "\n\n".join(text for text in texts if text.strip())
+
+
+def _answer(item: Any, key: str) -> str:
+    """Return the answer of a row; one that stands in a list alone, as in SQuAD, counts."""
+    answers = item.get("text") if isinstance(item, dict) else item
+    if isinstance(answers, list) and all(isinstance(answer, str) for answer in answers):
+        different = list(dict.fromkeys(answers))
+        if len(different) > 1:
+            text = f"expected one answer under {key!r}, found {len(different)}"
+            raise Fault("wrong_type", text)
+        answers = different[0] if different else ""
+    if not isinstance(answers, str):
+        raise wrong_type(key, "a text", item)
+    return _filled(answers, key, "empty_completion")
+
+
+def _add_thought(
+    value: dict[str, Any], keys: dict[str, str], turns: list[Turn], reading: Reading
+) -> None:
+    """Give the last answer the thought that has a column of its own."""
+    key = keys.get("thought", "")
+    if is_empty(thought := value.get(key)):
+        return
+    if isinstance(thought, str) and turns and not turns[-1].thought:
+        turns[-1].thought = thought
+    elif thought != turns[-1].thought:
+        reading.unread[repr(key)] = None
 
 
 def _string(value: dict[str, Any], key: str, empty: str) -> str:
     text = value.get(key)
-    if isinstance(text, str):
-        if text and not text.isspace():
-            return text
+    if not isinstance(text, str):
+        raise wrong_type(key, "a text", text)
+    return _filled(text, key, empty)
+
+
+def _filled(text: str, key: str, empty: str) -> str:
+    if not text or text.isspace():
         raise Fault(empty, f"no text under {key!r}")
-    if key not in value:
-        raise Fault("missing_key", f"expected the key {key!r}; found {', '.join(map(repr, value))}")
-    raise wrong_type(key, "a text", text)
+    return text
+
+
+def missing(value: dict[str, Any], expected: str, names: str) -> Fault:
+    """Return the fault of a record without a column that its format needs."""
+    keys = ", ".join(map(repr, value)) or "none"
+    return Fault("missing_key", f"expected {expected} under {names}; found {keys:.200}")

@@ -21,7 +21,7 @@ from athanor.prepare.read_json import read_json, read_json_lines
 from athanor.prepare.read_parquet import read_parquet
 from athanor.prepare.read_tables import load_dataset, read_csv
 from athanor.prepare.read_workbook import read_workbook
-from athanor.prepare.records import Record, strip_mark
+from athanor.prepare.records import Record, strip_mark, without_filled_nulls
 from athanor.prepare.streams import DataFile, Limits, read_whole, row_too_large
 
 LINES = (".jsonl", ".ndjson")
@@ -129,7 +129,7 @@ def find_dataset(name: str, config: str | None, revision: str | None) -> list[Or
 
     def read(rows: Any, where: str, fixes: frozenset[str]) -> Iterator[Record]:
         for line, row in enumerate(rows, 1):
-            yield Record(where, line, row)
+            yield Record(where, line, without_filled_nulls(row))
 
     return [
         Origin(

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from athanor.prepare.checks import Fault
 from athanor.prepare.read_tables import first_line
-from athanor.prepare.records import Record
+from athanor.prepare.records import Record, without_filled_nulls
 from athanor.prepare.streams import (
     RATIO,
     DataFile,
@@ -33,7 +33,8 @@ def read_parquet(file: DataFile, name: str) -> Iterator[Record]:
             for value, size in _rows(binary, file.limits):
                 line += 1
                 faults = [value] if isinstance(value, Fault) else []
-                yield Record(name, line, None if faults else value, faults, size=size)
+                row = None if faults else without_filled_nulls(value)
+                yield Record(name, line, row, faults, size=size)
     except Fault as fault:
         yield Record(name, line + 1, None, [fault])
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:

@@ -41,6 +41,25 @@ def strip_mark(data: bytes, fixes: frozenset[str]) -> tuple[bytes, list[Fault], 
     return data[len(BOM) :], [] if is_mended else [mark], [mark] if is_mended else []
 
 
+def without_filled_nulls(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of Arrow's without the nulls inside it that its schema asks for.
+
+    A struct has every field of its column, null where the row has none. Columns of the row itself
+    and items of lists stay.
+    """
+    if not any(isinstance(item, dict | list) for item in value.values()):
+        return value
+    return {key: _strip(item) for key, item in value.items()}
+
+
+def _strip(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strip(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_strip(item) for item in value]
+    return value
+
+
 def is_utf8(text: str) -> bool:
     """Return False for a text with lone surrogates: bytes that could not be decoded."""
     try:

@@ -163,8 +163,9 @@ def _checks(findings: Findings) -> list[dict[str, Any]]:
             "name": name,
             "action": findings.actions[name],
             "rows": count,
+            "problems": findings.problems[name],
             "says": CHECKS[name][0],
-            "examples": findings.examples[name],
+            "examples": findings.examples(name),
         }
         for name, count in findings.counts.items()
     ]
