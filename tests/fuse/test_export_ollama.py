@@ -175,6 +175,7 @@ def make(tiny: Path, tmp_path: Path) -> Make:
                 for i, token in enumerate(("<think>", "</think>"))
             ]
             edit(folder / "tokenizer.json", added_tokens=added + thoughts)
+            (folder / "model.safetensors").unlink()  # it has no rows for them
         for file, values in settings.items():
             edit(folder / f"{file}.json", **values)
         return folder
