@@ -285,13 +285,21 @@ def test_mistyped_experiment_is_refused_before_any_work(clone: Workspace) -> Non
     assert clone.params()["train"]["num_layers"] == -1
 
 
-def test_a_sweep_and_queued_experiments_make_the_same_points(clone: Workspace) -> None:
+def test_a_sweep_and_queued_experiments_make_the_same_points(
+    short: Workspace, tmp_path: Path
+) -> None:
+    """In a folder whose path is not ASCII, where DVC needs its cache elsewhere."""
+    clone = short.copy(tmp_path / "用户/项目")
     client = mlflow_store.connect(clone.folder)
     experiment = client.get_experiment_by_name("athanor")
     assert experiment is not None
     rates = "train.learning_rate=1e-4,5e-4"
     printed = clone.run("python", "-m", "athanor.sweep", "-m", rates)
 
+    printed_by_dvc = clone.run("dvc", "exp", "run", "--queue", "-S", rates, check=False)
+    assert "Queued" not in printed_by_dvc
+    remedy = printed_by_dvc.split("`")[1].replace("uv run ", "").replace("~", str(tmp_path))
+    clone.run("sh", "-c", remedy)
     clone.cold().run("dvc", "exp", "run", "--queue", "-S", rates)
     # Experiments run the code that they were queued with, as their lock files have it.
     code = clone.folder / "src/athanor/train/fit.py"

@@ -425,3 +425,26 @@ def test_a_journal_names_each_call_and_its_values(away: Store) -> None:
     assert lines[4] == {"do": "end", "status": "FINISHED", "time": 3}
     assert list(read_entries(journal.folder)) == written
     journal.close()
+
+
+@pytest.mark.parametrize("clock", [[-18_489_600.0], [1.75e9, 1.75e9 - 864_000], [0.0, 1.75e9]])
+def test_a_clock_that_is_wrong_or_set_loses_no_entry(
+    runs_store: Path, monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
+    """A clock before 1970, one that is set back by ten days, and one that is set right."""
+    monkeypatch.setattr(run_module, "_latest", (0.0, time.monotonic()))
+    now = clock[0]
+    monkeypatch.setattr(time, "time", lambda: now)
+    with start_run("any", {}, {}, []) as run:
+        run_id = run.wait_for_id()
+        for step in range(1, 4):
+            now = clock[min(step, len(clock)) - 1]
+            run.log_metrics(step, {"train_loss": 1.0})
+            time.sleep(0.002)
+    client = mlflow_store.connect(f"sqlite:///{runs_store}")
+    recorded = client.get_run(run_id)
+    assert recorded.info.status == "FINISHED"
+    assert recorded.info.end_time >= recorded.info.start_time
+    times = [metric.timestamp for metric in client.get_metric_history(run_id, "train_loss")]
+    assert times == sorted({0, *times})[-3:]
+    assert times[-1] >= max(clock) * 1000

@@ -28,6 +28,8 @@ from athanor.runs.sender import NotYet, Sender
 SECONDS_BETWEEN_TRIES = 30  # at most; the first is 1, and each is twice the one before
 TRIES_AT_THE_END = 3
 SECONDS_FOR_A_LOCK = 120
+# The time that an entry had last, and the monotonic clock at that moment, in seconds.
+_latest = 0.0, time.monotonic()
 # A call to the store costs as much as a hundred metrics in it do, so they go together.
 SECONDS_BETWEEN_SENDS = 5
 
@@ -297,7 +299,7 @@ def _send_left(folder: Path) -> None:
             if isinstance(entry, entries.StartRun | entries.EndRun):
                 ended = isinstance(entry, entries.EndRun)
         if not ended:
-            died = int((folder / "journal.jsonl").stat().st_mtime * 1000)
+            died = max(0, int((folder / "journal.jsonl").stat().st_mtime * 1000))
             waiting.append(entries.EndRun("KILLED", died))
         try:
             sender.send(waiting)
@@ -375,5 +377,13 @@ def _report_refused(refused: list[str], folder: Path) -> None:
 
 
 def _now() -> int:
-    """Return the time in milliseconds; entries take it when they happen, not when they are sent."""
-    return int(time.time() * 1000)
+    """Return the time in milliseconds; entries take it when they happen, not when they are sent.
+
+    It never runs backwards in a process, even where the computer's clock is set back, and is never
+    before 1970, which MLflow would refuse.
+    """
+    global _latest
+    before, then = _latest
+    monotonic = time.monotonic()
+    _latest = max(time.time(), before + monotonic - then), monotonic
+    return int(_latest[0] * 1000)
