@@ -57,11 +57,12 @@ def prepared_once(repo: Path, data: Path, tmp_path_factory: pytest.TempPathFacto
 def prepared(
     prepared_once: Path, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """A copy of that folder to work in."""
-    shutil.copytree(prepared_once, tmp_path, symlinks=True, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
+    """A copy of that folder to work in, whose path is not ASCII and would be encoded in a URI."""
+    folder = tmp_path / "用户 项目#1%41&é"
+    shutil.copytree(prepared_once, folder, symlinks=True)
+    monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    return tmp_path
+    return folder
 
 
 def start(*arguments: str, python: str = sys.executable) -> "subprocess.Popen[str]":
