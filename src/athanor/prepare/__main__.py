@@ -63,7 +63,12 @@ def _print_tables(report: dict[str, Any]) -> None:
             "",
             ["check", "action", "rows", "first example"],
             [
-                [check["name"], check["action"], f"{check['rows']:,}", ": ".join(example.values())]
+                [
+                    check["name"],
+                    check["action"],
+                    f"{check['rows']:,}",
+                    f"{example['where']}: {example['text']}",
+                ]
                 for check in report["checks"]
                 for example in check["examples"][: None if check["problems"] < check["rows"] else 1]
             ],
