@@ -29,7 +29,14 @@ def list_differences(a: RunRecord, b: RunRecord) -> Iterator[str]:
         if key not in ("trained_layers", "train.blas_threads"):
             yield from describe_change(key, first, second)
     yield from _list_data_changes(a, b)
-    for tag in ("model.path", "model.commit", "model.digest", "initial.run", "initial.digest"):
+    for tag in (
+        "model.path",
+        "model.commit",
+        "model.digest",
+        "initial.run",
+        "initial.digest",
+        lineage.DATE,
+    ):
         if tag not in a.params and a.tags.get(tag) != b.tags.get(tag):
             yield f"{tag}: {_shorten(a.tags.get(tag))} -> {_shorten(b.tags.get(tag))}"
     yield from _list_code_changes(a, b)

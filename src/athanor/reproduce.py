@@ -24,7 +24,7 @@ from athanor import console, files
 from athanor.device import blas
 from athanor.errors import UserError
 from athanor.paths import SPLITS, Workspace
-from athanor.runs import compare, lineage, restore, stage_records
+from athanor.runs import compare, lineage, restore
 from athanor.runs.compare import RowChanges, RunRecord
 
 # Losses this near, absolutely or relatively, are called close; a GPU computes none twice alike.
@@ -148,7 +148,7 @@ def _read_params(path: Path, record: RunRecord) -> dict[str, Any]:
     threads = record.params.get("train.blas_threads", "None")
     if threads != "None" and config["train"]["blas_threads"] is None:
         config["train"]["blas_threads"] = int(threads)
-    if date := record.tags.get(stage_records.DATE):
+    if date := record.tags.get(lineage.DATE):
         config["data"]["date"] = date
     return config
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx_lm.utils import load_tokenizer as load_with_ends
 
 from athanor import files
 from athanor.chat import rendering, template_trial, trial_process
 from athanor.chat.contract import Contract, resolve_contract
 from athanor.chat.conversation import chat
 from athanor.chat.load import load_configured_tokenizer, load_tokenizer
-from athanor.chat.rendering import Rendering, TemplateUnending, fix_date, merge_system
+from athanor.chat.rendering import Rendering, TemplateUnending, merge_system, open_with_date
 from athanor.chat.templates import encode_prompt, render_rows, suggest_merge
 from support.refused import refused
 
@@ -197,8 +198,8 @@ def test_a_date_leaves_the_rest_of_a_template_as_it_is(make: Make) -> None:
     for text in ("\n  {{ strftime_now('%Y') }}\n{% if true %}\n x\n{% endif %}", " \n{{ 1 }}"):
         environment = trial_process.build_environment()
         expected = environment.from_string(text).render()
-        now = date.today()
-        assert environment.from_string(fix_date(text, now)).render() == expected
+        now = date.today().isoformat()
+        assert environment.from_string(open_with_date(text, now) + text).render() == expected
 
 
 SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
@@ -242,3 +243,25 @@ def test_a_template_without_a_place_for_system_messages(make: Make, template: st
     assert "Be brief.\n\nhello" in merging.decode(encode_prompt(row, merging))
     report = resolve_contract(folder, merging, "auto")
     assert report.rendering == Rendering(merge_system=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "configured", "system"),
+    [(STRICT, None, "merge"), (LLAMA32, "2026-07-31", "keep"), (UNASKED, "2026-07-31", "merge")],
+)
+def test_a_served_model_is_asked_as_in_the_training(
+    make: Make, template: str, configured: str | None, system: str
+) -> None:
+    from athanor.runs.served_model import FusedModel, put_system_into_questions
+
+    folder = make(template)
+    tokenizer = load_configured_tokenizer(folder, configured, system)
+    settings = rendering.describe_rendering(tokenizer)
+    row = chat(("system", "Be brief."), ("user", "hello"), ("assistant", ""))
+    messages = [turn.message() for turn in row.turns[:-1]]
+    if settings.get("merge_system"):
+        messages = put_system_into_questions(messages)
+    served = FusedModel()
+    served.tokenizer = load_with_ends(folder)
+    prompt = served._prompt(messages, settings.get("template_opening", ""))
+    assert prompt == encode_prompt(row, tokenizer)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import date, datetime, time
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -87,7 +87,7 @@ class Renderer:
             return [self._of_library(messages, tools, **options) for messages in conversations]
         if self.rendering.date is not None:
             template = self._inner.get_chat_template(options.pop("chat_template", None), tools)
-            options["chat_template"] = fix_date(template, date.fromisoformat(self.rendering.date))
+            options["chat_template"] = open_with_date(template, self.rendering.date) + template
         texts: list[str] = self._inner.apply_chat_template(
             conversations, tools=tools, tokenize=False, **options
         )
@@ -134,15 +134,29 @@ def choose_date(tokenizer: "TokenizerWrapper", configured: str | None) -> str | 
     return chosen if _write_probes(renderer, chosen) != _write_probes(renderer, other) else None
 
 
-def fix_date(template: str, day: date) -> str:
-    """Return a template that writes a day: `strftime_now` and `date_string` are defined before it.
+def describe_rendering(tokenizer: "TokenizerWrapper") -> dict[str, Any]:
+    """Return how a tokenizer renders as the settings of a served model; {} for the usual way."""
+    rendering = rendering_of(tokenizer)
+    settings: dict[str, Any] = {}
+    if rendering.merge_system:
+        settings["merge_system"] = True
+    if rendering.date is not None:
+        template = tokenizer.get_chat_template()
+        settings["template_opening"] = open_with_date(template, rendering.date)
+    return settings
+
+
+def open_with_date(template: str, day: str) -> str:
+    """Return what makes a template write a day (YYYY-MM-DD), if it is put before it.
+
+    It defines `strftime_now` or `date_string`, whichever the template has.
 
     transformers gives templates a `strftime_now` of the current time, which no argument replaces.
     The time of a day is its beginning.
     """
     if "strftime_now" not in template:
-        return f'{{% set date_string = "{day.strftime(DATE_STRING)}" %}}\n{template}'
-    moment = datetime.combine(day, time())
+        return f'{{% set date_string = "{datetime.fromisoformat(day).strftime(DATE_STRING)}" %}}\n'
+    moment = datetime.fromisoformat(day)
     directives = sorted(set(re.findall(r"%-?[A-Za-z]", template)))
     values = [[directive, moment.strftime(directive)] for directive in directives]
     pairs = json.dumps([["%%", "\0"], *values, ["\0", "%"]])
@@ -150,7 +164,7 @@ def fix_date(template: str, day: date) -> str:
         "{% macro strftime_now(format) %}{% set written = namespace(text=format) %}"
         f"{{% for directive, value in {pairs} %}}"
         "{% set written.text = written.text | replace(directive, value) %}{% endfor %}"
-        "{{ written.text }}{% endmacro %}\n" + template
+        "{{ written.text }}{% endmacro %}\n"
     )
 
 

@@ -7,6 +7,7 @@ from athanor import files
 from athanor.chat.contract import Contract
 from athanor.chat.conversation import read_line
 from athanor.chat.load import load_tokenizer
+from athanor.chat.rendering import describe_rendering
 from athanor.chat.tokens import select_validation_texts, tokenize_rows
 from athanor.config.schema import Config
 from athanor.model.source import Source
@@ -53,6 +54,7 @@ def log_model(
         valid_digest=registry.digest_validation(valid),
         tags={"model.path": source.path, "model.digest": source.digest},
         registered_name=cfg.fuse.registered_model_name,
+        settings=describe_rendering(tokenizer),
     )
 
 

@@ -84,7 +84,10 @@ class LogTable(Entry, tag="table"):
 
 
 class LogModel(Entry, tag="model"):
-    """Log a fused model, and register it where `registered_name` is given."""
+    """Log a fused model, and register it where `registered_name` is given.
+
+    `settings` are further values of its config, which served_model.py reads.
+    """
 
     path: str
     digest: str
@@ -93,6 +96,7 @@ class LogModel(Entry, tag="model"):
     tags: dict[str, str]
     pip: list[str]
     registered_name: str | None
+    settings: dict[str, Any] = {}
 
 
 class EndRun(Entry, tag="end"):

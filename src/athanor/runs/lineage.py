@@ -43,6 +43,8 @@ NO_CODE = (
     ":(exclude,glob)**/__pycache__/**",
 )
 MOST_BYTES = 1_000_000  # of an untracked file in a patch
+# The tag of the date that the chat template wrote.
+DATE = "template.date"
 PATCH, ROWS, VERSIONS = "code.patch", "rows.npz", "versions.json"
 INITIAL = "initial_adapters"
 # They decide a prepared row, a weight or a metric; those that are not installed are left out.

@@ -69,7 +69,7 @@ def _write_folder(fused: Path, out: Path, entry: LogModel, ids: dict[str, str]) 
         python_model=code,
         signature=_signature(),
         input_example={"messages": [{"role": "user", "content": entry.question}]},
-        model_config={"name": entry.registered_name or "fused", **DEFAULTS},
+        model_config={"name": entry.registered_name or "fused", **DEFAULTS, **entry.settings},
         conda_env={  # with pip_requirements alone MLflow warns where pip itself is not installed
             "name": "mlflow-env",
             "channels": ["conda-forge"],

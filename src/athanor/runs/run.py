@@ -125,6 +125,7 @@ class Run:
         valid_digest: str,
         tags: dict[str, Any],
         registered_name: str | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         """Keep a fused model as the run's model, and as a version of a registered one.
 
@@ -139,6 +140,7 @@ class Run:
             valid_digest: the digest of what the validation loss was measured on.
             tags: further tags of the model.
             registered_name: the registered model, None to register none.
+            settings: how it renders conversations, where that is not as its template does.
         """
         tags = tags | {"val_loss": val_loss, "valid.digest": valid_digest}
         self._append(
@@ -150,6 +152,7 @@ class Run:
                 tags={key: str(value) for key, value in tags.items()},
                 pip=registry.pin_requirements(),
                 registered_name=registered_name,
+                settings=settings or {},
             )
         )
 

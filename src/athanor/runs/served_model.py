@@ -54,12 +54,20 @@ class FusedModel(PythonModel):
         return completions[0] if len(completions) == 1 else completions
 
     def _complete(
-        self, messages: list[dict[str, Any]], *, name: str, max_tokens: int, temperature: float
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        name: str,
+        max_tokens: int,
+        temperature: float,
+        merge_system: bool = False,
+        template_opening: str = "",
     ) -> dict[str, Any]:
         from mlx_lm import stream_generate
         from mlx_lm.sample_utils import make_sampler
 
-        prompt = self._prompt(messages)
+        messages = put_system_into_questions(messages) if merge_system else messages
+        prompt = self._prompt(messages, template_opening)
         sampler = make_sampler(temp=float(temperature))  # 0 is greedy
         ids, finish = [], "length"
         with self.lock:
@@ -88,13 +96,31 @@ class FusedModel(PythonModel):
             "usage": {**used, "total_tokens": sum(used.values())},
         }
 
-    def _prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+    def _prompt(self, messages: list[dict[str, Any]], opening: str) -> list[int]:
         if not self.tokenizer.has_chat_template:  # a model of plain texts continues the last one
             return list(self.tokenizer.encode(messages[-1]["content"]))
+        # The opening fixes the date that the template writes, as in the training.
+        dated = {"chat_template": opening + self.tokenizer.get_chat_template()} if opening else {}
         text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
+            messages, add_generation_prompt=True, tokenize=False, **dated
         )
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def put_system_into_questions(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages in which each system message opens the question after it, as trained."""
+    merged: list[dict[str, Any]] = []
+    waiting: list[str] = []
+    for message in messages:
+        if message["role"] == "system":
+            waiting.append(message["content"])
+        elif message["role"] == "user":
+            content = "\n\n".join([*waiting, message["content"]])
+            merged.append({**message, "content": content})
+            waiting = []
+        else:
+            merged.append(message)
+    return [*merged, *({"role": "user", "content": text} for text in waiting)]
 
 
 set_model(FusedModel())

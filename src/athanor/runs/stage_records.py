@@ -20,8 +20,6 @@ from athanor.runs.run import Run, start_run
 
 # The param of the number of trained layers; train.num_layers can be -1 for all.
 LAYERS = "trained_layers"
-# The tag of the date that the chat template wrote.
-DATE = "template.date"
 
 
 def start_training(
@@ -161,7 +159,7 @@ def _template_date(workspace: Workspace) -> dict[str, str]:
     path = workspace.prepared / "chat.json"
     contract = files.read_json(path) if path.exists() else {}
     date = contract.get("rendering", {}).get("date")
-    return {} if date is None else {DATE: date}
+    return {} if date is None else {lineage.DATE: date}
 
 
 def _trained_layers(cfg: Config, folder: Path) -> dict[str, int]:
