@@ -1,5 +1,6 @@
 """The terminal: literal texts, output that loses its reader, signals that stop a command."""
 
+import errno
 import io
 import os
 import pty
@@ -13,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from athanor import console, switches
+from athanor.errors import UserError
 
 
 @pytest.mark.parametrize("text", [r"\[/INST] [/INST]", "[bold]x[/bold]", r"\[a+b\]", "[/x]"])
@@ -113,3 +115,44 @@ def test_numbers_of_a_table_are_whole(width: int, monkeypatch: pytest.MonkeyPatc
     printed = out.file.getvalue()  # type: ignore[attr-defined]
     assert all(number in printed for number in [*numbers, "1,234,567", "123,456", "345,678"])
     assert "…" not in printed
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (errno.ENOSPC, "disk_full"),
+        (errno.EACCES, "no_permission"),
+        (errno.EROFS, "read_only"),
+        (errno.EMFILE, "too_many_files"),
+        (errno.EIO, "disk_failed"),
+    ],
+)
+def test_a_fault_of_the_machine_is_one_line(
+    capfd: pytest.CaptureFixture[str], fault: int, code: str
+) -> None:
+    def fail() -> None:
+        raise OSError(fault, os.strerror(fault), "artifacts/x")
+
+    printed = run_command(capfd, fail)
+    assert printed == f"error: {UserError(f'console.{code}', path='artifacts/x')}\n"
+
+
+def test_a_subfolder_of_a_project_is_refused(
+    repo: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(repo / "src/athanor")
+    assert f"`cd {repo}`" in run_command(capfd, lambda: None)
+    console.run_command(lambda: None, console.UNCHANGED, in_project=False)
+
+
+def run_command(capfd: pytest.CaptureFixture[str], main: Callable[[], None]) -> str:
+    """Run a command that fails in this process; return what it printed."""
+    before = {number: signal.getsignal(number) for number in switches.interrupts()}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            console.run_command(main, console.UNCHANGED)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert ended.value.code == 1
+    return capfd.readouterr().err

@@ -44,6 +44,7 @@ def test_a_stage_is_refused_while_another_uses_its_folders(
     used: str | None,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("artifacts").mkdir()
     with locks.stage(*running), ExitStack() as held:  # type: ignore[arg-type]
         if used is not None:
             held.enter_context(refused("locks.in_use", folder=Path("artifacts") / used))

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from math import isfinite
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rich import box
@@ -22,6 +23,7 @@ from rich.table import Table
 
 from athanor import switches
 from athanor.errors import UserError
+from athanor.paths import find_enclosing_project
 
 # Characters that a terminal obeys instead of showing them (C0 but tabs and line feeds, DEL, C1),
 # that turn the direction of a line, or that no output can encode.
@@ -107,12 +109,14 @@ class LastingStream:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
-def run_command(main: Callable[[], None], after_interrupt: str = CHECKOUT) -> None:
+def run_command(
+    main: Callable[[], None], after_interrupt: str = CHECKOUT, in_project: bool = True
+) -> None:
     """Run a command's main, and exit with 1 after an error, with 130 after an interrupt.
 
     An error that the user can fix is printed without its traceback; `after_interrupt` is printed
     after Ctrl-C, SIGTERM or SIGHUP. A command that writes files goes on where its output has lost
-    its reader.
+    its reader. A command that works `in_project` is refused in a subfolder of one.
     """
     switches.interrupt_on_signals()
     if after_interrupt != UNCHANGED:
@@ -120,6 +124,8 @@ def run_command(main: Callable[[], None], after_interrupt: str = CHECKOUT) -> No
         sys.stdout, sys.stderr = streams
     switches.freeze_objects()
     try:
+        if in_project and (project := find_enclosing_project()):
+            raise UserError("console.in_subfolder", folder=Path.cwd(), project=project)
         main()
     except UserError as error:
         _exit_with_error(str(error))
@@ -131,16 +137,30 @@ def run_command(main: Callable[[], None], after_interrupt: str = CHECKOUT) -> No
         )
         sys.exit(130)
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        fault = _machine_fault(error)
+        if fault is None:
             _exit_with_traceback()
-        _exit_with_error(
-            f"the disk is full ({error.filename or 'while writing'}): free some space and run the "
-            "command again; a training resumes from its last checkpoint"
-        )
+        _exit_with_error(str(fault))
     except Exception:
         _exit_with_traceback()
     finally:
         switches.freeze_objects()  # else Python's last collection scans all of them
+
+
+def _machine_fault(error: OSError) -> UserError | None:
+    """Return the error for a fault that a person mends in the machine; None for any other."""
+    path = error.filename or "while writing"
+    if error.errno in DISK_FULL:
+        return UserError("console.disk_full", path=path)
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return UserError("console.no_permission", path=path)
+    if error.errno == errno.EROFS:
+        return UserError("console.read_only", path=path)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return UserError("console.too_many_files", path=path)
+    if error.errno == errno.EIO:
+        return UserError("console.disk_failed", path=path)
+    return None
 
 
 def _exit_with_error(text: str) -> NoReturn:

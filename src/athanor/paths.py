@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+PROJECT = ("conf/config.yaml", "dvc.yaml")
 SPLITS = ("train", "valid", "test")
 
 
@@ -97,3 +98,11 @@ class Workspace:
     def rows(self, split: str) -> Path:
         """Return the file of the prepared rows of a split, JSON Lines."""
         return self.prepared / f"{split}.jsonl"
+
+
+def find_enclosing_project() -> Path | None:
+    """Return the project that the working directory is a subfolder of; None for one of its own."""
+    here = Path.cwd()
+    if (here / PROJECT[0]).exists():
+        return None
+    return next((path for path in here.parents if all((path / f).exists() for f in PROJECT)), None)

@@ -344,4 +344,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run_command(main)
+    console.run_command(main, in_project=False)

@@ -38,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    console.run_command(main, console.UNCHANGED)
+    console.run_command(main, console.UNCHANGED, in_project=False)
