@@ -5,7 +5,7 @@ the one that mlx-lm's own loader reads: {"messages": [{"role", "content", …}, 
 {"text": …}. A message that is context and not learned has "weight": 0 there, as OpenAI writes it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import msgspec
@@ -13,14 +13,6 @@ import msgspec
 Role = Literal["system", "user", "assistant", "tool"]
 Message = dict[str, Any]
 Tool = dict[str, Any]
-
-# Words that the definitions of all tools have: two sets of tools are not alike by them.
-SCHEMA = frozenset(
-    [
-        *("type", "function", "name", "description", "parameters", "properties", "required"),
-        *("items", "enum", "object", "string", "integer", "number", "boolean", "array", "null"),
-    ]
-)
 
 
 class Function(msgspec.Struct):
@@ -127,10 +119,9 @@ class Conversation(msgspec.Struct, omit_defaults=True, rename={"turns": "message
         """Return what is asked, earlier turns included; "" for plain text and articles."""
         return "\n".join(turn.spoken() for turn in self.turns[:-1] if turn.role != "system")
 
-    def context(self) -> str:
-        """Return what the model reads beside the question: system messages, tools in words."""
-        system = [turn.content for turn in self.turns if turn.role == "system"]
-        return "\n".join([*system, *_words(self.tools)] if self.tools else system)
+    def system(self) -> str:
+        """Return the system messages, "" for none."""
+        return "\n".join([turn.content for turn in self.turns if turn.role == "system"])
 
     def answer(self) -> str:
         """Return the last answer with its calls of tools, or the plain text."""
@@ -160,20 +151,6 @@ def read_line(line: str) -> Conversation:
 
 
 _LINES = msgspec.json.Decoder(Conversation)
-
-
-def _words(value: Any) -> Iterator[str]:
-    """Yield the names and texts in definitions of tools."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if key not in SCHEMA:
-                yield key
-            yield from _words(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _words(item)
-    elif value not in SCHEMA:
-        yield str(value)
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:

@@ -173,7 +173,7 @@ class FirstPass:
         question, tools = row.question(), row.conversation.tools
         exact = msgspec.json.encode(tools).decode() if tools else ""
         read = near_duplicates.fold(question)
-        if context := row.conversation.context() + exact:
+        if context := row.conversation.system() + exact:
             read = f"{_fold_context(context)}{BESIDE}{read}"
         folded = f"{read}{BETWEEN}{near_duplicates.fold(row.conversation.answer())}"
         digest = near_duplicates.digest(folded + exact)
