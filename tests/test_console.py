@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from athanor import console, switches
 from athanor.errors import UserError
@@ -156,3 +157,37 @@ def run_command(capfd: pytest.CaptureFixture[str], main: Callable[[], None]) -> 
             signal.signal(number, handler)
     assert ended.value.code == 1
     return capfd.readouterr().err
+
+
+OBEYED = {
+    "\x1b[2J": r"\x1b[2J",
+    "\x1b]0;title\x07": r"\x1b]0;title\x07",
+    "\x9b31m": r"\x9b31m",
+    "a\rb\x08\x7f\0": r"a\x0db\x08\x7f\x00",
+    "\u202egnp.exe\u2066": r"\u202egnp.exe\u2066",
+    "\udcff \ud83d": r"\xff \ud83d",
+    "两é🌊": "两é🌊",
+}
+
+
+@pytest.mark.parametrize(("text", "shown"), OBEYED.items())
+def test_a_terminal_obeys_no_text(text: str, shown: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whatever way a text is printed, it is shown as text."""
+
+    def refuse() -> None:
+        raise UserError("prepare.unreadable", path=text, reason=text)
+
+    def fail() -> None:
+        raise RuntimeError(text)
+
+    assert console.visible(text) == shown
+    console.out.print(text, markup=False, soft_wrap=True)
+    console.out.print(Text(f"{text} {text}"))
+    console.print_table(text, ["head"], [[text]])
+    console.print_facts("stage", {text: text})
+    console.warn(text)
+    printed = "".join(capfd.readouterr())
+    printed += run_command(capfd, refuse) + run_command(capfd, fail)
+    assert console.OBEYED.search(printed) is None
+    # The table's title and what rich itself takes out of a text are shown in part.
+    assert printed.count(shown) >= 6

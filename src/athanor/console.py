@@ -132,7 +132,7 @@ def run_command(
     except KeyboardInterrupt as interrupt:
         state = f"{interrupt}; " if str(interrupt) else ""
         err.print(
-            f"[bold red]stopped[/] by Ctrl-C or a signal; {escape(state)}{after_interrupt}",
+            f"[bold red]stopped[/] by Ctrl-C or a signal; {escape(visible(state))}{after_interrupt}",
             soft_wrap=True,
         )
         sys.exit(130)
@@ -164,7 +164,7 @@ def _machine_fault(error: OSError) -> UserError | None:
 
 
 def _exit_with_error(text: str) -> NoReturn:
-    err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+    err.print(f"[bold red]error:[/] {escape(visible(text))}", soft_wrap=True)
     sys.exit(1)
 
 
@@ -202,7 +202,7 @@ def defer_interrupts() -> Iterator[Callable[[], bool]]:
 
 def warn(text: str) -> None:
     """Print a note to stderr: the work goes on."""
-    err.print(f"[bold yellow]note:[/] {escape(text)}", soft_wrap=True)
+    err.print(f"[bold yellow]note:[/] {escape(visible(text))}", soft_wrap=True)
 
 
 def print_facts(title: str, facts: dict[str, Any]) -> None:

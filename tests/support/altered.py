@@ -147,12 +147,13 @@ def _attempt(module: Any, number: int, folder: Path, output: Path) -> Outcome:
         return 0
 
     def work() -> int:
+        from athanor import console
         from athanor.errors import UserError
 
         try:
             module.work(folder)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            console.warn(f"error: {error}")  # as all that is printed
             return 3
         return 0
 

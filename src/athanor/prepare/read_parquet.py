@@ -19,6 +19,8 @@ from athanor.prepare.streams import (
 )
 
 ROWS = 1000
+# More rows than this are copies where there are a hundred of them for each byte of the file.
+MOST_ROWS = 1_000_000
 # The most bytes of a batch.
 BATCH = 32 << 20
 
@@ -54,7 +56,7 @@ def _rows(binary: IO[bytes], limits: Limits) -> Iterator[tuple[Any, int]]:
             (meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)), default=0
         )
         most = max(limits.file, RATIO * size)
-        if plain > limits.file or meta.num_rows > most:
+        if plain > limits.file or meta.num_rows > max(MOST_ROWS, RATIO * size):
             raise unpacks_too_large(size, limits.file)
         unpacked, longest = _measure(binary, file, limits.file)
         if unpacked > most:
