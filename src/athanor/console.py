@@ -132,7 +132,8 @@ def run_command(
     except KeyboardInterrupt as interrupt:
         state = f"{interrupt}; " if str(interrupt) else ""
         err.print(
-            f"[bold red]stopped[/] by Ctrl-C or a signal; {escape(visible(state))}{after_interrupt}",
+            f"[bold red]stopped[/] by Ctrl-C or a signal; {escape(visible(state))}"
+            f"{after_interrupt}",
             soft_wrap=True,
         )
         sys.exit(130)
