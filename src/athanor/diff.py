@@ -15,7 +15,7 @@ from typing import Any
 
 from athanor import console
 from athanor.errors import UserError
-from athanor.runs import compare, lineage, restore
+from athanor.runs import compare, lineage, restore, tracking_store
 from athanor.runs.compare import RunRecord
 
 LINES_OF_CODE = 12
@@ -193,10 +193,12 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs=2, metavar="RUN_ID", help="MLflow's id, or its beginning")
     arguments = parser.parse_args()
+    # Both first: to load a record takes seconds.
+    run_ids = [tracking_store.find_run_id(prefix) for prefix in arguments.runs]
     with tempfile.TemporaryDirectory() as folder:
         a, b = (
-            compare.load_record(prefix, Path(folder, name))
-            for name, prefix in zip("ab", arguments.runs, strict=True)
+            compare.load_record(run_id, Path(folder, name))
+            for name, run_id in zip("ab", run_ids, strict=True)
         )
         for record in (a, b):
             refuse_sweep(record)

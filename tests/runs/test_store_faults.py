@@ -207,12 +207,12 @@ def test_a_result_from_the_cache_says_where_its_record_is(
 
 
 def test_a_wrong_id_is_answered_before_anything_large_is_imported(store: Path) -> None:
-    create_run(run_name="the one")
+    run = create_run(run_name="the one")
     script = (
         "import sys\n"
         "from athanor import diff, reproduce\n"
         "from athanor.errors import UserError\n"
-        "for main, arguments in ((diff.main, ['0x', '0y']), (reproduce.main, ['0x'])):\n"
+        "for main, arguments in ((diff.main, [sys.argv[1], '0y']), (reproduce.main, ['0x'])):\n"
         "    sys.argv = ['command', *arguments]\n"
         "    try:\n"
         "        main()\n"
@@ -220,5 +220,5 @@ def test_a_wrong_id_is_answered_before_anything_large_is_imported(store: Path) -
         "        print(error.code, 'the one' in str(error))\n"
         "print({'mlflow', 'mlx', 'mlx_lm', 'transformers', 'pandas'} & {*sys.modules})\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, run], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("runs.no_such_run True\n" * 2 + "set()\n", "")
