@@ -182,6 +182,13 @@ def test_a_file_of_ones_own_that_is_wrong_is_named(conf: Path, name: str) -> Non
     assert (problem.code, problem.key, problem.place) == (f"config.{code}", key, place)
 
 
+@pytest.mark.parametrize("text", ["", "seed: 1\n", "defaults: []\n"])
+def test_a_configuration_without_sections_names_them(conf: Path, text: str) -> None:
+    (conf / "config.yaml").write_text(text, encoding="utf-8")
+    with refused_keys(("config.missing_section", "train"), ("config.missing_section", "model")):
+        compose_config(conf, [])
+
+
 def test_files_of_ones_own_that_are_right_compose(conf: Path) -> None:
     write(
         conf,

@@ -293,6 +293,7 @@ def test_hand_edited_params_are_never_overwritten(conf: Path) -> None:
     [
         ("revision: null", "revision: v1.0", 'model.revision="v1.0"'),
         ("grad_checkpoint: false", "grad_checkpoint: true", "train.grad_checkpoint=true"),
+        ("  system: null\n  peft", "  system: 短答\n  peft", 'fuse.system="短答"'),
         ("  dequantize: null", "  dequantize: null\n  dequantise: 1", "fuse.dequantise=1"),
     ],
 )

@@ -93,11 +93,7 @@ def select_options(files: ConfFiles, overrides: Overrides) -> list[str]:
         for group, option in overrides.options.items()
         if option is not None or group in known
     ]
-    typed = any(
-        isinstance(item, dict) and "schema" in item
-        for item in files.files[files.conf / "config.yaml"].tree.get("defaults", [])
-    )
-    return ["~schema", *options] if typed else options
+    return ["~schema", *options] if files.typed else options
 
 
 def put_values(tree: dict[str, Any], overrides: Overrides) -> None:

@@ -26,6 +26,7 @@ class ConfFiles:
         conf: the folder.
         chosen: the options that the command line selects, by group; None deselects it.
         files: by path.
+        typed: whether that list has the types, which Hydra would stop at.
         selected: the options that the defaults list of config.yaml selects, by group.
         problems: the faults of files and of their defaults lists.
     """
@@ -33,6 +34,7 @@ class ConfFiles:
     conf: Path
     chosen: dict[str, str | None]
     files: dict[Path, YamlFile] = field(default_factory=dict)
+    typed: bool = False
     selected: dict[str, str | None] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
@@ -131,6 +133,7 @@ class ConfFiles:
         name = name.split("@")[0]
         name = name.lstrip("/") if name.startswith("/") or not group else f"{group}/{name}"
         if name.split("/")[0] in NOT_IN_CONF:
+            self.typed = self.typed or name == "schema"
             return
         if not above[1:]:
             self.selected[name] = options if isinstance(options, str) else None

@@ -48,8 +48,15 @@ def _differences(params: Path, body: str) -> list[str]:
 
     typed = leaves(read_params_file(params).tree)
     composed = leaves(OmegaConf.to_container(OmegaConf.create(body)))
+
+    def show(value: Any) -> str:
+        """Return a value as DVC's Hydra reads it; it takes ASCII only without quotes."""
+        if isinstance(value, str) and value.isalnum() and value.isascii():
+            return value
+        return json.dumps(value, ensure_ascii=False)
+
     return [
-        f"{key[1:]}={value if isinstance(value, str) and value.isalnum() else json.dumps(value)}"
+        f"{key[1:]}={show(value)}"
         for key, value in typed.items()
         if key not in composed or composed[key] != value
     ]
