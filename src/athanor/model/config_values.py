@@ -20,7 +20,12 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 HEADS = ("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "head_dim")
 # Whole numbers above 0; null leaves the choice to the architecture, a list has one for each layer.
 SIZES = (*LAYERS, *WIDTHS, *HEADS, "vocab_size", "intermediate_size")
-# Numbers of parts: none is built from a number beyond.
+# Numbers of parts that are built one by one, or passed through.
+PARTS = (
+    *(*EXPERTS, "num_experts_per_tok", "n_shared_experts", "num_shared_experts"),
+    *("num_nextn_predict_layers", "num_codebooks", "num_kv_shared_layers", "num_kv_reuse_layers"),
+    *("altup_num_inputs", "num_loops", "loop_num", "hc_mult", "hc_sinkhorn_iters"),
+)
 MOST_PARTS = 65_536
 # Real numbers above 0.
 REALS = ("rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
@@ -49,13 +54,13 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
                 if value is not None and not (_is_whole(value) and 0 < value <= LARGEST):
                     refuse_value(path, prefix + key, value, "a whole number from 1 to 2^31 - 1")
         for key in REALS:
-            number = section.get(key)
-            if number is not None and not (_is_number(number) and 0 < number < math.inf):
-                refuse_value(path, prefix + key, number, "a number above 0")
-        for key, value in section.items():
-            if not re.match(r"(num|n)_", key) or key in SIZES or "positions" in key:
-                continue
-            if isinstance(value, int | float) and value > MOST_PARTS:
+            numbers = section.get(key)
+            for number in numbers if isinstance(numbers, list) else [numbers]:
+                if number is not None and not (_is_number(number) and 0 < number < math.inf):
+                    refuse_value(path, prefix + key, number, "a number above 0")
+        for key in PARTS:
+            value = section.get(key)
+            if value is not None and not (_is_number(value) and value <= MOST_PARTS):
                 refuse_value(path, prefix + key, value, f"a number up to {MOST_PARTS:,}")
         quantization = section.get("quantization") or {}
         for key in ("bits", "group_size"):
@@ -68,8 +73,10 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
 def check_end_tokens(path: Path, config: dict[str, Any]) -> None:
     """Raise UserError where `eos_token_id` is no id and no list of ids."""
     ends = config.get("eos_token_id")
+    if ends is None:
+        return
     for end in ends if isinstance(ends, list) else [ends]:
-        if end is not None and not (_is_whole(end) and 0 <= end <= LARGEST):
+        if not (_is_whole(end) and 0 <= end <= LARGEST):
             refuse_value(path, "eos_token_id", end, "a token's id or a list of ids")
 
 
@@ -101,7 +108,8 @@ def check_against_weights(
     if not embeddings:
         return None
     name, weight = embeddings[0]
-    size, place = text.get("vocab_size"), f"{name} in {weight.file}"
+    size = text.get("embedding_size", text.get("vocab_size"))  # OLMo's is larger
+    place = f"{name} in {weight.file}"
     shape = list(weight.shape)
     fitting = [each for each in embeddings if not _is_whole(size) or each[1].shape[0] == size]
     if not fitting:

@@ -30,7 +30,7 @@ TEMPLATES = "additional_chat_templates"
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 # The end of a file's path in DVC's cache.
-IN_DVC_CACHE = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
+IN_DVC_CACHE = re.compile(r"/[0-9a-f]{2}/[0-9a-f]{30}$")
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _read_weights(folder: Path, files: dict[str, Path]) -> dict[str, StoredWeigh
 
 
 def _check_index(index: Path, files: dict[str, Path], weights: dict[str, StoredWeight]) -> None:
-    places = read_object(index).get("weight_map")
+    places = read_object(index, unique=True).get("weight_map")
     if not isinstance(places, dict):
         raise UserError("model.index_without_map", path=index)
     for name, file in places.items():

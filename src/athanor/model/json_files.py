@@ -5,7 +5,7 @@ import reprlib
 import stat
 from collections import Counter
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 import msgspec
 
@@ -42,7 +42,18 @@ def refuse_irregular(path: Path) -> None:
     except OSError as error:
         raise UserError("model.unreadable", path=path, error=error.strerror) from error
     if not stat.S_ISREG(mode):
-        raise UserError("model.irregular_file", path=path, kind=KINDS[stat.S_IFMT(mode)])
+        raise UserError(
+            "model.irregular_file", path=path, kind=KINDS.get(stat.S_IFMT(mode), "special")
+        )
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open a regular file to read its bytes; raise UserError where that is not permitted."""
+    refuse_irregular(path)
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError("model.unreadable", path=path, error=error.strerror) from error
 
 
 def read_bytes(path: Path, limit: int = LARGEST) -> bytes:
@@ -55,10 +66,8 @@ def read_bytes(path: Path, limit: int = LARGEST) -> bytes:
     size = path.stat().st_size
     if size > limit:
         raise UserError("model.too_large", path=path, size=size / MB, limit=limit / MB)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError("model.unreadable", path=path, error=error.strerror) from error
+    with open_file(path) as file:
+        content = file.read()
     explain_kind(path, content[:512])
     return content
 
@@ -75,16 +84,16 @@ def read_text(path: Path) -> str:
         raise UserError("model.not_utf8", path=path, byte=error.start) from error
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, *, unique: bool = False) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
         UserError: as read_text does, and where it is no JSON, no object, nested too deep, or has a
-            key twice.
+            key twice and they must be `unique`.
     """
     text = read_text(path)
     try:
-        value = parse_unique(text)
+        value = parse_unique(text) if unique else json.loads(text)
     except RecursionError as error:
         raise UserError("model.too_deep", path=path, limit=DEEPEST) from error
     except ValueError as error:

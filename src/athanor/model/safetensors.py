@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from athanor.errors import UserError
-from athanor.model.json_files import describe, explain_kind, parse_unique
+from athanor.model.json_files import describe, explain_kind, open_file, parse_unique
 
 # Bits of a value, by the format's names of dtypes.
 BITS = {
@@ -41,7 +41,7 @@ def read_header(path: Path) -> dict[str, StoredWeight]:
         UserError: where the header is damaged or does not describe exactly the bytes that follow.
     """
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_file(path) as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if not 0 < length <= min(size - 8, LONGEST_HEADER):

@@ -97,7 +97,7 @@ def refuse_name(path: str, revision: str | None) -> None:
         raise UserError("model.name_too_long", path=shown, limit=LONGEST_NAME)
     try:
         is_repo = is_hub_repo(path)
-        Path(path).expanduser().resolve()
+        Path(path).expanduser().resolve().is_dir()
     except (OSError, RuntimeError) as error:
         raise UserError("model.no_path", path=shown, error=error) from error
     if is_repo and len(path) > LONGEST_REPO:
