@@ -13,6 +13,7 @@ from athanor.prepare.checks import Fault
 from athanor.prepare.columns import Columns, Layout, fold, is_about, is_empty
 from athanor.prepare.tool_calls import parse_cell, read_calls
 
+SPEAKERS = ("user", "assistant")
 EMPTY = ("empty_prompt", "empty_completion")
 IMAGE_KEYS = frozenset(["image", "images", "image_path", "image_url", "image_file"])
 MESSAGE = ("role", "content", "thought")
@@ -31,7 +32,7 @@ SWITCHES = {"true": True, "false": False, "yes": True, "no": False, "1": True, "
 SWITCHES |= {"1.0": True, "0.0": False}
 
 
-@dataclass
+@dataclass(slots=True)
 class Reading:
     """The findings of reading a record.
 
@@ -50,6 +51,10 @@ class Reading:
     faults: list[Fault] = field(default_factory=list)
     fixed: list[Fault] = field(default_factory=list)
     mask: tuple[str, Any] | None = None
+
+    def is_empty(self) -> bool:
+        """Return whether nothing was found yet."""
+        return not (self.unread or self.faults or self.fixed or self.mask)
 
     def fix(self, fault: Fault) -> None:
         """Count a fault as mended.
@@ -133,7 +138,7 @@ def read_history(value: Any, key: str, tools: list[Tool], reading: Reading) -> l
         if not (isinstance(pair, list | tuple) and [type(text) for text in pair] == [str, str]):
             text = f"exchange {number}: expected a question and an answer, found {pair!r:.60}"
             raise Fault("wrong_type", f"{key!r}, {text}")
-        for role, text, check in zip(("user", "assistant"), pair, EMPTY, strict=True):
+        for role, text, check in zip(SPEAKERS, pair, EMPTY, strict=True):
             if not text.strip():
                 raise Fault(check, f"{key!r}, exchange {number}: no text of the {role}")
             turns.append(Turn(role, text))  # type: ignore[arg-type]
@@ -191,6 +196,9 @@ def _turns(value: Any, number: int, tools: list[Tool], reading: Reading) -> list
         text = f"expected system, user, assistant or tool as role, found {name!r:.60}"
         raise Fault("unknown_role", f"{where}: {text}")
     written = value.get(layout.keys.get("content", "content"))
+    is_plain = role != "call" and not layout.rest and "thought" not in layout.keys
+    if is_plain and isinstance(written, str) and (written.strip() or role not in SPEAKERS):
+        return [Turn(role, written)]  # type: ignore[arg-type]
     parts = _Parts()
     calls: list[Call] = []
     if role == "call":
@@ -207,7 +215,7 @@ def _turns(value: Any, number: int, tools: list[Tool], reading: Reading) -> list
         turn.calls = [*turn.calls, *read_calls(parts.calls, where, tools, reading.unread)]
     elif parts.answers and not content.strip():
         return parts.answers
-    elif not turn.calls and role in ("user", "assistant") and not content.strip():
+    elif not turn.calls and role in SPEAKERS and not content.strip():
         check = "empty_completion" if role == "assistant" else "empty_prompt"
         raise Fault(check, f"{where}: no text under {layout.keys.get('content', 'content')!r}")
     return [*parts.answers, turn]

@@ -6,6 +6,7 @@ and its like), which win. Names are equal without regard to case, width, white s
 
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -115,8 +116,10 @@ class Columns:
             first = [self.settings[meaning]] if meaning in self.settings else []
             folded = dict.fromkeys(map(fold, [*first, *map(str, names)]))
             self._ranks[meaning] = {name: rank for rank, name in enumerate(folded)}
+        # Names that a chat's column has whatever it holds; under others it holds a list.
+        self._sure = {fold(self.settings["chat"]), "messages", "conversations", "conversation"}
         self._remembered: dict[tuple[str, ...], _Layouts] = {}
-        self._parts: dict[tuple[str, ...], Layout] = {}
+        self._parts: defaultdict[tuple[str, ...], dict[tuple[str, ...], Layout]] = defaultdict(dict)
 
     def role(self, name: Any) -> str | None:
         """Return the role that a name stands for: system, user, assistant, tool or call."""
@@ -139,26 +142,19 @@ class Columns:
             layouts = self._remembered[names] = self._layouts(list(value), configured)
         for chat in layouts.chats:
             key = chat.keys["chat"]
-            if configured == "chat" or fold(key) in self._sure() or _is_list(value[key]):
+            if configured == "chat" or fold(key) in self._sure or _is_list(value[key]):
                 return chat
         return layouts.other
 
     def parts(self, value: dict[str, Any], meanings: tuple[str, ...]) -> Layout:
         """Return the layout of a message, with the first key of each meaning."""
-        names = (*meanings, "", *value)
-        layout = self._parts.get(names)
+        remembered, names = self._parts[meanings], tuple(value)
+        layout = remembered.get(names)
         if layout is None:
-            if len(self._parts) >= REMEMBERED:
-                self._parts.clear()
-            layout = self._parts[names] = self._assign(list(value), meanings, None)
+            if len(remembered) >= REMEMBERED:
+                remembered.clear()
+            layout = remembered[names] = self._assign(list(value), meanings, None)
         return layout
-
-    def known(self, meaning: str) -> list[str]:
-        """Return the folded names of a meaning, the first first."""
-        return list(self._ranks.get(meaning, ()))
-
-    def _sure(self) -> tuple[str, ...]:
-        return (fold(self.settings["chat"]), "messages", "conversations", "conversation")
 
     def _layouts(self, keys: list[str], configured: str) -> _Layouts:
         if configured != AUTO:

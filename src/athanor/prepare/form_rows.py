@@ -43,6 +43,7 @@ class RowBuilder:
         self.cleaned: Counter[str] = Counter()
         self._fixes = fixes
         self._formats = Formats(config, label_set(origins, config, fixes))
+        self._reading = Reading(self._formats.columns, fixes)
         self._configured = [self._formats.of_file(origin.name) for origin in origins]
         self._first: dict[int, tuple[str, int]] = {}
         self._with_known_columns: set[int] = set()
@@ -59,18 +60,21 @@ class RowBuilder:
         value = without_nulls(record.value)
         layout = self._formats.layout(value, self._configured[origin])
         self._check_quality(value)
-        reading = Reading(self._formats.columns, self._fixes)
+        reading = self._reading
+        if not reading.is_empty():  # a new one for each row takes longer than to read most rows
+            reading = self._reading = Reading(self._formats.columns, self._fixes)
         try:
             row = self._formats.row(value, layout, reading)
             self._with_known_columns.add(origin)
         except Fault as fault:
             raise self._fault_of_file(fault, record, value, origin) from None
-        record.fixed += [
-            _preference_of_file(fault, record) if fault.name == "preference" else fault
-            for fault in reading.fixed
-        ]
-        faults += reading.faults
-        faults += [Fault("unknown_key", f"{key} is not read", group=key) for key in reading.unread]
+        if not reading.is_empty():
+            record.fixed += [
+                _preference_of_file(fault, record) if fault.name == "preference" else fault
+                for fault in reading.fixed
+            ]
+            faults += reading.faults
+            faults += [_unknown_key(key) for key in reading.unread]
         first, line = self._first.setdefault(origin, (row.format, record.line))
         if row.format != first:
             text = f"{row.format}, but line {line} is {first}; a file must have one format"
@@ -251,6 +255,10 @@ def replace_surrogates(text: str) -> str:
 def _preference_of_file(fault: Fault, record: Record) -> Fault:
     group = f"{record.path} {fault.text}"
     return Fault(fault.name, fault.text, group=group, file=record.path)
+
+
+def _unknown_key(key: str) -> Fault:
+    return Fault("unknown_key", f"{key} is not read", group=key)
 
 
 def _check_texts_left(row: Row) -> None:

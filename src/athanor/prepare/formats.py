@@ -130,6 +130,8 @@ class Formats:
         Raises:
             Fault: for a record that does not have its format.
         """
+        if not layout.rest and layout.kind is not None:  # as most rows are
+            return self._by_kind[layout.kind](value, layout, reading)
         if layout.kind not in NO_ANSWERS and (fault := find_preference(value)):
             reading.fix(fault)
             kept = without_rejected(value, self.columns)
@@ -174,16 +176,24 @@ class Formats:
         for meaning, name in (("question", "prompt"), ("answer", "completion")):
             if meaning not in keys:
                 raise missing(value, f"a {name}", repr(self.columns.settings[meaning]))
+        question, answer = value[keys["question"]], value[keys["answer"]]
+        if len(keys) == 2 and isinstance(question, str) and isinstance(answer, str):
+            turns = [  # as most rows are: without the searches below
+                Turn("user", _filled(question, keys["question"], "empty_prompt")),
+                Turn("assistant", _filled(answer, keys["answer"], "empty_completion")),
+            ]
+            if reading.mask is not None:
+                apply_mask(turns, [1, 2], 2, reading)
+            return Row(Conversation(turns), str(layout.kind))
         mask, reading.mask = reading.mask, None
         tools = _tools(value, keys)
-        answer = value[keys["answer"]]
         if messages := _messages(answer):
             turns = read_turns(messages, keys["answer"], tools, reading)
         else:
             turns = [Turn("assistant", _answer(answer, keys["answer"]))]
         if turns[0].role == "assistant":
             turns = self._asked(value, keys, tools, reading) + turns
-        elif value[keys["question"]] != next((t.content for t in turns if t.role == "user"), None):
+        elif question != next((t.content for t in turns if t.role == "user"), None):
             reading.unread[repr(keys["question"])] = None
         if "history" in keys and not is_empty(value[keys["history"]]):
             turns = read_history(value[keys["history"]], keys["history"], tools, reading) + turns
@@ -239,16 +249,17 @@ class Formats:
             raise missing(value, "a text", repr(self.config.text_feature))
         key = layout.keys["text"]
         text = _string(value, key, "empty_text")
-        if messages := text_forms.read_text(text):
-            # The model's own template writes it again, and only its answers are learned.
-            said = [{"role": role, "content": content} for role, content in messages]
-            turns = read_turns(said, key, [], reading)
-            check_order(turns, reading)
-            return Row(Conversation(turns), "text")
-        if (form := text_forms.find_form(text)) is not None:
-            reading.faults.append(
-                Fault("mixed_text", f"turns in the form of {form}, and other text")
-            )
+        if text_forms.may_be_chat(text):
+            if messages := text_forms.read_text(text):
+                # The model's own template writes it again, and only its answers are learned.
+                said = [{"role": role, "content": content} for role, content in messages]
+                turns = read_turns(said, key, [], reading)
+                check_order(turns, reading)
+                return Row(Conversation(turns), "text")
+            if (form := text_forms.find_form(text)) is not None:
+                reading.faults.append(
+                    Fault("mixed_text", f"turns in the form of {form}, and other text")
+                )
         return Row(Conversation(text=text), "text")
 
     def _template(self, value: dict[str, Any], layout: Layout, reading: Reading) -> Row:

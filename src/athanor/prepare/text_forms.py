@@ -157,6 +157,11 @@ ROLES = {
 LLAMA_2_SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>(.*)", re.DOTALL)
 
 
+def may_be_chat(text: str) -> bool:
+    """Return False for a text without the sign of any form, as most are."""
+    return "<" in text or "[/" in text or "###" in text or "\n\nHuman:" in text
+
+
 def read_text(text: str) -> list[Said]:
     """Return the messages of a text that is wholly in one form, as role and content; else []."""
     for form in FORMS:
