@@ -67,6 +67,15 @@ def called(id: str, result: str, tool: str = "tide") -> Row:
     return row | {"tools": tools}
 
 
+def offered(*tools: str) -> Row:
+    """A call, with long definitions of the tools that the model may choose from."""
+    parameters = {"type": "object", "properties": {"unit": {"type": "string"}}}
+    row = asked("Please help", "")
+    row["messages"][1]["tool_calls"] = [{"function": {"name": "help", "arguments": {}}}]
+    functions = ({"name": name, "parameters": parameters} for name in ("help", *tools))
+    return row | {"tools": [{"type": "function", "function": each} for each in functions]}
+
+
 def then(first: str, answer: str) -> Row:
     return chat(
         ("user", first), ("assistant", "Well."), ("user", "And then?"), ("assistant", answer)
@@ -104,6 +113,8 @@ THOUGHT = [
         (called("a1", "lit"), called("b2", "lit"), {"leak"}),
         (called("a1", "It burns bright"), called("a1", "Out of oil"), set()),
         (called("a1", "lit"), called("a1", "lit", tool="weather"), set()),
+        (offered("egg_timer"), offered("find_pan"), set()),
+        (offered("egg_timer"), offered("egg_timer"), {"leak"}),
         (
             {"instruction": "Sum up", "input": STORM, "output": "A night at sea."},
             {"instruction": "Sum up", "input": CALM, "output": "A night at sea."},

@@ -32,7 +32,7 @@ from athanor.prepare.checks import Fault, Findings
 from athanor.prepare.cleaning import synonym_changer
 from athanor.prepare.form_rows import RowBuilder, source_of
 from athanor.prepare.formats import Row
-from athanor.prepare.near_duplicates import BESIDE, BETWEEN
+from athanor.prepare.near_duplicates import BESIDE, BETWEEN, TOOLS
 from athanor.prepare.origins import Origin
 from athanor.prepare.records import Record
 from athanor.prepare.tally import COLUMNS, Tally, sized_chunks
@@ -173,10 +173,12 @@ class FirstPass:
         question, tools = row.question(), row.conversation.tools
         exact = msgspec.json.encode(tools).decode() if tools else ""
         read = near_duplicates.fold(question)
-        if context := row.conversation.system() + exact:
+        if context := row.conversation.system():
             read = f"{_fold_context(context)}{BESIDE}{read}"
         folded = f"{read}{BETWEEN}{near_duplicates.fold(row.conversation.answer())}"
         digest = near_duplicates.digest(folded + exact)
+        if tools:
+            folded += f"{TOOLS}{near_duplicates.digest(exact):x}"
         asked = hash((read, exact)) & BITS if question else 0
         split = self.origins[origin].split or near_duplicates.split_of(digest, self._shares)
         place = SPLITS.index(split)

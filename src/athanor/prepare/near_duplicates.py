@@ -4,10 +4,10 @@ Texts are folded before they are compared: full-width letters and digits become 
 dropped, white space is kept between Latin words only, and punctuation is dropped unless it
 distinguishes things (C# and C, -5 and 5, 1.5 and 15).
 
-A near copy has the same answer, after folding, and a question that is nearly the same: where
-another word changes the answer, that word is what a row teaches. Two rows are near if the Jaccard
-similarity of their character trigrams is high enough. If more than a few rows have an answer
-(a label, "yes"), the answer tells little: then the similarity has to be as high without the
+A near copy has the same answer, after folding, the same tools, and a question that is nearly the
+same: where another word changes the answer, that word is what a row teaches. Two rows are near if
+the Jaccard similarity of their character trigrams is high enough. If more than a few rows have an
+answer (a label, "yes"), the answer tells little: then the similarity has to be as high without the
 trigrams that many rows have (a form, a phrase). Rows with a rare answer are looked up by it; all
 others, plain texts among them, are found by MinHash (Broder 1997): held-out rows are indexed by
 bands of their signatures (locality-sensitive hashing, Indyk and Motwani 1998), and the rest is
@@ -40,9 +40,9 @@ COMMON, FEW = 0.05, 3
 SAMPLE = 10_000
 # Pairs whose minima are compared at a time: 64 MB.
 PAIRS = 1 << 16
-# In a folded row: before its answer, and after the context of its question if it has one. Folding
-# removes both characters from texts.
-BETWEEN, BESIDE = "\x1f", "\x1e"
+# In a folded row: after the context of its question if it has one, before its answer, and before
+# the digest of its tools if it has any. Folding removes these characters from texts.
+BESIDE, BETWEEN, TOOLS = "\x1e", "\x1f", "\x1d"
 # Python's hash as an unsigned number.
 BITS = 2**64 - 1
 # Punctuation that distinguishes things: C# from C, -5 from 5, foo_bar from foobar.
@@ -121,7 +121,7 @@ class NearIndex:
         """Index rows.
 
         Args:
-            rows: The rows, folded: [context, BESIDE,] question, BETWEEN, answer.
+            rows: The rows, folded: [context, BESIDE,] question, BETWEEN, answer[, TOOLS, digest].
             similarity: The least Jaccard similarity of trigrams, 0 to 1.
             common: The trigrams that many rows have, as from `common_grams`.
             frequent: The keys of answers that many rows have, as from `frequent_answers`.
@@ -266,7 +266,7 @@ def _jaccard(grams: np.ndarray, others: np.ndarray) -> float:
 
 
 def split_row(row: str) -> tuple[str, str, str]:
-    """Return the context, the question and the answer of a folded row."""
+    """Return the context, the question and the answer, with its tools, of a folded row."""
     asked, _, answer = row.rpartition(BETWEEN)
     context, _, question = asked.rpartition(BESIDE)
     return context, question, answer
@@ -277,7 +277,7 @@ def _split(row: str, rare: bool) -> tuple[str, str]:
     context, question, answer = split_row(row)
     if not question:
         return context, answer
-    return context, f"{question}{BETWEEN}{answer}" if rare else question
+    return context, question + BETWEEN + answer.partition(TOOLS)[0] if rare else question
 
 
 def _band_keys(minima: np.ndarray, answers: np.ndarray) -> np.ndarray:
