@@ -19,6 +19,7 @@ import yaml
 
 from athanor.config.compose import compose_config
 from athanor.device import blas
+from athanor.paths import Workspace
 from athanor.prepare import result
 from athanor.sweep import worker
 from athanor.sweep.description import FOLDER
@@ -442,6 +443,14 @@ def test_a_sweep_on_other_rows_than_were_prepared_is_refused(conf: Path) -> None
     with refused("sweep.other_rows", options=" -S data.valid_size=0.3"):
         refuse_unprepared(found)
     refuse_unprepared(read_space(conf, ["train.rank=4,8", "train.iters=3"]))
+
+
+def test_epochs_without_an_end_are_refused_before_any_trial(conf: Path) -> None:
+    rows = Workspace.here().rows("train")
+    rows.parent.mkdir(parents=True)
+    rows.write_bytes(b"{}\n" * 7)
+    with refused("train.too_many_iterations", epochs=500_001, batches=2):
+        read_space(conf, ["train.iters=null", "train.epochs=9,500001", "train.batch_size=4,8"])
 
 
 def test_a_named_sweep_may_fix_keys_too(conf: Path) -> None:
