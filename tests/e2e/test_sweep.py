@@ -450,7 +450,7 @@ def test_epochs_without_an_end_are_refused_before_any_trial(conf: Path) -> None:
     rows.parent.mkdir(parents=True)
     rows.write_bytes(b"{}\n" * 7)
     with refused("train.too_many_iterations", epochs=500_001, batches=2):
-        read_space(conf, ["train.iters=null", "train.epochs=9,500001", "train.batch_size=4,8"])
+        read_space(conf, ["train.iters=null", "train.epochs=500001", "train.batch_size=4,8"])
 
 
 def test_a_named_sweep_may_fix_keys_too(conf: Path) -> None:
