@@ -72,3 +72,23 @@ def test_files_are_utf8_and_output_is_the_terminals(
 def test_closed_streams_are_replaced(folder: Path) -> None:
     script = 'exec "$0" -m athanor.probe <&- >&- 2>&-'
     assert subprocess.run(["sh", "-c", script, sys.executable], cwd=folder).returncode == 0
+
+
+def test_a_low_limit_of_open_files_stops_no_import(folder: Path) -> None:
+    code = "import athanor, resource; resource.setrlimit(resource.RLIMIT_NOFILE, (2048, 4096))"
+    script = f"ulimit -n 64; exec {sys.executable} -c '{code}'"
+    assert subprocess.run(["sh", "-c", script], cwd=folder).returncode == 0
+
+
+def test_new_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    code = """
+from pathlib import Path
+from athanor import files
+files.write_text(Path("private"), "")
+with files.whole_folder(Path("folder")) as inside:
+    pass
+"""
+    script = f"umask 027; exec {sys.executable} -c '{code}'"
+    subprocess.run(["sh", "-c", script], cwd=tmp_path, check=True)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"private": 0o640, "folder": 0o750}

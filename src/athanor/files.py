@@ -18,6 +18,10 @@ from athanor.errors import UserError
 if TYPE_CHECKING:
     from filelock import FileLock
 
+# The permissions that new files lack; temporary ones have none for others.
+UMASK = os.umask(0o077)
+os.umask(UMASK)
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[IO[str]]:
@@ -38,7 +42,7 @@ def writing(path: Path) -> Iterator[IO[str]]:
                 user_error = error
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(0o666 & ~UMASK)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -118,7 +122,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    temporary.chmod(0o755)
+    temporary.chmod(0o777 & ~UMASK)
     try:
         yield temporary
         for inside in [*temporary.iterdir(), temporary]:

@@ -7,16 +7,20 @@ imported. Where Python itself has to start differently, the process executes its
 import codecs
 import locale
 import os
+import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 # The variable that holds the folder whose code this process was started again for.
 CODE = "ATHANOR_CODE"
+MLX_LM_FILES = 4096  # the hard limit of open files that mlx-lm sets
 PACKAGE = Path(__file__).parent
 
 
 def prepare_command() -> None:
     """Open missing streams, and start Python again with UTF-8 or with the folder's code."""
+    _keep_low_limits()
     if sys.argv[:1] != ["-m"]:  # a library's process, a test, or a script
         _forget_other_code()
         return
@@ -26,6 +30,20 @@ def prepare_command() -> None:
         environment = os.environ | changed
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     _forget_other_code()
+
+
+def _keep_low_limits() -> None:
+    """Let mlx-lm be imported where a process may open fewer files than it asks for."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard == resource.RLIM_INFINITY or hard >= MLX_LM_FILES:
+        return
+    set_limits = resource.setrlimit
+
+    def set_or_keep(kind: int, limits: tuple[int, int]) -> None:
+        with suppress(ValueError):
+            set_limits(kind, limits)
+
+    resource.setrlimit = set_or_keep
 
 
 def _open_missing_streams() -> None:

@@ -103,7 +103,7 @@ def test_patch_leaves_what_is_staged_as_it_was(tree: Path, monkeypatch: pytest.M
 def test_tags_name_the_commit_of_the_code_that_runs(
     tree: Path, repo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tree)  # as in DVC's queue: a folder of its own, the installed code
+    monkeypatch.chdir(tree)  # a folder of its own, and the installed code
     assert (
         lineage.collect_tags()["mlflow.source.git.commit"] == git(repo, "rev-parse", "HEAD").strip()
     )
@@ -167,3 +167,13 @@ def test_a_training_keeps_what_it_was_made_from(
     assert again.tags["code.patch"] == "none"
     assert again.tags["code.digest"] == record.tags["code.digest"]
     assert again.tags["mlflow.source.git.commit"] == git(tree, "rev-parse", "HEAD").strip()
+
+
+def test_a_repository_of_another_user_is_named(
+    repo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own, for its tests
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    monkeypatch.setenv("GIT_CONFIG_SYSTEM", "/dev/null")
+    assert lineage.find_repository() is None
+    assert f"safe.directory {repo}" in " ".join(capsys.readouterr().err.split())

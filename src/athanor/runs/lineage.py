@@ -16,6 +16,8 @@ import hashlib
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -172,7 +174,22 @@ def find_repository() -> Path | None:
         package, "ls-files", "--cached", "--others", "--exclude-standard", "__init__.py"
     )
     top = run_git(package, "rev-parse", "--show-toplevel")
+    if not top and shutil.which("git"):
+        _warn_of_owner(package)
     return Path(top) if listed and top else None
+
+
+def _warn_of_owner(folder: Path) -> None:
+    """Warn where git reads no repository because it belongs to another user."""
+    command = ["git", "-C", str(folder), "rev-parse"]
+    english = os.environ | {"LC_ALL": "C"}
+    errors = subprocess.run(command, env=english, capture_output=True, text=True).stderr
+    owned = re.search(r"dubious ownership in repository at '(.*)'", errors)
+    if owned:
+        console.warn(
+            f"{owned[1]} belongs to another user, so that git reads nothing of it, and the run has "
+            f"no commit: `git config --global --add safe.directory {owned[1]}`"
+        )
 
 
 def make_patch(top: Path) -> bytes:

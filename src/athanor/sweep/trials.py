@@ -26,7 +26,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from athanor import console, files, switches
+from athanor import console, files, locks, switches
 from athanor.code import digest_code
 from athanor.compute.forward import Forward
 from athanor.config import schema
@@ -165,6 +165,7 @@ def _run_trial(
     tested = folder / name_test_folder(cfg)
     record = _new_record(sweep, number, digest, values, cfg.seed, tested.name)
     with files.lock(folder / "lock"):  # other processes of a sweep may run the same trial
+        locks.remove([*folder.glob(".*")])  # of a process that was killed
         before = sweep.record(digest)
         new = before is None or before.command != sweep.command
         if before and before.status is TrialStatus.FAILED and not new:

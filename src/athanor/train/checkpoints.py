@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from athanor import console, files
+from athanor import console, files, locks
 from athanor.errors import UserError
 
 KEPT = 2
@@ -50,11 +50,7 @@ class Checkpoints:
         if lock is None:
             raise UserError("train.already_running", folder=self.folder)
         self._lock = lock
-        for leftover in [*self.folder.glob(".*"), *root.glob(".*")]:
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+        locks.remove([*self.folder.glob(".*"), *root.glob(".*")])
         files.write_json(self.folder / "about.json", identity)
 
     def save(self, checkpoint: Checkpoint) -> bool:
