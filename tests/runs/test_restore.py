@@ -102,3 +102,20 @@ def test_code_that_cannot_be_restored_is_reported(
         other = make_record(tmp_path, **{"code.patch": "none", "code.digest": "0"})
         [note] = restore.restore_code(other, tree, head, there)
         assert "the code differs from the run" in note
+
+
+def test_worktrees_of_killed_processes_are_removed(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restore.tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / "athanor-left"
+    git(tree, "worktree", "add", "-q", "--detach", str(left))
+    left.with_name(f"{left.name}.lock").touch()
+    with restore.open_worktree(tree, "HEAD", keep=False) as used:
+        assert not left.exists()
+        with restore.open_worktree(tree, "HEAD", keep=True) as kept:
+            assert used.exists()
+        with restore.open_worktree(tree, "HEAD", keep=False):
+            assert kept.exists()
+    assert {path.name for path in tmp_path.glob("athanor-*")} == {kept.name}
+    assert git(tree, "worktree", "list").count("athanor-") == 1

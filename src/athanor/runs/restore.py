@@ -20,15 +20,21 @@ from athanor.paths import Workspace
 from athanor.runs import lineage
 from athanor.runs.compare import RunRecord
 
+PREFIX = "athanor-"  # of a temporary folder's name
+
 
 @contextmanager
 def open_worktree(repository: Path, commit: str, keep: bool) -> Iterator[Path]:
     """Yield a folder with a commit's files, which is removed after the block unless `keep`.
 
+    Removes those that killed processes left: their locks are free.
+
     Raises:
         UserError: if git cannot create it.
     """
-    tree = Path(tempfile.mkdtemp(prefix="athanor-"))
+    tree = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
+    lock = files.try_lock(_lock_of(tree))
+    _remove_left(repository)
     # A person's hooks, such as DVC's own, are for their folder.
     add = ("-c", "core.hooksPath=/dev/null", "worktree", "add", "--quiet", "--detach")
     try:
@@ -44,8 +50,32 @@ def open_worktree(repository: Path, commit: str, keep: bool) -> Iterator[Path]:
                 f"kept in {tree}; `git worktree remove --force {tree}` removes it", soft_wrap=True
             )
         else:
-            lineage.run_git(repository, "worktree", "remove", "--force", "--force", str(tree))
-            shutil.rmtree(tree, ignore_errors=True)
+            _remove_worktree(repository, tree)
+        _lock_of(tree).unlink(missing_ok=True)
+        if lock is not None:
+            lock.release()
+
+
+def _lock_of(tree: Path) -> Path:
+    return tree.with_name(f"{tree.name}.lock")
+
+
+def _remove_left(repository: Path) -> None:
+    """Remove the worktrees whose process was killed; those that are kept have no lock."""
+    for line in lineage.run_git(repository, "worktree", "list", "--porcelain").splitlines():
+        tree = Path(line.removeprefix("worktree "))
+        ours = line.startswith("worktree ") and tree.name.startswith(PREFIX)
+        if not ours or not _lock_of(tree).exists():
+            continue
+        if lock := files.try_lock(_lock_of(tree)):
+            _remove_worktree(repository, tree)
+            _lock_of(tree).unlink(missing_ok=True)
+            lock.release()
+
+
+def _remove_worktree(repository: Path, tree: Path) -> None:
+    lineage.run_git(repository, "worktree", "remove", "--force", "--force", str(tree))
+    shutil.rmtree(tree, ignore_errors=True)
 
 
 def find_commit(tags: dict[str, str]) -> tuple[Path, str | None]:
