@@ -70,6 +70,7 @@ def ask(questions: list[str], system: str | None, cfg: Config) -> dict[str, list
     from athanor.chat.contract import Contract
     from athanor.chat.conversation import Conversation, Turn
     from athanor.chat.load import load_with_tokenizer
+    from athanor.chat.rendering import limit_rendering
     from athanor.compute.evaluation import generate_answers
     from athanor.model.adapters import load_adapters
 
@@ -80,7 +81,8 @@ def ask(questions: list[str], system: str | None, cfg: Config) -> dict[str, list
     rows = [Conversation([*before, Turn("user", question), answer]) for question in questions]
     try:
         if tokenizer.has_chat_template or system is not None:
-            prompts = [templates.encode_prompt(row, tokenizer) for row in rows]
+            with limit_rendering():
+                prompts = [templates.encode_prompt(row, tokenizer) for row in rows]
         else:  # a model of plain texts continues them
             prompts = [list(tokenizer.encode(question)) for question in questions]
     except Exception as error:  # a chat template may raise any

@@ -158,9 +158,10 @@ def test_a_row_that_a_template_does_not_end_is_refused(
             make(f"{CHATML}{{% if 'again' in messages[0].content %}}{ending}{{% endif %}}"),
             Rendering(),
         )
-        texts, error = render_rows(
-            [QUESTION, chat(("user", "once again"), ("assistant", "no"))], tokenizer
-        )
+        with rendering.limit_rendering():
+            texts, error = render_rows(
+                [QUESTION, chat(("user", "once again"), ("assistant", "no"))], tokenizer
+            )
     finally:
         signal.signal(signal.SIGALRM, before)
     assert isinstance(texts, list)

@@ -7,10 +7,12 @@ import json
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date, datetime
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -21,9 +23,10 @@ from athanor.chat.template_probes import probe_conversations
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-# The seconds that a conversation may take, and each further one of a batch. A usual one takes 0.1
-# ms, a megabyte of text 50 ms.
+# The seconds that a conversation may take, and each further one of a batch, looked at in ticks. A
+# usual one takes 0.1 ms, a megabyte of text 50 ms.
 SECONDS, SECONDS_EACH = 5.0, 0.05
+TICK = 0.25
 # A text that is longer than this is held against its conversation: it may be so many times as long
 # as what the template has for each message and the contents together.
 LONG, MULTIPLE = 100_000, 20
@@ -73,8 +76,11 @@ class Renderer:
         if self.rendering.merge_system:
             conversations = [merge_system(messages) for messages in conversations]
         seconds = SECONDS + SECONDS_EACH * (len(conversations) - 1)
-        with _limit_seconds(seconds):
+        _clock.end = time.monotonic() + seconds
+        try:
             texts = self._render(conversations, tools, options)
+        finally:
+            _clock.end = inf
         for messages, text in zip(conversations, texts, strict=True):
             if len(text) > LONG:
                 self._refuse_explosion(text, messages, tools)
@@ -221,10 +227,11 @@ def _write_probes(renderer: Renderer, day: str) -> list[str]:
 
 
 @contextmanager
-def _limit_seconds(seconds: float) -> Iterator[None]:
-    """Raise TemplateUnending in the main thread after some seconds, if nothing else has the timer.
+def limit_rendering() -> Iterator[None]:
+    """Let each rendering in the main thread end after some seconds, if nothing else has the timer.
 
-    Python's code is interrupted by that, a single operation of C is not.
+    The first stage needs it alone: later ones render rows that it has rendered. Python's code is
+    interrupted, a single operation of C is not.
     """
     if (
         threading.current_thread() is not threading.main_thread()
@@ -232,14 +239,26 @@ def _limit_seconds(seconds: float) -> Iterator[None]:
     ):
         yield
         return
-
-    def end(*_: Any) -> None:
-        raise TemplateUnending(f"it did not end within {seconds:.0f} seconds")
-
-    signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.signal(signal.SIGALRM, _clock.tick)
+    signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+class _Clock:
+    """The end of the rendering that runs, as `time.monotonic` counts."""
+
+    def __init__(self) -> None:
+        self.end = inf
+
+    def tick(self, *_: Any) -> None:
+        """Raise where the rendering that runs has had its time."""
+        if time.monotonic() > self.end:
+            self.end = inf
+            raise TemplateUnending(f"it did not end within {SECONDS:.0f} seconds")
+
+
+_clock = _Clock()

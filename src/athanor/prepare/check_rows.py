@@ -19,7 +19,7 @@ import numpy as np
 
 from athanor import console
 from athanor.chat import templates
-from athanor.chat.rendering import TemplateUnending
+from athanor.chat.rendering import TemplateUnending, limit_rendering
 from athanor.chat.templates import RenderedText
 from athanor.chat.tokens import encode_texts, select_trained_texts
 from athanor.config.data_check import IGNORE
@@ -118,9 +118,11 @@ class FirstPass:
             # The tokenizer's own threads read some chunks while the next ones are prepared here.
             waiting: deque[tuple[list[Candidate], Future[list[Encoding]]]] = deque()
             for records in sized_chunks(self._records(), lambda item: item[2].size):
-                candidates = self._render(
-                    [candidate for record in records for candidate in self._candidates(*record)]
-                )
+                candidates = [
+                    candidate for record in records for candidate in self._candidates(*record)
+                ]
+                with limit_rendering():
+                    candidates = self._render(candidates)
                 texts = [text for candidate in candidates for text in candidate.rendered]
                 waiting.append((candidates, pool.submit(encode_texts, texts, self.tokenizer)))
                 if len(waiting) > CHUNKS_AHEAD:
