@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date, datetime
+from functools import lru_cache
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +153,7 @@ def describe_rendering(tokenizer: "TokenizerWrapper") -> dict[str, Any]:
     return settings
 
 
+@lru_cache(maxsize=8)
 def open_with_date(template: str, day: str) -> str:
     """Return what makes a template write a day (YYYY-MM-DD), if it is put before it.
 
