@@ -213,6 +213,7 @@ TABLE = [
     beside("utf-16-csv", "encoding", "b.csv", "text\na\n".encode("utf-16"), 1),
     beside("utf-16-md", "encoding", "b.md", "# A\n\nb\n".encode("utf-16"), 1),
     beside("gb18030", "encoding", "b.jsonl", WRITTEN.encode("gb18030"), 1),
+    jsonl("a-thousand-messages", "too_large", chat(*map(str, range(1002))), "chat"),
     jsonl(
         "a-row-too-large",
         "too_large",

@@ -38,7 +38,7 @@ CHECKS: dict[str, tuple[str, str]] = {
     "not_a_number": ("NaN or infinity, which JSON does not have", "stop skip"),
     "half_character": ("a lone surrogate: half a character, as of a cut emoji", "stop skip fix"),
     "wrong_columns": ("a CSV line that does not match the header", "stop skip"),
-    "too_large": ("a row of more than data.max_row_bytes", "stop skip"),
+    "too_large": ("a row of more than data.max_row_bytes, or 1,000 messages", "stop skip"),
     "not_an_object": ("JSON that is not an object", "stop skip"),
     "unknown_columns": ("a file whose columns have no known names", "stop skip"),
     "image": ("a row with images, which language models do not read", "stop skip"),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 CLASSES = "classification"
+# A template writes the whole conversation for each of its answers.
+MOST_TURNS = 1000
 # More different labels are texts of another kind.
 MOST_LABELS = 100
 # The step under which rows are counted whose system message opens a question.
@@ -86,6 +88,9 @@ class RowBuilder:
             self.cleaned.update(changed)
             if changed:
                 _check_texts_left(row)
+        if (count := len(row.conversation.turns)) > MOST_TURNS:
+            text = f"{count:,} messages; cut the conversation into parts of at most {MOST_TURNS:,}"
+            raise Fault("too_large", text)
         self._check_turns(row.conversation, record)
         if self.config.system == MERGE and any(
             turn.role == "system" for turn in row.conversation.turns
