@@ -150,6 +150,10 @@ REFUSED: list[tuple[str, Change, str, str]] = [
         "generation_config.json",
     ),
     ("code", setting(CONFIG, model_file="x.py"), "own_code", CONFIG),
+    *(
+        (f"{end} as the end", setting("tokenizer_config.json", eos_token=end), "wrong_value", "eos")
+        for end in (3, {"text": "a"}, ["a"])
+    ),
     # Headers of safetensors.
     ("empty weights", put(WEIGHTS, b""), "empty_file", WEIGHTS),
     ("a pointer", put(WEIGHTS, LFS), "lfs_pointer", WEIGHTS),

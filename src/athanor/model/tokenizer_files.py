@@ -56,6 +56,7 @@ def check_tokenizer(
         UserError: for a broken file, or for tokens that the embedding has no rows for.
     """
     settings = _read(files, "tokenizer_config.json")
+    written = {_token_text(files, settings, key) for key in WRITTEN}
     _read(files, "special_tokens_map.json")
     path = files.get("tokenizer.json")
     tokenizer = read_struct(path, Tokenizer) if path else None
@@ -68,8 +69,6 @@ def check_tokenizer(
     for vocabulary in vocabularies:
         if max(vocabulary.values(), default=0) >= rows:
             plain |= {text: id for text, id in vocabulary.items() if id >= rows}
-    written = {settings.get(key) for key in WRITTEN if isinstance(settings.get(key), str)}
-    written |= {end["content"] for key in WRITTEN if isinstance(end := settings.get(key), dict)}
     template = _template(files, settings) if special else ""
     for text, id in special.items():
         if id in ends or text in written or text in template:
@@ -95,6 +94,15 @@ def refuse_missing_tokenizer(folder: Path) -> None:
         return
     if not any(name.endswith((".model", ".tiktoken")) for name in names):
         raise UserError("model.no_tokenizer", folder=folder, files=sorted(names)[:12])
+
+
+def _token_text(files: dict[str, Path], settings: dict[str, Any], key: str) -> str | None:
+    """Return the text of a token that tokenizer_config.json names, as a text or an object."""
+    token = settings.get(key)
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str) and token is not None:
+        refuse_value(files["tokenizer_config.json"], key, token, "a token's text")
+    return text
 
 
 def _read(files: dict[str, Path], name: str) -> dict[str, Any]:
