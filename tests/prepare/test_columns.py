@@ -163,6 +163,8 @@ CHATS: dict[str, tuple[Object, list[Object]]] = {
         {"dialog": [{"speaker": "用户", "text": "a"}, {"speaker": "机器人", "text": "b"}]},
         ASKED,
     ),
+    "pairs": ({"conversation": [["q", "r"], ["a", "b"]]}, [*BEFORE, *ASKED]),
+    "objects-of-pairs": ({"conversation": [{"human": "a", "assistant": "b"}]}, ASKED),
     "developer": ({"messages": [turn("developer", "s"), *ASKED]}, [BRIEF, *ASKED]),
     "系统": ({"对话": [{"角色": "系统", "内容": "s"}, *ASKED]}, [BRIEF, *ASKED]),
     "messages-as-text": ({"messages": json.dumps(ASKED)}, ASKED),
@@ -192,6 +194,7 @@ CHATS: dict[str, tuple[Object, list[Object]]] = {
             ("loss", False),
             ("trainable", False),
             ("Train", "false"),
+            ("loss_scale", 0),
             ("mask", True),
             ("mask", 1),
         )
@@ -207,6 +210,10 @@ CHATS: dict[str, tuple[Object, list[Object]]] = {
         {"messages": [BRIEF, *BEFORE, *ASKED], "loss_mask": "[0, 0, 0, 0, 1]"},
         [BRIEF, *UNLEARNED],
     ),
+    "weight-of-a-row": (
+        {"messages": ASKED, "weight": 0},
+        [ASKED[0], ASKED[1] | {"weight": 0}],
+    ),
     "mask-of-a-pair": (
         {"prompt": "a", "completion": "b", "loss_mask": 0},
         [ASKED[0], ASKED[1] | {"weight": 0}],
@@ -219,6 +226,16 @@ CHATS: dict[str, tuple[Object, list[Object]]] = {
                 {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
                 {"from": "observation", "value": "r"},
                 {"from": "gpt", "value": "b"},
+            ]
+        },
+        CALLING,
+    ),
+    "tagged-call": (
+        {
+            "messages": [
+                turn("user", "a"),
+                turn("tool_call", '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'),
+                *CALLING[2:],
             ]
         },
         CALLING,
@@ -442,6 +459,7 @@ def test_keys_that_are_not_read_are_named(
     [
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, ASKED),
         ({"question": "a", "chosen_response": "b", "rejected-response": "c"}, ASKED),
+        ({"prompt": "a", "response_chosen": "b", "response_rejected": "c"}, ASKED),
         ({"prompt": "a", "chosen": ASKED[1:], "rejected": [turn("assistant", "c")]}, ASKED),
         ({"prompt": "a", "chosen": ASKED, "rejected": [*ASKED[:1], turn("assistant", "c")]}, ASKED),
         ({"prompt": ASKED[:1], "chosen": ASKED[1:], "rejected": [turn("assistant", "c")]}, ASKED),
@@ -517,6 +535,10 @@ FORMS = {
     "alpaca": "Below is an instruction that describes a task.\n\n### Instruction:\na\n\n"
     "### Response:\nb",
     "guanaco": "### Human: a### Assistant: b",
+    "openassistant": "<|prompter|>a<|endoftext|><|assistant|>b<|endoftext|>",
+    "gpt-oss": "<|start|>user<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b"
+    "<|return|>",
+    "vicuna": "USER: a ASSISTANT: b</s>",
     "human-and-assistant": "\n\nHuman: a\n\nAssistant: b",
 }
 
@@ -524,6 +546,10 @@ FORMS = {
 @pytest.mark.parametrize("text", FORMS.values(), ids=FORMS.keys())
 def test_a_text_in_the_form_of_a_chat_is_read_as_one(text: str, formats: Formats) -> None:
     line, reading = read({"text": text}, formats)
+    assert line == {"messages": ASKED}
+    assert not reading.faults
+    middle = text.rindex("b")
+    line, reading = read({"prompt": text[:middle], "completion": text[middle:]}, formats)
     assert line == {"messages": ASKED}
     assert not reading.faults
 
@@ -560,6 +586,7 @@ def test_the_turns_of_forms(text: str, said: list[tuple[str, str]]) -> None:
         (f"{FORMS['gemma']}后记", "Gemma"),
         (f"{FORMS['chatml']}{FORMS['gemma']}", "ChatML"),
         (f"see: {FORMS['mistral']}", "[INST]"),
+        ("<|start|>assistant<|channel|>analysis<|message|>t<|end|>" + FORMS["gpt-oss"], "gpt-oss"),
         ("Llama 3 ends a turn with <|eot_id|>.", None),
         ("一段<|im_end|>话", None),
         ("### Response:\nb", None),

@@ -26,7 +26,9 @@ function_response image image_url inlineData inline_data fileData file_data
 """
 PART_KEYS = frozenset(PART_KEYS_TEXT.split())
 # Whether a message is learned: under these names by 1 or true, under MASKS by 0 or false.
-LEARNED = frozenset(["weight", "train", "trainable", "training", "loss", "lossmask", "lossweight"])
+LEARNED = frozenset(
+    ["weight", "train", "trainable", "training", "loss", "lossmask", "lossweight", "lossscale"]
+)
 MASKS = frozenset(["mask", "masked"])
 SWITCHES = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 SWITCHES |= {"1.0": True, "0.0": False}
@@ -115,6 +117,14 @@ def check_order(turns: list[Turn], reading: Reading) -> None:
             turns.pop()
     if all(turn.role == "assistant" for turn in turns):
         raise Fault("no_question", "the conversation has an answer but no question")
+
+
+def is_history(value: Any, columns: Columns) -> bool:
+    """Return True for a list of exchanges: pairs, or objects with a question and an answer."""
+    first = value[0] if isinstance(value, list) and value else None
+    if not isinstance(first, dict):
+        return isinstance(first, list)
+    return len(columns.parts(first, ("question", "answer")).keys) == 2
 
 
 def read_history(value: Any, key: str, tools: list[Tool], reading: Reading) -> list[Turn]:

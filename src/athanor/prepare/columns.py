@@ -46,7 +46,7 @@ seed paralleltoolcalls cachecontrol status endturn qualityscore
 ABOUT = frozenset(ABOUT_TEXT.split())
 ABOUT_ENDS = re.compile(
     r"(?:[_\-\s](?:ids?|idx|index|url|uri|at|date|time|hash|score|count|version|language)"
-    r"|[a-z](?:Id|Ids|Url|At|Hash|Score|Count))$"
+    r"|^(?:score|rating|num)[_\-\s].*|[a-z](?:Id|Ids|Url|At|Hash|Score|Count))$"
 )
 
 

@@ -16,13 +16,16 @@ from athanor.chat.conversation import Conversation, Tool, Turn, chat
 from athanor.config.data_check import AUTO, compile_template, variables
 from athanor.config.schema import DataConfig
 from athanor.prepare import text_forms
+from athanor.prepare.cells import messages_of, not_blank, read_answer, read_context, read_string
 from athanor.prepare.chats import (
     IMAGE_KEYS,
+    LEARNED,
     Reading,
     apply_mask,
     check_order,
     has_image,
     image_fault,
+    is_history,
     read_history,
     read_system,
     read_turns,
@@ -37,7 +40,6 @@ from athanor.prepare.tool_calls import read_tools
 # Rows of these kinds are never preference data.
 NO_ANSWERS = ("text", "classification", "template", "article")
 ROW_MASKS = ("lossmask", "trainmask")
-ROLE_KEYS = frozenset(["role", "from", "speaker"])
 
 
 @dataclass(slots=True)
@@ -141,7 +143,7 @@ class Formats:
         if layout.kind is None:
             expected = "a question and an answer, a conversation, or a text"
             raise missing(value, expected, "the names in data.columns")
-        mask = next((key for key in layout.rest if fold(key) in ROW_MASKS), None)
+        mask = next((key for key in layout.rest if _is_mask(key, value[key])), None)
         reading.mask = None if mask is None or is_empty(value[mask]) else (mask, value[mask])
         row = self._by_kind[layout.kind](value, layout, reading)
         for key in layout.rest:
@@ -161,7 +163,8 @@ class Formats:
         if "chat" not in keys:
             raise missing(value, "a conversation", repr(self.config.chat_feature))
         tools = _tools(value, keys)
-        turns = read_turns(value[keys["chat"]], keys["chat"], tools, reading)
+        read = read_history if is_history(value[keys["chat"]], self.columns) else read_turns
+        turns = read(value[keys["chat"]], keys["chat"], tools, reading)
         check_order(turns, reading)
         system = self._system(value, keys, reading)
         if not turns or turns[0].role != "system":
@@ -178,19 +181,22 @@ class Formats:
                 raise missing(value, f"a {name}", repr(self.columns.settings[meaning]))
         question, answer = value[keys["question"]], value[keys["answer"]]
         if len(keys) == 2 and isinstance(question, str) and isinstance(answer, str):
+            is_marked = text_forms.may_be_chat(question) and bool(answer.strip())
+            if is_marked and (turns := _written_out(question + answer, keys["question"], reading)):
+                return Row(Conversation(turns), str(layout.kind))
             turns = [  # as most rows are: without the searches below
-                Turn("user", _filled(question, keys["question"], "empty_prompt")),
-                Turn("assistant", _filled(answer, keys["answer"], "empty_completion")),
+                Turn("user", not_blank(question, keys["question"], "empty_prompt")),
+                Turn("assistant", not_blank(answer, keys["answer"], "empty_completion")),
             ]
             if reading.mask is not None:
                 apply_mask(turns, [1, 2], 2, reading)
             return Row(Conversation(turns), str(layout.kind))
         mask, reading.mask = reading.mask, None
         tools = _tools(value, keys)
-        if messages := _messages(answer):
+        if messages := messages_of(answer):
             turns = read_turns(messages, keys["answer"], tools, reading)
         else:
-            turns = [Turn("assistant", _answer(answer, keys["answer"]))]
+            turns = [Turn("assistant", read_answer(answer, keys["answer"]))]
         if turns[0].role == "assistant":
             turns = self._asked(value, keys, tools, reading) + turns
         elif question != next((t.content for t in turns if t.role == "user"), None):
@@ -211,16 +217,16 @@ class Formats:
     ) -> list[Turn]:
         """Return the question of a row with its context, or the turns before its answer."""
         key = keys["question"]
-        if messages := _messages(value[key]):
+        if messages := messages_of(value[key]):
             return read_turns(messages, key, tools, reading)
         question = value[key]
         if not isinstance(question, str):
             raise wrong_type(key, "a text", question)
-        context = _context(value, keys)
+        context = read_context(value, keys)
         if context and question.strip():
             question = f"{question}\n\n{context}"
         return [
-            Turn("user", _filled(question if question.strip() else context, key, "empty_prompt"))
+            Turn("user", not_blank(question if question.strip() else context, key, "empty_prompt"))
         ]
 
     def _system(self, value: dict[str, Any], keys: dict[str, str], reading: Reading) -> list[Turn]:
@@ -234,7 +240,7 @@ class Formats:
         for meaning in ("text", "label"):
             if meaning not in keys:
                 raise missing(value, f"a {meaning}", repr(self.columns.settings[meaning]))
-        text = _string(value, keys["text"], "empty_text")
+        text = read_string(value, keys["text"], "empty_text")
         label = label_of(value, keys["label"])
         if self.labels and label not in self.labels:
             known = ", ".join(self.labels[:20])
@@ -248,18 +254,10 @@ class Formats:
         if "text" not in layout.keys:
             raise missing(value, "a text", repr(self.config.text_feature))
         key = layout.keys["text"]
-        text = _string(value, key, "empty_text")
-        if text_forms.may_be_chat(text):
-            if messages := text_forms.read_text(text):
-                # The model's own template writes it again, and only its answers are learned.
-                said = [{"role": role, "content": content} for role, content in messages]
-                turns = read_turns(said, key, [], reading)
-                check_order(turns, reading)
-                return Row(Conversation(turns), "text")
-            if (form := text_forms.find_form(text)) is not None:
-                reading.faults.append(
-                    Fault("mixed_text", f"turns in the form of {form}, and other text")
-                )
+        text = read_string(value, key, "empty_text")
+        # The model's own template writes a chat again, and only its answers are learned.
+        if text_forms.may_be_chat(text) and (turns := _written_out(text, key, reading)):
+            return Row(Conversation(turns), "text")
         return Row(Conversation(text=text), "text")
 
     def _template(self, value: dict[str, Any], layout: Layout, reading: Reading) -> Row:
@@ -272,10 +270,10 @@ class Formats:
             except Exception as error:  # filters raise anything for values of other types
                 raise Fault("wrong_type", f"data.template.{key}: {error}") from None
         if "text" in fields:
-            text = _string(fields, "text", "empty_text")
+            text = read_string(fields, "text", "empty_text")
             return Row(Conversation(text=text), "template")
-        question = _string(fields, "prompt", "empty_prompt")
-        answer = _string(fields, "completion", "empty_completion")
+        question = read_string(fields, "prompt", "empty_prompt")
+        answer = read_string(fields, "completion", "empty_completion")
         system = self._system(fields, {"system": "system"}, reading)
         turns = [*system, Turn("user", question), Turn("assistant", answer)]
         return Row(Conversation(turns), "template")
@@ -283,6 +281,11 @@ class Formats:
     def _article(self, value: dict[str, Any], layout: Layout, reading: Reading) -> Row:
         title = " › ".join(value["path"])
         return Row(chat(("system", title), ("assistant", value["text"])), "article")
+
+
+def _is_mask(key: str, item: Any) -> bool:
+    """Return True for a row's key that tells what is learned of it."""
+    return fold(key) in ROW_MASKS or (fold(key) in LEARNED and item in (0, 1))
 
 
 def without_nulls(value: Any) -> Any:
@@ -310,45 +313,25 @@ def label_of(value: dict[str, Any], key: str) -> str:
     return label.strip()
 
 
+def _written_out(text: str, key: str, reading: Reading) -> list[Turn]:
+    """Return the turns of a text that is a chat in one form; else [], and a part of one is a fault.
+
+    Raises:
+        Fault: for a chat that teaches no answer.
+    """
+    if messages := text_forms.read_text(text):
+        said = [{"role": role, "content": content} for role, content in messages]
+        turns = read_turns(said, key, [], reading)
+        check_order(turns, reading)
+        return turns
+    if (form := text_forms.find_form(text)) is not None:
+        reading.faults.append(Fault("mixed_text", f"turns in the form of {form}, and other text"))
+    return []
+
+
 def _tools(value: dict[str, Any], keys: dict[str, str]) -> list[Tool]:
     tools = value.get(keys.get("tools", ""))
-    return [] if is_empty(tools) else read_tools(tools)
-
-
-def _messages(item: Any) -> list[Any] | None:
-    """Return the messages of a prompt or completion that is a conversation; None for others."""
-    if isinstance(item, dict) and isinstance(item.get("messages"), list):
-        item = item["messages"]
-    messages = [item] if isinstance(item, dict) else item
-    if not isinstance(messages, list) or not messages:
-        return None
-    is_chat = all(isinstance(each, dict) and ROLE_KEYS & each.keys() for each in messages)
-    return messages if is_chat else None
-
-
-def _context(value: dict[str, Any], keys: dict[str, str]) -> str:
-    """Return the context of a question: a text, or texts one below the other."""
-    if "context" not in keys:
-        return ""
-    context = value[keys["context"]]
-    texts = context if isinstance(context, list) else [context]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise wrong_type(keys["context"], "a text", context)
-    return "\n\n".join(text for text in texts if text.strip())
-
-
-def _answer(item: Any, key: str) -> str:
-    """Return the answer of a row; one that stands in a list alone, as in SQuAD, counts."""
-    answers = item.get("text") if isinstance(item, dict) else item
-    if isinstance(answers, list) and all(isinstance(answer, str) for answer in answers):
-        different = list(dict.fromkeys(answers))
-        if len(different) > 1:
-            text = f"expected one answer under {key!r}, found {len(different)}"
-            raise Fault("wrong_type", text)
-        answers = different[0] if different else ""
-    if not isinstance(answers, str):
-        raise wrong_type(key, "a text", item)
-    return _filled(answers, key, "empty_completion")
+    return [] if is_empty(tools) or tools == "null" else read_tools(tools)
 
 
 def _add_thought(
@@ -362,19 +345,6 @@ def _add_thought(
         turns[-1].thought = thought
     elif thought != turns[-1].thought:
         reading.unread[repr(key)] = None
-
-
-def _string(value: dict[str, Any], key: str, empty: str) -> str:
-    text = value.get(key)
-    if not isinstance(text, str):
-        raise wrong_type(key, "a text", text)
-    return _filled(text, key, empty)
-
-
-def _filled(text: str, key: str, empty: str) -> str:
-    if not text or text.isspace():
-        raise Fault(empty, f"no text under {key!r}")
-    return text
 
 
 def missing(value: dict[str, Any], expected: str, names: str) -> Fault:

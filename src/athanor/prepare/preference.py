@@ -13,13 +13,15 @@ from athanor.prepare.checks import Fault
 from athanor.prepare.columns import Columns, fold, is_empty
 
 CHOSEN_TEXT = """
-chosen chosenresponse chosenanswer chosenoutput chosenmessages accepted acceptedresponse
+chosen responsechosen answerchosen chosenresponse chosenanswer chosenoutput chosenmessages
+accepted acceptedresponse
 preferred preferredoutput preferredresponse preferredanswer better betterresponse winning
 选择 优选 采纳 好回答
 """
 CHOSEN = frozenset(CHOSEN_TEXT.split())
 REJECTED_TEXT = """
-rejected rejectedresponse rejectedanswer rejectedoutput rejectedmessages rejectedcompletion
+rejected responserejected answerrejected rejectedresponse rejectedanswer rejectedoutput
+rejectedmessages rejectedcompletion
 nonpreferred nonpreferredoutput dispreferred dispreferredoutput dispreferredresponse
 unpreferred worse worseresponse losing 拒绝 劣选 坏回答
 """

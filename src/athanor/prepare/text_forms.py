@@ -96,6 +96,19 @@ FORMS = (
         needs_end=False,
     ),
     _form(
+        "OpenAssistant",
+        "<|prompter|>",
+        r"<\|(system|prompter|assistant)\|>",
+        ("<|endoftext|>", "</s>"),
+        needs_end=False,
+    ),
+    _form(
+        "gpt-oss",
+        "<|message|>",
+        r"<\|start\|>(\w+)(?:<\|channel\|>final)?<\|message\|>",
+        ("<|end|>", "<|return|>"),
+    ),
+    _form(
         "DeepSeek",
         "<｜User｜>",
         r"<｜(User|Assistant)｜>",
@@ -132,6 +145,16 @@ FORMS = (
         is_marked=False,
     ),
     _form(
+        "Vicuna",
+        "ASSISTANT:",
+        r"(?:(?<=\s)|(?<=</s>)|\A)(USER|ASSISTANT):",
+        ("</s>",),
+        r"(?P<system>A chat between [^\n]*?)?",
+        needs_end=False,
+        first="USER",
+        is_marked=False,
+    ),
+    _form(
         "Human and Assistant",
         "\n\nHuman:",
         r"\n\n(Human|Assistant):",
@@ -144,7 +167,7 @@ FORMS = (
 # Marks that no content of a turn has.
 MARKS = re.compile(
     r"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|begin_of_text|header_start|eot"
-    r"|START_OF_TURN_TOKEN|END_OF_TURN_TOKEN)\|>"
+    r"|START_OF_TURN_TOKEN|END_OF_TURN_TOKEN|start|channel|message|return)\|>"
     r"|<(?:start|end)_of_turn>|<｜(?:User|Assistant)｜>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS)\]"
 )
 # The roles that have other names in a form than in data.columns.roles.
@@ -159,7 +182,9 @@ LLAMA_2_SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>(.*)", re.DOTALL)
 
 def may_be_chat(text: str) -> bool:
     """Return False for a text without the sign of any form, as most are."""
-    return "<" in text or "[/" in text or "###" in text or "\n\nHuman:" in text
+    return ("<" in text or "[/" in text or "###" in text) or (
+        "ASSISTANT:" in text or "\n\nHuman:" in text
+    )
 
 
 def read_text(text: str) -> list[Said]:

@@ -1,6 +1,7 @@
 """Tools and their calls, in the notations of OpenAI, ShareGPT, Anthropic, Gemini and Hermes."""
 
 import json
+import re
 from typing import Any
 
 from athanor.chat.conversation import Call, Function, Tool
@@ -11,6 +12,7 @@ from athanor.prepare.read_json import parse
 ARGUMENTS = ("arguments", "parameters", "args", "input")
 KEYS_OF_A_CALL = frozenset(["function", "id", "type", "index", "name", *ARGUMENTS])
 KEYS_OF_A_FUNCTION = frozenset(["name", *ARGUMENTS])
+TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 DECLARATIONS = ("functionDeclarations", "function_declarations")
 
 
@@ -55,7 +57,8 @@ def read_calls(value: Any, where: str, tools: list[Tool], unread: dict[str, None
     Raises:
         Fault: malformed_tool_call; `where` says of which message.
     """
-    calls = parse_cell(value)
+    tagged = TAGGED.findall(value) if isinstance(value, str) else []
+    calls = [parse_cell(text) for text in tagged] if tagged else parse_cell(value)
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         text = f"{where}: expected a list of calls, found {value!r:.60}"
