@@ -142,7 +142,10 @@ class RowBuilder:
     def _check_turns(self, conversation: Conversation, record: Record) -> None:
         """Take out system messages without a text, and the turns after the last learned answer."""
         turns = conversation.turns
-        if any(turn.role == "system" and not turn.content.strip() for turn in turns):
+        empty = [turn for turn in turns if turn.role == "system" and not turn.content.strip()]
+        if not empty and (not turns or turns[-1].learned):
+            return
+        if empty:
             self._mend("empty_system", "a system message without text", record)
             turns = [turn for turn in turns if turn.role != "system" or turn.content.strip()]
         learned = [place for place, turn in enumerate(turns, 1) if turn.learned]
