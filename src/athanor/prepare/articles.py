@@ -23,6 +23,7 @@ _BLOCKS = MarkdownIt("commonmark").enable("table").disable(["inline", "text_join
 _INLINE = MarkdownIt("commonmark")
 # A block takes up to 0.1 ms, and may be a line.
 MOST_LINES = 100_000
+_LONGEST_TOKEN = 500
 # No heading is meant to be longer.
 _LONGEST_HEADING = 2000
 _WHOLE = {"fence", "code_block", "html_block", "table_open"}
@@ -93,7 +94,8 @@ def pieces(text: str, *, name: str, count: Callable[[str], int], budget: int) ->
     offsets = list(accumulate((len(line) + 1 for line in text.split("\n")), initial=0))
 
     def fits(start: int, end: int) -> bool:
-        return count(text[start:end]) <= budget
+        # A long text need not be read to know: no token is so long on average.
+        return end - start <= _LONGEST_TOKEN * budget and count(text[start:end]) <= budget
 
     # The parser can not encode a lone surrogate in a link; the lines themselves keep it.
     links: dict[str, Any] = {}
@@ -134,7 +136,8 @@ def plain_pieces(
     offsets = list(accumulate((len(line) + 1 for line in text.split("\n")), initial=0))
 
     def fits(start: int, end: int) -> bool:
-        return count(text[start:end]) <= budget
+        # A long text need not be read to know: no token is so long on average.
+        return end - start <= _LONGEST_TOKEN * budget and count(text[start:end]) <= budget
 
     parts: list[_Part] = []
     for match in _PARAGRAPH.finditer(text):
@@ -257,16 +260,29 @@ def _hard(text: str, start: int, end: int, fits: _Fits) -> Iterator[_Span]:
         if at == start or not (_extends(text[at]) or text[at - 1] == "\u200d"):
             places.append(at)
     places.append(end)
-    first = 0
-    while first < len(places) - 1:
-        begin, most = places[first], 1
-        while first + most < len(places) and fits(begin, places[first + most]):
-            most *= 2
-        untried = places[first + most // 2 + 1 : first + most]
-        fitting = bisect_right(untried, False, key=lambda at: not fits(begin, at))
-        first = max(first + most // 2 + fitting, first + 1)
-        if not text[begin : places[first]].isspace():
-            yield begin, places[first]
+    first, size = 0, 1  # of the piece before, which the next one is like
+    while (rest := len(places) - 1 - first) > 0:
+        begin = first
+
+        def exceeds_budget(count: int, begin: int = begin, rest: int = rest) -> bool:
+            return count > rest or not fits(places[begin], places[begin + count])
+
+        low = high = size
+        step = 1
+        if exceeds_budget(size):
+            low = max(size - step, 0)
+            while low and exceeds_budget(low):
+                high, step = low, 2 * step
+                low = max(low - step, 0)
+        else:
+            high = low + step
+            while not exceeds_budget(high):
+                low, step = high, 2 * step
+                high = low + step
+        size = max(low + bisect_right(range(low + 1, high), False, key=exceeds_budget), 1)
+        first += size
+        if not text[places[begin] : places[first]].isspace():
+            yield places[begin], places[first]
 
 
 def _extends(character: str) -> bool:
