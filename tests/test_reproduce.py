@@ -70,7 +70,7 @@ def test_a_run_without_a_result_is_not_made_again(runs_store: Path, tmp_path: Pa
     ("configured", "recorded", "restored"),
     [(None, "4", 4), (1, "1", 1), (None, "None", None), (3, "2", 3)],
 )
-def test_the_recorded_number_of_threads_is_restored(
+def test_the_recorded_number_of_threads_and_date_are_restored(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     configured: int | None,
@@ -78,9 +78,11 @@ def test_the_recorded_number_of_threads_is_restored(
     restored: int | None,
 ) -> None:
     """What null stood for on the machine of the run; 3 is what could not be set there."""
-    config = {"model": {}, "train": {"blas_threads": configured}}
+    config = {"model": {}, "data": {"date": None}, "train": {"blas_threads": configured}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     monkeypatch.setattr(compare.RunRecord, "fetch_artifact", lambda self, path: tmp_path / path)
     params = {"train.blas_threads": recorded}
-    run = compare.RunRecord("1", "a run", "FINISHED", {}, params, {}, {}, tmp_path)
+    tags = {"template.date": "2026-07-31"}
+    run = compare.RunRecord("1", "a run", "FINISHED", tags, params, {}, {}, tmp_path)
     assert reproduce.configuration(run)["train"]["blas_threads"] == restored
+    assert reproduce.configuration(run)["data"]["date"] == "2026-07-31"

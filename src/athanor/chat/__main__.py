@@ -12,6 +12,7 @@ from athanor import console
 from athanor.chat.contract import AUTO, BASE, FAULT, TEMPLATE, TRAIN, resolve_contract, show_report
 from athanor.chat.load import load_configured_tokenizer
 from athanor.config.compose import load_config
+from athanor.config.rules import KEEP_SYSTEM
 from athanor.errors import UserError
 from athanor.model.source import find_model
 
@@ -26,11 +27,13 @@ def main() -> None:
     parser.add_argument("--revision", help="of a hub's repository")
     parser.add_argument("--end-token", choices=[AUTO, TEMPLATE, BASE, TRAIN], default=AUTO)
     args = parser.parse_args()
-    path, revision, config = args.model, args.revision, load_config([])
+    path, revision, date, system = args.model, args.revision, None, KEEP_SYSTEM
     if path is None:
+        config = load_config([])
         path, revision = config.model.path, config.model.revision
+        date, system = config.data.date, config.data.system
     folder = find_model(path, revision)
-    tokenizer = load_configured_tokenizer(folder, config.data.date, config.data.system)
+    tokenizer = load_configured_tokenizer(folder, date, system)
     contract = resolve_contract(folder, tokenizer, args.end_token)
     show_report(f"chat: {path}", contract.report)
     if faults := contract.findings(FAULT):
