@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from support.refused import refused
 
 LIMITS = Limits(row=20_000, file=300_000)
 FIXES = frozenset({"encoding", "delimiter", "byte_order_mark"})
+# Without the time, so that the names of tests are the same in each of xdist's processes.
+compress = partial(gzip.compress, mtime=0)
 ROW = {"prompt": "月亮的光是什么", "completion": "是太阳的光"}
 LINE = json.dumps(ROW, ensure_ascii=False)
 TABLE = "prompt,completion\n月亮的光是什么,是太阳的光\n"
@@ -65,7 +68,7 @@ def read(tmp_path: Path) -> Read:
     return records
 
 
-GZ = gzip.compress(LINE.encode())
+GZ = compress(LINE.encode())
 SPREADSHEET = cells(
     texts("prompt", "completion", "", ""),
     texts("月亮的光是什么", "是太阳的光", "", ""),
@@ -78,12 +81,12 @@ READ: list[tuple[str, bytes | str]] = [
     ("rows.jsonl", f"{LINE}\r"),
     ("rows.jsonl.gz", GZ),
     ("rows.jsonl.GZ", GZ + b"\0" * 20),
-    ("rows.jsonl.gz", gzip.compress(LINE[:9].encode()) + gzip.compress(LINE[9:].encode())),
-    ("rows.json.gz", gzip.compress(f"[{LINE}]".encode())),
-    ("rows.csv.gz", gzip.compress(TABLE.encode())),
+    ("rows.jsonl.gz", compress(LINE[:9].encode()) + compress(LINE[9:].encode())),
+    ("rows.json.gz", compress(f"[{LINE}]".encode())),
+    ("rows.csv.gz", compress(TABLE.encode())),
     (
         "rows.parquet.gz",
-        gzip.compress(parquet_of(prompt=[ROW["prompt"]], completion=[ROW["completion"]])),
+        compress(parquet_of(prompt=[ROW["prompt"]], completion=[ROW["completion"]])),
     ),
     ("rows.tsv", TABLE.replace(",", "\t")),
     ("rows.csv", TABLE.replace(",", ";")),
@@ -102,11 +105,11 @@ READ: list[tuple[str, bytes | str]] = [
         for codec in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "gb18030")
     ),
     ("rows.csv", ("\ufeff" + TABLE).encode("gb18030")),
-    ("rows.csv.gz", gzip.compress(TABLE.encode("gb18030"))),
+    ("rows.csv.gz", compress(TABLE.encode("gb18030"))),
     ("rows.tsv", TABLE.replace(",", "\t").encode("utf-16")),
     ("rows.xlsx", workbook(SPREADSHEET)),
     ("rows.xlsx", workbook(SPREADSHEET.replace("<sheetData>", "<sheetData><row/><row/>"))),
-    ("rows.xlsx.gz", gzip.compress(workbook(SPREADSHEET))),
+    ("rows.xlsx.gz", compress(workbook(SPREADSHEET))),
 ]
 
 
@@ -127,7 +130,7 @@ def test_cells_of_a_workbook_are_texts(read: Read) -> None:
 @pytest.mark.parametrize("kind", ["txt", "md", "txt.gz", "MD"])
 def test_texts_are_articles(kind: str, read: Read) -> None:
     text = b"Chapter one. The egg\nwas hard.\n\n\nA second one.\r\n\r\n" + b"word. " * 60
-    records = read(f"book.{kind}", gzip.compress(text) if kind.endswith("gz") else text)
+    records = read(f"book.{kind}", compress(text) if kind.endswith("gz") else text)
     assert records[0].value["path"] == ["book"]
     assert len(records) > 3
     assert "".join("".join(r.value["text"].split()) for r in records) == "".join(
@@ -160,8 +163,8 @@ BROKEN: list[tuple[str, bytes | str, str]] = [
     ("a.jsonl.gz", GZ[:-9], "unreadable_file"),
     ("a.jsonl.gz", GZ + b"garbage", "unreadable_file"),
     ("a.jsonl.gz", LINE, "unreadable_file"),
-    ("a.jsonl.gz", gzip.compress(b"{}\n" * 200_000), "unreadable_file"),
-    ("a.xlsx.gz", gzip.compress(b"\0" * 400_000), "unreadable_file"),
+    ("a.jsonl.gz", compress(b"{}\n" * 200_000), "unreadable_file"),
+    ("a.xlsx.gz", compress(b"\0" * 400_000), "unreadable_file"),
     ("a.md", "x" * 400_000, "unreadable_file"),
     ("a.md", "\n" * 200_000, "unreadable_file"),
     ("a.jsonl", b"\xff\xfe" + LINE.encode("utf-16-le")[:-1], "unreadable_file"),
