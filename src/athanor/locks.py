@@ -1,21 +1,25 @@
 """The locks of stages: one process writes a stage's folder, and none while others read it.
 
 They lie beside the folders, because DVC deletes a stage's outputs before it runs. The system frees
-the locks of a process that ends, however it ends.
+the locks of a process that ends, however it ends. A disk that has no locks is used without them.
 """
 
+import errno
 import fcntl
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from athanor.errors import UserError
 from athanor.paths import Workspace
 
 STAGES = ("prepare", "train", "test", "fuse")
+HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # some network disks
 
 
 @contextmanager
@@ -49,24 +53,31 @@ def stage(name: str | None, *inputs: str) -> Iterator[None]:
 def _hold(artifacts: Path, stage: str, kind: int) -> Iterator[None]:
     path = artifacts / ".locks" / stage
     path.parent.mkdir(exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
+    with path.open("a+", encoding="utf-8", errors="backslashreplace") as file:
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            users = [line.split(" ", 1) for line in file.read().splitlines()]
-            processes = [f"{command} (process {pid})" for pid, command in users if _runs(int(pid))]
-            raise UserError(
-                "locks.in_use",
-                folder=artifacts / stage,
-                processes=processes or "an unknown one",
-            ) from None
+        except OSError as error:
+            if error.errno not in (*HELD, *NO_LOCKS):
+                raise
+            if error.errno in HELD:
+                file.seek(0)
+                raise UserError(
+                    "locks.in_use",
+                    folder=artifacts / stage,
+                    processes=_list_running(file.read()) or "an unknown one",
+                ) from None
         if kind == fcntl.LOCK_EX:
             file.truncate(0)
         command = " ".join(" ".join(sys.orig_argv).split())
         file.write(f"{os.getpid()} {command.partition(' -m ')[2] or command}\n")
         file.flush()
         yield
+
+
+def _list_running(users: str) -> list[str]:
+    """Return the processes of a lock's file that run, without lines that a crash spoilt."""
+    matches = re.findall(r"^(\d{1,9}) (.*)$", users, re.MULTILINE)
+    return [f"{command} (process {pid})" for pid, command in matches if _runs(int(pid))]
 
 
 def _runs(process: int) -> bool:
@@ -82,16 +93,20 @@ def _runs(process: int) -> bool:
 def _remove_leftovers(artifacts: Path, own: str | None) -> None:
     """Remove temporary files and folders of stages that no process writes."""
     for name in STAGES:
-        left = [*artifacts.glob(f".{name}.*"), *artifacts.glob(f"{name}/.*")]
-        if not left:
-            continue
-        try:
-            with ExitStack() as held:
-                if name != own:
-                    held.enter_context(_hold(artifacts, name, fcntl.LOCK_EX))
-                remove(left)
-        except UserError:
-            continue  # in use
+        left = _list_leftovers(artifacts, name)
+        if left and name != own:
+            # Names of leftovers are never used again, so that the stage can start meanwhile.
+            try:
+                with _hold(artifacts, name, fcntl.LOCK_SH):
+                    left = _list_leftovers(artifacts, name)
+            except UserError:
+                continue  # in use
+        remove(left)
+
+
+def _list_leftovers(artifacts: Path, stage: str) -> list[Path]:
+    """Return what has a temporary name of ours, and not what a file system or a person hides."""
+    return [*artifacts.glob(f".{stage}.*"), *artifacts.glob(f"{stage}/.*.*")]
 
 
 def remove(paths: list[Path]) -> None:
@@ -100,4 +115,5 @@ def remove(paths: list[Path]) -> None:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
