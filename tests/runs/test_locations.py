@@ -241,6 +241,29 @@ def test_files_that_a_person_keeps_elsewhere_stay_there(
     assert absolute_locations(home) == locations
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_place_that_is_absent_is_a_former_one_if_its_files_are_here(
+    seen: bool, recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it is a disk that is not mounted now, and its records wait for it."""
+    home = tmp_path / "home"
+    shutil.copytree(recorded.folder, home)
+    # A path that cannot be looked at stands for another user's home.
+    former, disk = tmp_path / ("former" if seen else "f" * 300), tmp_path / "disk"
+    make_old(home, former)
+    monkeypatch.chdir(home)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with sqlite3.connect("mlruns/mlflow.db") as database:
+        place = f"{disk}/mlruns/artifacts/of the disk/artifacts"
+        columns = "run_uuid, name, status, experiment_id, lifecycle_stage, artifact_uri"
+        database.execute(
+            f"INSERT INTO runs ({columns}) VALUES ('{'d' * 32}', 'd', 'FINISHED', 1, 'active', ?)",
+            (place,),
+        )
+    tracking_store.connect()
+    assert absolute_locations(home) == [place]
+
+
 HERE = "sqlite:///mlruns/mlflow.db"
 
 
@@ -260,6 +283,7 @@ HERE = "sqlite:///mlruns/mlflow.db"
         ("sqlite:///a/runs%20of%20us.db", "sqlite:///a/runs of us.db", "a/runs of us.db"),
         ("sqlite:////elsewhere/runs.db", "sqlite:////elsewhere/runs.db", "/elsewhere/runs.db"),
         ("http://me:secret@host:5000", "http://host:5000", None),
+        ("http://host:5000/", "http://host:5000", None),
     ],
 )
 def test_a_relative_address_is_the_repositorys(

@@ -127,28 +127,31 @@ def make_locations_relative(path: Path, base: Path) -> None:
     """Make the locations below the folder `base` relative to it.
 
     Those of the place that the store was moved or copied from become this place's, except of files
-    that are there and not here. A database that cannot be written stays as it is.
+    that are there and not here, and of a place that is absent and of which no file is here, such as
+    a disk that is not mounted. A database that cannot be written stays as it is.
     """
-    changes: list[tuple[str, str, int]] = []
+    locations: list[tuple[str, int, str, Path]] = []  # with the former home and the rest
     with read(path) as database:
-        rows = [
-            (table, column, row, location)
-            for table, column in LOCATIONS
-            for row, location in _list_absolute(database, table, column)
-        ]
-        former: dict[str, bool] = {}
-        for table, column, row, location in rows:
-            if (match := INSIDE.fullmatch(location)) is None:
-                continue
-            encoded = location.startswith("file:")
-            home, tail = (
-                unquote(match[name]) if encoded else match[name] for name in ("home", "tail")
-            )
-            if home not in former:
-                former[home] = _is_former(Path(home), base, path)
-            here, there = base / tail, Path(home, tail)
-            if former[home] and (table == "experiments" or here.exists() or not there.exists()):
-                changes.append((f"{table}.{column}", f"file:{quote(tail)}", row))
+        for table, column in LOCATIONS:
+            for row, location in _list_absolute(database, table, column):
+                if match := INSIDE.fullmatch(location):
+                    encoded = location.startswith("file:")
+                    home, tail = (
+                        unquote(match[name]) if encoded else match[name]
+                        for name in ("home", "tail")
+                    )
+                    locations.append((f"{table}.{column}", row, tail, Path(home)))
+    of_files = [place for place in locations if not place[0].startswith("experiments.")]
+    moved = {home for _, _, tail, home in of_files if _exists(base / tail)}
+    former = {home: _is_former(home, base, path) for *_, home in locations}
+    changes: list[tuple[str, str, int]] = []
+    for column, row, tail, home in locations:
+        if column.startswith("experiments.") or _exists(base / tail):
+            follows = former[home] or not _exists(home / "mlruns")
+        else:
+            follows = not _exists(home / tail) and (former[home] or home in moved)
+        if follows:
+            changes.append((column, f"file:{quote(tail)}", row))
     if changes:
         with suppress(sqlite3.OperationalError):
             _write(path, changes)
@@ -181,16 +184,19 @@ def _list_absolute(database: sqlite3.Connection, table: str, column: str) -> lis
 
 
 def _is_former(home: Path, base: Path, path: Path) -> bool:
-    """Return whether a store with this file was in `home` before, or is there as well.
+    """Return whether `home` is the repository itself, or has a store with this file as well.
 
     A folder of another disk that a person chose for artifacts has no database.
     """
+    return home.resolve() == base.resolve() or _exists(home / path.relative_to(base))
+
+
+def _exists(path: Path) -> bool:
+    """Return whether a path exists; False where nobody can see that, as in another user's home."""
     try:
-        if home.resolve() == base.resolve():
-            return True
+        return path.exists()
     except OSError:
         return False
-    return not (home / "mlruns").exists() or (home / path.relative_to(base)).exists()
 
 
 def _write(path: Path, changes: list[tuple[str, str, int]]) -> None:

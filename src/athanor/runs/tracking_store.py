@@ -64,7 +64,7 @@ def journal_store() -> str:
 def name_store(store: str) -> str:
     """Return the name that journals have for a store; inside the repository it moves with it."""
     if (path := parse_sqlite(store)) is None:
-        return hide_passwords(store)
+        return hide_passwords(store).rstrip("/")
     home = Workspace.here().home
     path = Path(os.path.normpath(home / path))
     if os.path.realpath(path) == os.path.realpath(home / DEFAULT):
