@@ -128,24 +128,34 @@ class Place:
         return not any(outbox.iterdir()) and not any(saved.iterdir())
 
 
-@pytest.fixture
-def place(repo: Path, data: Path, tmp_path: Path, empty_store: Path) -> Callable[..., Place]:
+@pytest.fixture(scope="module")
+def place(
+    repo: Path, data: Path, tmp_path_factory: pytest.TempPathFactory, empty_store: Path
+) -> Callable[..., Place]:
     """Makes a folder whose rows are prepared, and whose training is as long as is said."""
 
-    def make(name: str, iters: int, *overrides: str) -> Place:
-        found = Place(tmp_path / name, repo, data, empty_store)
-        found.run("config", *SETTINGS, f"train.iters={iters}", *overrides)
-        found.run("prepare")
-        return found
+    def make(iters: int, *overrides: str) -> Place:
+        made = Place(tmp_path_factory.mktemp("place") / "whole", repo, data, empty_store)
+        made.run("config", *SETTINGS, f"train.iters={iters}", *overrides)
+        made.run("prepare")
+        return made
 
     return make
+
+
+@pytest.fixture(scope="module")
+def whole(place: Callable[..., Place]) -> Place:
+    """A training of 40 iterations that nothing interrupted."""
+    whole = place(40)
+    whole.run("train")
+    return whole
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     place: Callable[..., Place], kills: int
 ) -> None:
     iters = 60 + 20 * kills
-    whole = place("whole", iters)
+    whole = place(iters)
     whole.run("train")
     killed = whole.beside("killed")
     while_writing = 0
@@ -190,10 +200,10 @@ def wait_for_half_a_checkpoint(folder: Path) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_interrupted_training_saves_and_goes_on_in_its_run(
-    place: Callable[..., Place], number: signal.Signals
+    whole: Place, number: signal.Signals
 ) -> None:
-    one = place("one", 40, "train.save_every=1000")
-    process = one.begin(python=warm.python())
+    one = whole.beside(number.name)
+    process = one.begin("train.save_every=1000", python=warm.python())
     Place.wait_for(process, "iteration     9 ")
     if number == signal.SIGHUP:  # a terminal that is closed shows nothing more
         assert process.stdout is not None
@@ -212,16 +222,12 @@ def test_interrupted_training_saves_and_goes_on_in_its_run(
     assert "resumes after iteration" in said
     assert int(said.split("resumes after iteration ")[1].split(",")[0]) >= 9
     one.assert_each_point_once()
-    whole = one.beside("whole")
-    whole.run("train")
     assert one.result() == whole.result()
 
 
-def test_a_full_disk_and_a_truncated_checkpoint_are_survived(place: Callable[..., Place]) -> None:
+def test_a_full_disk_and_a_truncated_checkpoint_are_survived(whole: Place) -> None:
     """Checkpoints go to a disk of their own that has room for one of them."""
-    whole = place("whole", 40)
-    whole.run("train")
-    one = whole.beside("one")
+    one = whole.beside("full disk")
     saved = one.folder / "artifacts/train/checkpoints"
     saved.mkdir(parents=True)
     user = () if os.getuid() == 0 else ("--map-root-user",)
@@ -268,7 +274,7 @@ def child_of(process: int) -> int:
 
 
 def test_looking_elsewhere_and_more_often_changes_no_adapter(place: Callable[..., Place]) -> None:
-    one = place("one", 20, "train.keep=last")
+    one = place(20, "train.keep=last")
     one.run("train")
     adapters = one.result()["adapters/adapters.safetensors"]
     one.env["MLFLOW_TRACKING_URI"] = f"sqlite:///{one.folder}/elsewhere.db"
@@ -281,7 +287,7 @@ def test_looking_elsewhere_and_more_often_changes_no_adapter(place: Callable[...
 def test_a_run_whose_process_is_gone_is_closed_by_the_next_start(
     place: Callable[..., Place],
 ) -> None:
-    one = place("one", 2000)
+    one = place(2000)
     process = one.begin()
     Place.wait_for(process, "iteration    10 ")
     process.kill()
