@@ -505,6 +505,10 @@ GEMMA2 = {**SHAPE, "model_type": "gemma2", "vocab_size": 9, "head_dim": 16}
         (TINY_CONFIG | {"rope_scaling": YARN | {"beta_fast": 16}}, "gguf_yarn"),
         (TINY_CONFIG | {"rope_traditional": True}, "gguf_rope_traditional"),
         (TINY_CONFIG | {"max_position_embeddings": None}, "gguf_context"),
+        (TINY_CONFIG | {"max_position_embeddings": -1}, "gguf_context"),
+        (TINY_CONFIG | {"rope_theta": None}, "config_misfits_architecture"),
+        (TINY_CONFIG | {"rope_scaling": {"type": "linear"}}, "config_misfits_architecture"),
+        (TINY_CONFIG | {"rope_scaling": YARN | {"factor": "2x"}}, "config_misfits_architecture"),
         (
             {**SHAPE, "model_type": "mistral", "vocab_size": 9}
             | {"layer_types": ["sliding_attention"] * 2},

@@ -29,6 +29,7 @@ PARTS = (
 MOST_PARTS = 65_536
 # Real numbers above 0.
 REALS = ("rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
+SWITCHES = ("rope_traditional",)
 OBJECTS = ("rope_scaling", "rope_parameters", "quantization", "quantization_config", *SECTIONS)
 # Bits that mlx quantizes weights to.
 PACKED = (2, 3, 4, 5, 6, 8)
@@ -48,6 +49,9 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
         for key in OBJECTS:
             if not isinstance(section.get(key, {}), dict | None):
                 refuse_value(path, prefix + key, section[key], "an object")
+        for key in SWITCHES:
+            if not isinstance(section.get(key, False), bool):
+                refuse_value(path, prefix + key, section[key], "true or false")
         for key in SIZES:
             values = section.get(key)
             for value in values if isinstance(values, list) else [values]:

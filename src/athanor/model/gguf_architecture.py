@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from athanor.errors import UserError
+from athanor.model.json_files import describe
 
 Fields = dict[str, Any]
 
@@ -33,9 +34,12 @@ def model_arguments(config: dict[str, Any]) -> Any:
     try:
         return import_module(f"mlx_lm.models.{module}").ModelArgs.from_dict(config)
     except (TypeError, ValueError) as error:
-        raise UserError(
-            "model.config_misfits_architecture", architecture=model_type, error=error
-        ) from error
+        raise _misfit(model_type, error) from error
+
+
+def _misfit(model_type: str, error: Exception) -> UserError:
+    reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+    return UserError("model.config_misfits_architecture", architecture=model_type, error=reason)
 
 
 def architecture_fields(config: dict[str, Any]) -> Fields:
@@ -45,10 +49,17 @@ def architecture_fields(config: dict[str, Any]) -> Fields:
         UserError: where llama.cpp computes this architecture in a different way.
     """
     args = model_arguments(config)
+    try:
+        return _fields(args, config)
+    except (TypeError, ValueError, KeyError, OverflowError) as error:  # of a setting's kind
+        raise _misfit(config["model_type"], error) from error
+
+
+def _fields(args: Any, config: dict[str, Any]) -> Fields:
     arch = ARCHITECTURES[config["model_type"]]
     context = config.get("max_position_embeddings")
-    if context is None:
-        raise UserError("model.gguf_context")
+    if not isinstance(context, int) or not 0 < context < 2**32:
+        raise UserError("model.gguf_context", value=describe(context))
     if "sliding_attention" in (getattr(args, "layer_types", None) or []):
         raise UserError("model.gguf_sliding_windows", architecture=arch)
     heads = args.num_attention_heads
