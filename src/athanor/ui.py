@@ -50,7 +50,7 @@ def find_page(base: str, prefixes: Sequence[str]) -> str:
                 "ui.deleted_experiment",
                 name=experiment.name,
                 id=experiment.experiment_id,
-                store=tracking_store.shown_uri(),
+                store=tracking_store.uri_in_command(),
             )
         query = mlflow_views.save_runs_view(client, experiment.experiment_id)
         return mlflow_views.link_runs(base, experiment.experiment_id, query=query)

@@ -300,7 +300,7 @@ def test_a_sweep_and_queued_experiments_make_the_same_points(
     assert "Queued" not in printed_by_dvc
     remedy = printed_by_dvc.split("`")[1].replace("uv run ", "").replace("~", str(tmp_path))
     clone.run("sh", "-c", remedy)
-    clone.cold().run("dvc", "exp", "run", "--queue", "-S", rates)
+    clone.cold().run("dvc", "exp", "run", "--queue", "-S", rates, "test")
     # Experiments run the code that they were queued with, as their lock files have it.
     code = clone.folder / "src/athanor/train/fit.py"
     queued_code = code.read_bytes()

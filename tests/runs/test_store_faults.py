@@ -1,5 +1,6 @@
 """Stores that are damaged, locked or emptied by a person: one line, and nothing is lost."""
 
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -18,6 +19,14 @@ from athanor.runs.run import start_run
 from support import mlflow_store
 from support.records import create_run
 from support.refused import refused
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Path:
+    """A folder whose name a shell would read otherwise."""
+    folder = tmp_path / "a person's"
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture
@@ -157,7 +166,8 @@ def test_what_was_deleted_in_mlflow_is_named_and_restored(
         with refused("runs.deleted_run", prefix=run[:9]) as caught:
             compare.load_record(run[:9], tmp_path)
         command = caught.value.facts["command"].split()
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", caught.value.facts["store"])
+        [address] = shlex.split(caught.value.facts["store"])
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         assert CliRunner().invoke(cli, command).exit_code == 0
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
         assert compare.load_record(run[:9], tmp_path).name == "first"

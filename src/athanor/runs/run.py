@@ -276,7 +276,8 @@ def _is_for_this_store(folder: Path, store: str) -> bool:
 def _report_waiting(outbox: Path, store: str) -> None:
     console.warn(
         f"records in {outbox} wait for {store}, which never answered; to send them to this store "
-        f"instead: `MLFLOW_TRACKING_URI={tracking_store.shown_uri()} uv run python -m athanor.ui`"
+        f"instead: `MLFLOW_TRACKING_URI={tracking_store.uri_in_command()} "
+        "uv run python -m athanor.ui`"
     )
 
 

@@ -5,6 +5,7 @@ MLflow takes seconds to import, so it is imported only where it is used.
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -54,6 +55,11 @@ def _given_uri() -> str:
 def shown_uri() -> str:
     """Return the tracking URI without its password."""
     return hide_passwords(uri())
+
+
+def uri_in_command() -> str:
+    """Return the tracking URI without its password, as a shell reads it."""
+    return shlex.quote(shown_uri())
 
 
 def journal_store() -> str:
@@ -269,7 +275,7 @@ def find_run_id(prefix: str) -> str:
         raise UserError(
             "runs.deleted_run",
             prefix=prefix,
-            store=shown_uri(),
+            store=uri_in_command(),
             command=runs[0].restore,
             runs=list_runs(runs),
         )
