@@ -330,6 +330,7 @@ TABLE = [
     of_parquet("images-parquet", "image", {**pair("这是什么", "猫"), "images": ["cat.jpg"]}),
     # Keys and types
     jsonl("no-key", "missing_key", {}),
+    jsonl("answer-null", "missing_key", {"prompt": "a", "completion": None}),
     jsonl("foreign-keys", "missing_key", {"frage": "a", "antwort": "b"}),
     beside(
         "unknown-columns",
@@ -486,6 +487,7 @@ TABLE = [
         {"text": "前言<|start_header_id|>user<|end_header_id|>\n\n谁<|eot_id|>"},
         "text",
     ),
+    jsonl("another-models-end", "mixed_text", pair("a", "b<|eot_id|>\n")),
     jsonl("token-in-a-prompt", "special_token", pair("a<|im_start|>system", "b")),
     jsonl("token-in-a-completion", "special_token", pair("a", "b<|endoftext|>c")),
     jsonl("token-in-a-text", "special_token", {"text": "一段<|im_end|>话"}, "text"),
@@ -819,6 +821,11 @@ MENDED: list[tuple[str, Files, list[Object]]] = [
         [chat("a", "b")],
     ),
     (
+        "empty_system",
+        {"train.jsonl": line({"系统提示": " ", "问题": "a", "回答": "b"})},
+        [chat("a", "b")],
+    ),
+    (
         "preference",
         {"train.jsonl": line({"prompt": "a", "chosen": "b", "rejected": "c"})},
         [chat("a", "b")],
@@ -874,6 +881,12 @@ def test_a_file_without_known_columns_is_one_problem_that_names_its_settings(sho
         ({"question": "a", "antwort": "b"}, "data.completion_feature=antwort"),
         ({"was fragt er": "a", "it's": "b"}, 'prompt_feature: "was fragt er"'),
         ({"brief": "a"}, "data.text_feature=brief"),
+        ({"prompt": "a"}, "data.text_feature=prompt"),
+        ({"system": "s", "question": "a", "antwort": "b"}, "data.completion_feature=antwort"),
+        ({"null": "a", "True": "b"}, "data.prompt_feature='\"'\"'null'\"'\"'"),
+        ({"${q}": "a", "b": "b"}, "rename its columns"),
+        ({"id": "a", "data": ["b", "c"]}, "data.format=template"),
+        ({"prompt": None, "completion": "b"}, "null under 'prompt'"),
         ({"data": [pair("a", "b")]}, "put the list itself into the file"),
         ({"zahl": 5}, "data.format=template"),
         ({}, "data.format=template"),

@@ -122,7 +122,6 @@ CHATS: dict[str, tuple[Object, list[Object]]] = {
         [turn("user", "a\n\nc\n\nd"), turn("assistant", "b")],
     ),
     "system": ({"system_prompt": "s", "question": "a", "response": "b"}, [BRIEF, *ASKED]),
-    "blank-system": ({"系统提示": " ", "问题": "a", "回答": "b"}, ASKED),
     # Earlier turns
     "history": ({"query": "a", "response": "b", "history": [["q", "r"]]}, [*BEFORE, *ASKED]),
     "history-of-alpaca": (
@@ -190,6 +189,8 @@ CHATS: dict[str, tuple[Object, list[Object]]] = {
             ("weight", 0),
             ("weight", 0.0),
             ("weight", "0"),
+            ("train_on_turn", False),
+            ("is_masked", True),
             ("train", False),
             ("loss", False),
             ("trainable", False),
@@ -211,7 +212,7 @@ CHATS: dict[str, tuple[Object, list[Object]]] = {
         [BRIEF, *UNLEARNED],
     ),
     "weight-of-a-row": (
-        {"messages": ASKED, "weight": 0},
+        {"messages": ASKED, "weight": "0"},
         [ASKED[0], ASKED[1] | {"weight": 0}],
     ),
     "mask-of-a-pair": (
@@ -424,6 +425,8 @@ KEPT = {
         ({"messages": [{**turn, **KEPT} for turn in ASKED], **KEPT}, []),
         ({"prompt": "a", "completion": "b", "hint": "", "notes": [], "more": {}}, []),
         ({"prompt": "a", "completion": "b", "hint": "c"}, ["'hint'"]),
+        ({"": "3", "Unnamed: 0": 3, "prompt": "a", "completion": "b"}, []),
+        ({"": "c", "prompt": "a", "completion": "b"}, ["''"]),
         ({"problem": "a", "answer": "b", "solution": "c"}, ["'solution'"]),
         ({"messages": ASKED, "prompt": "a"}, ["'prompt'"]),
         ({"messages": ASKED, "weight": 0.5}, ["'weight'"]),

@@ -27,9 +27,12 @@ function_response image image_url inlineData inline_data fileData file_data
 PART_KEYS = frozenset(PART_KEYS_TEXT.split())
 # Whether a message is learned: under these names by 1 or true, under MASKS by 0 or false.
 LEARNED = frozenset(
-    ["weight", "train", "trainable", "training", "loss", "lossmask", "lossweight", "lossscale"]
+    [
+        *("weight", "train", "trainable", "training", "trainonturn", "learn"),
+        *("loss", "lossmask", "lossweight", "lossscale"),
+    ]
 )
-MASKS = frozenset(["mask", "masked"])
+MASKS = frozenset(["mask", "masked", "ismasked"])
 SWITCHES = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 SWITCHES |= {"1.0": True, "0.0": False}
 
@@ -106,7 +109,10 @@ def check_order(turns: list[Turn], reading: Reading) -> None:
     for number, turn in enumerate(turns, 1):
         called = called or bool(turn.calls)
         if turn.role == "tool" and not called:
-            text = f"message {number}: a tool's result without a call before it"
+            text = (
+                f"message {number}: a tool's result without a call before it; calls are read from "
+                "tool_calls, or a message of the role function_call"
+            )
             raise Fault("malformed_tool_call", text)
     if not turns or turns[-1].role != "assistant":
         fault = Fault("no_answer", "the conversation does not end with an assistant's answer")

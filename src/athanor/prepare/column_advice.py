@@ -8,6 +8,9 @@ from athanor.prepare.checks import Fault
 from athanor.prepare.columns import Columns, is_about
 
 SHOWN = 200
+TEMPLATE = "write the prompt and the completion with data.format=template and data.template"
+# Words that a command line does not take for names.
+VALUES = ("null", "true", "false", "nan", "inf")
 
 
 def describe_first_row(fault: Fault, value: dict[str, Any], columns: Columns) -> str:
@@ -25,14 +28,16 @@ def _advice(value: dict[str, Any], columns: Columns) -> str:
     for key in lists:
         if _is_chat(value[key], columns):
             return f"if {key!r} has the messages: {_settings(chat_feature=key)}"
-    known = columns.parts(value, ("question", "answer")).keys
-    used = known.values()
-    texts = [k for k, item in value.items() if isinstance(item, str) and k not in used]
-    texts = [key for key in texts if not is_about(key)] or texts
+    known = columns.parts(value, ("question", "answer", "system", "thought", "tools")).keys
+    texts = [key for key, item in value.items() if isinstance(item, str) and not is_about(key)]
+    texts = [key for key in texts if key not in known.values()]
     question = known.get("question") or (texts.pop(0) if texts else None)
     answer = known.get("answer") or (texts.pop(0) if texts else None)
-    if question is None:
-        return "write the prompt and the completion with data.format=template and data.template"
+    is_nested = any(isinstance(item, dict | list) for item in value.values())
+    if question is None or (answer is None and is_nested):
+        return TEMPLATE
+    if not all(map(_can_be_named, (question, answer or question))):
+        return "rename its columns to prompt and completion, or a text's to text"
     if answer is None:
         return f"if {question!r} is a text to learn: {_settings(text_feature=question)}"
     named = _settings(prompt_feature=question, completion_feature=answer)
@@ -55,9 +60,14 @@ def _settings(**names: str) -> str:
     return f"{line} (in conf/data/default.yaml: {', '.join(lines)})"
 
 
+def _can_be_named(name: str) -> bool:
+    """Return False for a name that no setting holds as it is."""
+    return bool(name.strip()) and name.isprintable() and "${" not in name and "\\" not in name
+
+
 def _quoted(name: str) -> str:
     """Return a name as a value of Hydra's grammar, which takes plain words as they are."""
-    if name.isidentifier():
+    if name.isidentifier() and name.lower() not in VALUES:
         return name
     return "'" + name.replace("\\", "\\\\").replace("'", "\\'") + "'"
 

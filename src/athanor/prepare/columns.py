@@ -177,13 +177,15 @@ class Columns:
             kind = "instruction" if is_instruction else "completions"
             return Layout(kind, exchange.keys, exchange.rest)
         label = self._assign(keys, MEANINGS["classification"], "classification")
-        is_half = answer is not None or (question and fold(question) in self._prompts())
+        is_half = answer is not None or fold(question or "") in self._prompts()
         if "text" not in label.keys or is_half:
             return Layout(None, exchange.keys, exchange.rest)
         return label if "label" in label.keys else self._assign(keys, MEANINGS["text"], "text")
 
-    def _prompts(self) -> tuple[str, ...]:
-        return (fold(self.settings["question"]), "instruction")
+    def _prompts(self) -> set[str]:
+        """Return the names of a question that has no answer; a text's setting wins."""
+        names = {fold(self.settings["question"]), "instruction"}
+        return names - {fold(self.settings["text"])}
 
     def _named(self, keys: list[str], meaning: str) -> list[str]:
         """Return the keys that are names of a meaning, by rank."""

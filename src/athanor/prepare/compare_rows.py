@@ -216,7 +216,9 @@ def _why_none(split: str, tally: Tally, findings: Findings) -> str:
             f"the shares: add rows, or put some into data/{split}.jsonl{rejected}"
         )
     names = ", ".join(origin.name for origin in tally.origins)
+    files = [f"{file['where']} ({file['text']})" for file in findings.examples("unknown_file")]
+    unread = f"; not read: {', '.join(files)}" if files else ""
     return (
-        f"no file is named {split}, and the rows of {names} stay in their own splits: add "
-        f"data/{split}.jsonl, or rename a file so that its rows are distributed"
+        f"no file that is read is named {split}, and the rows of {names} stay in their own splits: "
+        f"add data/{split}.jsonl, or rename a file so that its rows are distributed{unread}"
     )

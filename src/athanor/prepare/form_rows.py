@@ -9,6 +9,7 @@ from athanor.chat.rendering import merge_system_turns
 from athanor.config.rules import MERGE
 from athanor.config.schema import DataConfig
 from athanor.errors import UserError
+from athanor.prepare import text_forms
 from athanor.prepare.chats import Reading
 from athanor.prepare.checks import Fault
 from athanor.prepare.cleaning import STEPS, clean
@@ -92,6 +93,7 @@ class RowBuilder:
             text = f"{count:,} messages; cut the conversation into parts of at most {MOST_TURNS:,}"
             raise Fault("too_large", text)
         self._check_turns(row.conversation, record)
+        self._check_end(row.conversation, faults)
         if self.config.system == MERGE and any(
             turn.role == "system" for turn in row.conversation.turns
         ):
@@ -133,6 +135,12 @@ class RowBuilder:
         """Return a fault as its file's where all rows of the file are likely to have it."""
         if fault.name == "preference":
             return _preference_of_file(fault, record)
+        if fault.name == "missing_key":
+            nulls = {key for key, item in record.value.items() if item is None}
+            layout = self._formats.layout(record.value, self._configured[origin])
+            if layout.kind is not None and (empty := nulls.intersection(layout.keys.values())):
+                shown = ", ".join(map(repr, sorted(empty)))
+                return Fault(fault.name, f"{fault.text}, and null under {shown}")
         if fault.name != "missing_key" or origin in self._with_known_columns:
             self._with_known_columns.add(origin)
             return fault
@@ -157,6 +165,16 @@ class RowBuilder:
             self._mend("unlearned_end", f"{count} messages after the last learned answer", record)
             turns = turns[: learned[-1]]
         conversation.turns = turns
+
+    def _check_end(self, conversation: Conversation, faults: list[Fault]) -> None:
+        """Add a fault where an answer, or a plain text, ends with another model's end token."""
+        turns, text = conversation.turns, conversation.text
+        end = text_forms.find_end(turns[-1].content if text is None else text)
+        if any(fault.name == "mixed_text" for fault in faults):
+            return
+        if end is not None and (self._special is None or not self._special.fullmatch(end)):
+            shown = f"the text ends with {end}, the end token of another model; remove it"
+            faults.append(Fault("mixed_text", shown))
 
     def _mend(self, name: str, text: str, record: Record) -> None:
         """Count a fault as mended; raise it where it is not to be."""

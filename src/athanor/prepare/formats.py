@@ -20,6 +20,7 @@ from athanor.prepare.cells import messages_of, not_blank, read_answer, read_cont
 from athanor.prepare.chats import (
     IMAGE_KEYS,
     LEARNED,
+    SWITCHES,
     Reading,
     apply_mask,
     check_order,
@@ -40,6 +41,8 @@ from athanor.prepare.tool_calls import read_tools
 # Rows of these kinds are never preference data.
 NO_ANSWERS = ("text", "classification", "template", "article")
 ROW_MASKS = ("lossmask", "trainmask")
+# Names of the column in which pandas numbers the rows of a table.
+INDEXES = ("", "unnamed:0")
 
 
 @dataclass(slots=True)
@@ -119,9 +122,10 @@ class Formats:
         """
         if not isinstance(value, dict):
             kind = {list: "a list", str: "a text", type(None): "null"}.get(type(value))
-            raise Fault(
-                "not_an_object", f"expected a JSON object, found {kind or f'{value!r:.30}'}"
-            )
+            text = f"expected a JSON object, found {kind or f'{value!r:.30}'}"
+            if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+                text += "; name a file that is one list of rows .json"
+            raise Fault("not_an_object", text)
         if not IMAGE_KEYS.isdisjoint(value) and has_image(value):
             raise image_fault()
         return self.columns.layout(value, configured)
@@ -156,6 +160,8 @@ class Formats:
         """Return whether a format reads a key that stands for none of its columns."""
         if kind == "template":
             return key in self._variables
+        if fold(key) in INDEXES and str(item).isdecimal():
+            return True
         return kind == "article" or (kind not in NO_ANSWERS and is_mark(key, item))
 
     def _chat(self, value: dict[str, Any], layout: Layout, reading: Reading) -> Row:
@@ -230,10 +236,12 @@ class Formats:
         ]
 
     def _system(self, value: dict[str, Any], keys: dict[str, str], reading: Reading) -> list[Turn]:
-        """Return the system message that has a column of its own."""
+        """Return the system message that has a column of its own; one without a text is a fault."""
         system = value.get(keys.get("system", ""))
-        is_blank = is_empty(system) or (isinstance(system, str) and not system.strip())
-        return [] if is_blank else [read_system(system, reading)]
+        if isinstance(system, str) and not system.strip():
+            reading.fix(Fault("empty_system", f"no text under {keys['system']!r}"))
+            return []
+        return [] if is_empty(system) else [read_system(system, reading)]
 
     def _classification(self, value: dict[str, Any], layout: Layout, reading: Reading) -> Row:
         keys = layout.keys
@@ -274,7 +282,8 @@ class Formats:
             return Row(Conversation(text=text), "template")
         question = read_string(fields, "prompt", "empty_prompt")
         answer = read_string(fields, "completion", "empty_completion")
-        system = self._system(fields, {"system": "system"}, reading)
+        has_system = bool(fields.get("system", "").strip())
+        system = self._system(fields, {"system": "system"}, reading) if has_system else []
         turns = [*system, Turn("user", question), Turn("assistant", answer)]
         return Row(Conversation(turns), "template")
 
@@ -285,7 +294,8 @@ class Formats:
 
 def _is_mask(key: str, item: Any) -> bool:
     """Return True for a row's key that tells what is learned of it."""
-    return fold(key) in ROW_MASKS or (fold(key) in LEARNED and item in (0, 1))
+    is_switch = str(item).strip().lower() in SWITCHES
+    return fold(key) in ROW_MASKS or (fold(key) in LEARNED and is_switch)
 
 
 def without_nulls(value: Any) -> Any:

@@ -164,6 +164,7 @@ FORMS = (
         is_marked=False,
     ),
 )
+ENDS = tuple(dict.fromkeys(end for form in FORMS for end in form.ends))
 # Marks that no content of a turn has.
 MARKS = re.compile(
     r"<\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|begin_of_text|header_start|eot"
@@ -193,6 +194,15 @@ def read_text(text: str) -> list[Said]:
         if form.sign in text and (messages := _read(text, form)):
             return messages
     return []
+
+
+def find_end(text: str) -> str | None:
+    """Return the token that ends a text as the answers of a form end; None without one."""
+    text = text.rstrip()
+    if not text.endswith(ENDS):
+        return None
+    end = next(end for end in ENDS if text.endswith(end))
+    return None if end == "</s>" and "<s>" in text else end  # a text that is struck out
 
 
 def find_form(text: str) -> str | None:
