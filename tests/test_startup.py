@@ -57,6 +57,14 @@ def test_a_command_that_cannot_run_the_code_of_its_folder_is_refused(folder: Pat
     assert f"code of its own in {folder}/src/athanor".encode() in refused.stderr
 
 
+def test_a_working_directory_that_was_removed_is_one_line(folder: Path) -> None:
+    script = 'mkdir gone; cd gone; rmdir ../gone; exec "$0" -m athanor.ui'
+    done = subprocess.run(["sh", "-c", script, sys.executable], cwd=folder, capture_output=True)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.startswith(b"error: the working directory was removed; ")
+    assert done.stderr.count(b"\n") == 1
+
+
 @pytest.mark.parametrize(
     ("encoding", "shown"), [("utf-8", "德哥".encode()), ("ascii", b"\\u5fb7\\u54e5")]
 )

@@ -78,9 +78,12 @@ def _use_code_of_folder() -> dict[str, str]:
     An experiment that DVC queued runs in a copy of the repository, and DVC records the copy's
     code, but Python imports the installed package.
     """
-    source = Path.cwd() / "src"
+    try:
+        source = Path.cwd() / "src"
+    except FileNotFoundError:
+        sys.exit("error: the working directory was removed; change to the project's folder")
     package = source / PACKAGE.name
-    if not (package / "__init__.py").is_file() or package.samefile(PACKAGE):
+    if not os.access(package / "__init__.py", os.R_OK) or package.samefile(PACKAGE):
         return {}
     if os.environ.get(CODE) == str(source):  # Python ignores PYTHONPATH: python -I, -E
         sys.exit(
