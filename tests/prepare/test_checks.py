@@ -189,6 +189,7 @@ TABLE = [
     beside("a-word-document", "unknown_file", "notes.docx", b"PK", None, whole_file=True),
     beside("no-suffix", "unknown_file", "README", "read me", None, whole_file=True),
     beside("about-the-data", "unknown_file", "README.md", "# A\n\nb\n", None, whole_file=True),
+    beside("info", "unknown_file", "dataset_info.json", '{"builder": "b"}', None, whole_file=True),
     Bad(
         "rows-of-the-demo",
         "demo_rows",

@@ -432,6 +432,8 @@ KEPT = {
         ({"messages": ASKED, "weight": 0.5}, ["'weight'"]),
         ({"messages": ASKED, "label": 3}, ["'label'"]),
         ({"text": "a", "title": "b"}, ["'title'"]),
+        ({"text": "a", "category": "b", "source": "c"}, ["'category'"]),
+        ({"text": "a", "category": "b", "label": "c"}, []),
         ({"text": "a", "label": "b", "title": "c"}, ["'title'"]),
         ({"messages": [ASKED[0] | {"mood": "x"}, ASKED[1]]}, ["'mood' of a message"]),
         ({"messages": [ASKED[0] | {"thinking": "x"}, ASKED[1]]}, ["'thinking' of a message"]),

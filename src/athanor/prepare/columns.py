@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -44,6 +44,7 @@ seed paralleltoolcalls cachecontrol status endturn qualityscore
 编号 序号 来源 出处 分类 语言 时间 日期 作者 链接 网址 难度 备注编号
 """
 ABOUT = frozenset(ABOUT_TEXT.split())
+CLASSES = ("category", "class", "分类")
 ABOUT_ENDS = re.compile(
     r"(?:[_\-\s](?:ids?|idx|index|url|uri|at|date|time|hash|score|count|version|language)"
     r"|^(?:score|rating|num)[_\-\s].*|[a-z](?:Id|Ids|Url|At|Hash|Score|Count))$"
@@ -180,7 +181,11 @@ class Columns:
         is_half = answer is not None or fold(question or "") in self._prompts()
         if "text" not in label.keys or is_half:
             return Layout(None, exchange.keys, exchange.rest)
-        return label if "label" in label.keys else self._assign(keys, MEANINGS["text"], "text")
+        if "label" in label.keys:
+            return label
+        text = self._assign(keys, MEANINGS["text"], "text")
+        # Beside a text alone, a class may be its label.
+        return replace(text, rest=(*text.rest, *(key for key in keys if fold(key) in CLASSES)))
 
     def _prompts(self) -> set[str]:
         """Return the names of a question that has no answer; a text's setting wins."""

@@ -55,7 +55,10 @@ SPLIT_NAMES = {
 # train, and as hubs number the parts of a split: test-00000-of-00001.
 SPLIT = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?:[-_.]?\d+(?:-of-\d+)?)?$")
 # Files that describe data.
-ABOUT = re.compile(r"(readme|license|changelog|contributing|dataset_?card)\b.*\.md$", re.IGNORECASE)
+ABOUT = re.compile(
+    r"(readme|license|changelog|contributing|dataset_?card)\b.*\.md$|dataset_(infos?|dict)\.json$",
+    re.IGNORECASE,
+)
 
 Count = Callable[[str], int]
 
@@ -97,7 +100,8 @@ def find_files(
             hint = HINT.get(path.suffix.lower())
             skipped.append((name, f"{expected}; {hint}" if hint else expected))
         elif ABOUT.match(path.name) and not any(fnmatch(path.name, name) for name in named):
-            text = f"describes the data; to train on it: data.formats: {{{path.name}: article}}"
+            kind = "article" if path.suffix.lower() == ".md" else "auto"
+            text = f"describes the data; to train on it: data.formats: {{{path.name}: {kind}}}"
             skipped.append((name, text))
         else:
             reader = partial(_read, file, name, count, article_tokens)
