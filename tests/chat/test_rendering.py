@@ -3,11 +3,13 @@
 import json
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 from mlx_lm.utils import load_tokenizer as load_with_ends
 
@@ -141,6 +143,13 @@ def test_a_usual_template_passes_its_trial(template: str) -> None:
         "m.content", "'' }}{% generation %}{{ m.content }}{% endgeneration %}{{ ''"
     )
     assert trial_process.find_fault(calls | {"templates": {"default": marked}}) is None
+
+
+def test_a_trial_has_the_packages_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where PYTHONPATH alone names them, as modules of clusters do."""
+    monkeypatch.setattr(sys, "executable", sys._base_executable)  # type: ignore[attr-defined]
+    monkeypatch.setenv("PYTHONPATH", str(Path(jinja2.__file__).parents[1]))
+    assert template_trial.find_fault({"default": CHATML}, {}) is None
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def find_fault(templates: dict[str, Any], variables: dict[str, Any]) -> str | No
     script = Path(trial_process.__file__)
     try:
         done = subprocess.run(
-            [sys.executable, "-I", script],
+            [sys.executable, "-P", script],
             input=json.dumps(describe_trial(templates, variables)),
             capture_output=True,
             text=True,
