@@ -216,7 +216,7 @@ CHATS: dict[str, tuple[Object, list[Object]]] = {
         [ASKED[0], ASKED[1] | {"weight": 0}],
     ),
     "mask-of-a-pair": (
-        {"prompt": "a", "completion": "b", "loss_mask": 0},
+        {"prompt": "a", "completion": "b", "mask": True},
         [ASKED[0], ASKED[1] | {"weight": 0}],
     ),
     # Calls of tools
@@ -226,6 +226,20 @@ CHATS: dict[str, tuple[Object, list[Object]]] = {
                 {"from": "human", "value": "a"},
                 {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
                 {"from": "observation", "value": "r"},
+                {"from": "gpt", "value": "b"},
+            ]
+        },
+        CALLING,
+    ),
+    "hermes-call": (
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {
+                    "from": "gpt",
+                    "value": '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>',
+                },
+                {"from": "tool", "value": "<tool_response>\nr\n</tool_response>"},
                 {"from": "gpt", "value": "b"},
             ]
         },

@@ -11,7 +11,12 @@ from typing import Any
 from athanor.chat.conversation import Call, Tool, Turn
 from athanor.prepare.checks import Fault
 from athanor.prepare.columns import Columns, Layout, fold, is_about, is_empty
-from athanor.prepare.tool_calls import parse_cell, read_calls
+from athanor.prepare.tool_calls import (
+    TAGGED_ANSWER,
+    parse_cell,
+    read_calls,
+    take_tagged_calls,
+)
 
 SPEAKERS = ("user", "assistant")
 EMPTY = ("empty_prompt", "empty_completion")
@@ -102,11 +107,19 @@ def read_turns(value: Any, key: str, tools: list[Tool], reading: Reading) -> lis
 def check_order(turns: list[Turn], reading: Reading) -> None:
     """Check that turns are a conversation; turns behind its last answer are a fault to mend.
 
+    An answer that a tool's result follows may have its calls in its text, as Hermes writes them.
+
     Raises:
         Fault: no_answer, no_question, malformed_tool_call.
     """
     called = False
     for number, turn in enumerate(turns, 1):
+        last = turns[number - 2] if number > 1 else turn
+        if turn.role == "tool" and last.role == "assistant" and not last.calls:
+            take_tagged_calls(last, f"message {number - 1}", reading.unread)
+            called = called or bool(last.calls)
+        if turn.role == "tool" and (answer := TAGGED_ANSWER.fullmatch(turn.content)):
+            turn.content = answer[1]
         called = called or bool(turn.calls)
         if turn.role == "tool" and not called:
             text = (
@@ -186,7 +199,7 @@ def apply_mask(turns: list[Turn], numbers: list[int], count: int, reading: Readi
         text = f"{len(values)} values under {key!r}; {count} messages, {len(answers)} answers"
         raise Fault("wrong_type", text)
     for i, value in zip(answers, values, strict=True):
-        if not read_switch(value, key, f"message {numbers[i]}"):
+        if read_switch(value, key, f"message {numbers[i]}") == (fold(key) in MASKS):
             turns[i].weight = 0
 
 
@@ -365,4 +378,7 @@ def image_fault() -> Fault:
 
 def wrong_type(key: str, expected: str, value: Any) -> Fault:
     """Return the fault of a value that has another type than its key needs."""
-    return Fault("wrong_type", f"expected {expected} under {key!r}, found {value!r:.60}")
+    text = f"expected {expected} under {key!r}, found {value!r:.60}"
+    if expected == "a text" and type(value) in (int, float):
+        text += f'; write it as a text: "{value}"'
+    return Fault("wrong_type", text)

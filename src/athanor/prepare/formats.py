@@ -20,6 +20,7 @@ from athanor.prepare.cells import messages_of, not_blank, read_answer, read_cont
 from athanor.prepare.chats import (
     IMAGE_KEYS,
     LEARNED,
+    MASKS,
     SWITCHES,
     Reading,
     apply_mask,
@@ -295,7 +296,7 @@ class Formats:
 def _is_mask(key: str, item: Any) -> bool:
     """Return True for a row's key that tells what is learned of it."""
     is_switch = str(item).strip().lower() in SWITCHES
-    return fold(key) in ROW_MASKS or (fold(key) in LEARNED and is_switch)
+    return fold(key) in ROW_MASKS or (fold(key) in LEARNED | MASKS and is_switch)
 
 
 def without_nulls(value: Any) -> Any:

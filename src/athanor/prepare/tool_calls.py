@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from athanor.chat.conversation import Call, Function, Tool
+from athanor.chat.conversation import Call, Function, Tool, Turn
 from athanor.prepare.checks import Fault
 from athanor.prepare.columns import is_about, is_empty
 from athanor.prepare.read_json import parse
@@ -13,6 +13,7 @@ ARGUMENTS = ("arguments", "parameters", "args", "input")
 KEYS_OF_A_CALL = frozenset(["function", "id", "type", "index", "name", *ARGUMENTS])
 KEYS_OF_A_FUNCTION = frozenset(["name", *ARGUMENTS])
 TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+TAGGED_ANSWER = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 DECLARATIONS = ("functionDeclarations", "function_declarations")
 
 
@@ -65,6 +66,17 @@ def read_calls(value: Any, where: str, tools: list[Tool], unread: dict[str, None
         raise Fault("malformed_tool_call", text)
     names = {tool.get("function", tool)["name"] for tool in tools}
     return [_call(call, where, names, unread) for call in calls]
+
+
+def take_tagged_calls(turn: Turn, where: str, unread: dict[str, None]) -> None:
+    """Make calls of what a turn's text has in tags of calls.
+
+    Raises:
+        Fault: malformed_tool_call.
+    """
+    if TAGGED.search(turn.content):
+        turn.calls = read_calls(turn.content, where, [], unread)
+        turn.content = TAGGED.sub("", turn.content).strip()
 
 
 def _call(call: dict[str, Any], where: str, names: set[str], unread: dict[str, None]) -> Call:
