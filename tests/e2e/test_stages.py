@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -334,23 +332,6 @@ def test_unreachable_store_costs_the_record_not_the_training(
     said = capfd.readouterr().err
     assert "took no record" in said
     assert "secret" not in said
-
-
-def test_terminated_training_ends_its_run_killed(stages: Stages, store: str) -> None:
-    stages("config", overrides=("train.iters=100000", "train.steps_per_report=1"))
-    stages("prepare")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "athanor.train"], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("iteration     3 "):
-            process.terminate()
-            break
-    assert process.wait(timeout=600) == 130
-    last = last_run(store)
-    assert last.info.status == "KILLED"
-    assert last.data.metrics["train_loss"] > 0
 
 
 def test_failed_test_stage_leaves_the_trainings_record_alone(stages: Stages, store: str) -> None:
