@@ -154,8 +154,12 @@ def test_a_trial_has_the_packages_of_its_process(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("ending", "reason"),
-    [(NESTED, "did not end within"), ("{{ messages[0].content * 99999 }}", "characters")],
-    ids=["time", "length"],
+    [
+        (NESTED, "did not end within"),
+        ("{{ messages[0].content * 99999 }}", "characters"),
+        ("{{ messages[0].content * 10**11 }}", "memory"),
+    ],
+    ids=["time", "length", "memory"],
 )
 def test_a_row_that_a_template_does_not_end_is_refused(
     make: Make, ending: str, reason: str, monkeypatch: pytest.MonkeyPatch

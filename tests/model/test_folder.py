@@ -142,6 +142,7 @@ REFUSED: list[tuple[str, Change, str, str]] = [
     ("scaling as a list", setting(CONFIG, rope_scaling=[]), "wrong_value", CONFIG),
     ("few types of layers", setting(CONFIG, layer_types=["a"] * 5), "wrong_value", CONFIG),
     ("no bits", setting(CONFIG, quantization={"bits": 0}), "wrong_value", CONFIG),
+    ("no size of groups", setting(CONFIG, quantization={"bits": 4}), "wrong_value", "group_size"),
     ("an end as a text", setting(CONFIG, eos_token_id=[6143, "end"]), "wrong_value", CONFIG),
     ("no end in a list", setting(CONFIG, eos_token_id=[None]), "wrong_value", CONFIG),
     ("an end below 0", setting(CONFIG, eos_token_id=-1), "wrong_value", CONFIG),

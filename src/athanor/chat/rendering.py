@@ -4,8 +4,11 @@ A tokenizer of chat.load renders by this wherever it is asked to: in training, i
 """
 
 import json
+import os
 import re
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import date, datetime
 from functools import lru_cache
 from math import inf
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -69,7 +73,7 @@ class Renderer:
         """Return a conversation's text, or the texts of a list of conversations.
 
         Raises:
-            TemplateUnending: where it takes too long, or writes too much.
+            TemplateUnending: where it takes too long or too much memory, or writes too much.
             Exception: any that the template raises to refuse one.
         """
         several = bool(conversation) and isinstance(conversation[0], list)
@@ -80,6 +84,8 @@ class Renderer:
         _clock.end = time.monotonic() + seconds
         try:
             texts = self._render(conversations, tools, options)
+        except MemoryError as error:
+            raise TemplateUnending("it takes more memory than there is") from error
         finally:
             _clock.end = inf
         for messages, text in zip(conversations, texts, strict=True):
@@ -232,6 +238,8 @@ def _write_probes(renderer: Renderer, day: str) -> list[str]:
 def limit_rendering() -> Iterator[None]:
     """Let each rendering in the main thread end after some seconds, if nothing else has the timer.
 
+    On Linux also before it takes more than half of the machine's memory.
+
     The first stage needs it alone: later ones render rows that it has rendered. Python's code is
     interrupted, a single operation of C is not.
     """
@@ -244,10 +252,28 @@ def limit_rendering() -> Iterator[None]:
     signal.signal(signal.SIGALRM, _clock.tick)
     signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
     try:
-        yield
+        with _limit_memory():
+            yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+@contextmanager
+def _limit_memory() -> Iterator[None]:
+    """Let this process take half of the machine's memory in addition to what it has, on Linux."""
+    if sys.platform != "linux":
+        yield
+        return
+    before, hard = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    limit = (taken + os.sysconf("SC_PHYS_PAGES") // 2) * os.sysconf("SC_PAGE_SIZE")
+    own = [value for value in (before, hard) if value != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([limit, *own]), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, hard))
 
 
 class _Clock:

@@ -66,12 +66,11 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
             value = section.get(key)
             if value is not None and not (_is_number(value) and value <= MOST_PARTS):
                 refuse_value(path, prefix + key, value, f"a number up to {MOST_PARTS:,}")
-        quantization = section.get("quantization") or {}
-        for key in ("bits", "group_size"):
-            if key in quantization and not (_is_whole(quantization[key]) and quantization[key] > 0):
-                refuse_value(
-                    path, f"{prefix}quantization.{key}", quantization[key], "a whole number"
-                )
+        quantization = section.get("quantization")
+        for key in ("bits", "group_size") if quantization is not None else ():
+            value = quantization.get(key)
+            if not (_is_whole(value) and value > 0):
+                refuse_value(path, f"{prefix}quantization.{key}", value, "a whole number")
 
 
 def check_end_tokens(path: Path, config: dict[str, Any]) -> None:
