@@ -360,6 +360,8 @@ def test_untrained_tokens_are_told_from_others(base: Path) -> None:
 def test_a_token_beyond_the_head_can_not_be_said(base: Path) -> None:
     untrained = vocabulary.find_untrained_tokens(base, 6200, [6150])
     assert untrained == {6150: "the head has 6144 rows, and none for it"}
+    untrained = vocabulary.find_untrained_tokens(base, 100, [6000])
+    assert untrained == {6000: "the tokenizer has no such token"}
     model, _ = load_with_tokenizer(base)
     with refused("model.no_row_for_end", rows=6144, token=6150):
         make_trainable(model, compose_config(Path("conf"), []).train, 0, 6150)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from athanor.chat.load import load_tokenizer
+from athanor.chat.templates import RenderedText
+from athanor.chat.tokens import encode_texts
 from athanor.errors import UserError
 from athanor.model import folder as looks
 from athanor.model.folder import inspect_folder, read_config
@@ -240,6 +242,7 @@ REFUSED: list[tuple[str, Change, str, str]] = [
         WEIGHTS,
     ),
     # The tokenizer.
+    ("no list of tokens", setting(TOKENIZER, added_tokens=None), "other_form", TOKENIZER),
     ("a vocabulary of texts", vocabulary(a="b"), "other_form", TOKENIZER),
     ("an id below 0", vocabulary(a=-1), "other_form", TOKENIZER),
     ("a plain token beyond the rows", vocabulary(new=6144), "tokens_beyond_rows", "6144"),
@@ -410,6 +413,32 @@ def test_a_missing_tokenizer_is_named(
     with refused(code, folder=folder) as caught:
         load_tokenizer(folder)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_texts_are_neither_cut_nor_padded_as_a_training_left_it(tiny: Path, tmp_path: Path) -> None:
+    folder = copy_model(tiny, tmp_path / "model")
+    (folder / TEMPLATE).unlink()  # as of a base model
+    cut = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}
+    token = {"pad_id": 6141, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    setting(TOKENIZER, truncation=cut, padding=padding | token)(folder)
+    texts = [RenderedText(text, None) for text in ("a", "a much longer text of many words")]
+    whole = [encoding.ids for encoding in encode_texts(texts, load_tokenizer(tiny))]
+    assert [encoding.ids for encoding in encode_texts(texts, load_tokenizer(folder))] == whole
+
+
+def test_a_token_that_each_text_begins_with_has_a_row(tiny: Path, tmp_path: Path) -> None:
+    folder = copy_model(tiny, tmp_path / "model")
+    first, text = ({"id": "<s>", "type_id": 0}, {"id": "A", "type_id": 0})
+    beginning = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": first}, {"Sequence": text}],
+        "pair": [{"Sequence": text}, {"Sequence": text | {"id": "B"}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [6144], "tokens": ["<s>"]}},
+    }
+    setting(TOKENIZER, post_processor=beginning)(folder)
+    with refused("model.tokens_beyond_rows", id=6144, rows=6144):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize(

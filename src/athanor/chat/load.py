@@ -36,10 +36,11 @@ def load_tokenizer(folder: Path, rendering: Rendering | None = None) -> "Tokeniz
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as load_with_ends
 
-    inspect_folder(folder)
+    rows = inspect_folder(folder).rows
     refuse_missing_tokenizer(folder)
     try:
         tokenizer = load_with_ends(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
+        _refuse_added_beyond(rows, folder, tokenizer)
         if rendering is None:
             refuse_faulty_template(folder, tokenizer)
         install_renderer(tokenizer, rendering or Rendering())
@@ -53,6 +54,27 @@ def load_tokenizer(folder: Path, rendering: Rendering | None = None) -> "Tokeniz
     if end is not None:
         tokenizer.eos_token_ids = tokenizer.eos_token_ids | {end}
     return tokenizer
+
+
+def _refuse_added_beyond(rows: int | None, folder: Path, tokenizer: "TokenizerWrapper") -> None:
+    """Raise UserError where each text gets a token that the embedding has no row for.
+
+    From then on it neither cuts nor pads texts, as its tokenizer.json may say from a training.
+    """
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    beyond = [id for id in tokenizer.encode("a") if rows is not None and id >= rows]
+    if beyond:
+        raise UserError(
+            "model.tokens_beyond_rows",
+            folder=folder,
+            rows=rows,
+            count=len(beyond),
+            token=str(tokenizer.convert_ids_to_tokens(beyond[0])),
+            id=beyond[0],
+            largest=max(beyond),
+        )
 
 
 def load_configured_tokenizer(folder: Path, date: str | None, system: str) -> "TokenizerWrapper":

@@ -56,6 +56,9 @@ def find_untrained_tokens(folder: Path, size: int, tokens: Iterable[int]) -> dic
         if token >= head.shape[0]:
             untrained[token] = f"the head has {head.shape[0]} rows, and none for it"
             continue
+        if token >= size:
+            untrained[token] = "the tokenizer has no such token"
+            continue
         length = lengths[token] / np.median(lengths[:size])
         distance = from_middle[token] / np.median(from_middle[:size])
         if length < SHORT:

@@ -67,8 +67,8 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
             if value is not None and not (_is_number(value) and value <= MOST_PARTS):
                 refuse_value(path, prefix + key, value, f"a number up to {MOST_PARTS:,}")
         quantization = section.get("quantization")
-        for key in ("bits", "group_size") if quantization is not None else ():
-            value = quantization.get(key)
+        for key in () if quantization is None else ("bits", "group_size"):
+            value = quantization.get(key) if quantization else None
             if not (_is_whole(value) and value > 0):
                 refuse_value(path, f"{prefix}quantization.{key}", value, "a whole number")
 

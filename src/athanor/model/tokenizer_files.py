@@ -35,7 +35,7 @@ class Tokenizer(msgspec.Struct):
     """The parts of tokenizer.json that have ids."""
 
     model: Vocabulary
-    added_tokens: list[AddedToken] | None = None
+    added_tokens: list[AddedToken] = []
 
 
 def check_tokenizer(
@@ -130,7 +130,7 @@ def _read_added(
 ) -> Iterator[AddedToken]:
     """Yield tokens that stand beside the vocabulary, each with an id."""
     if tokenizer is not None:
-        for token in tokenizer.added_tokens or []:
+        for token in tokenizer.added_tokens:
             if token.id == MISSING:
                 name = f"the id of {token.content[:60]!r} in added_tokens"
                 refuse_value(files["tokenizer.json"], name, None, "a whole number")
