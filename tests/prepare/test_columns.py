@@ -231,6 +231,11 @@ CHATS: dict[str, tuple[Object, list[Object]]] = {
         },
         CALLING,
     ),
+    "traditional": ({"對話": [turn("使用者", "a"), turn("助理", "b")]}, ASKED),
+    "traditional-context": (
+        {"問題": "a", "輸入": "c", "答案": "b"},
+        [turn("user", "a\n\nc"), ASKED[1]],
+    ),
     "hermes-call": (
         {
             "conversations": [

@@ -295,8 +295,9 @@ class Formats:
 
 def _is_mask(key: str, item: Any) -> bool:
     """Return True for a row's key that tells what is learned of it."""
-    is_switch = str(item).strip().lower() in SWITCHES
-    return fold(key) in ROW_MASKS or (fold(key) in LEARNED | MASKS and is_switch)
+    name = fold(key)
+    is_named = name in LEARNED or name in MASKS
+    return name in ROW_MASKS or (is_named and str(item).strip().lower() in SWITCHES)
 
 
 def without_nulls(value: Any) -> Any:
