@@ -65,8 +65,8 @@ class _Terminal(Console):
 out = _Terminal(width=None if sys.stdout.isatty() else 100, soft_wrap=False)
 err = _Terminal(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
 
-# Cells of a table that are longer than this wrap.
-WHOLE = 24
+# Cells of a table that are longer than the first wrap, where a table is wide to the second.
+WHOLE, NARROW = 24, 12
 
 # The numbers of an OSError where a disk or a person's share of it is full.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -231,7 +231,7 @@ def print_whole(table: Table) -> None:
         cells = [column.header, *column.cells]
         longest = max(Measurement.get(out, out.options, cell).maximum for cell in cells)
         column.no_wrap, column.overflow = longest <= WHOLE, "fold"
-        widths.append(min(longest, WHOLE))
+        widths.append(longest if column.no_wrap else NARROW)
     needed = sum(widths) + 3 * len(widths) + 1  # with the space between columns
     if needed > out.width:
         table.width = needed
