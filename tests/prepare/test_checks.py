@@ -883,6 +883,7 @@ def test_a_file_without_known_columns_is_one_problem_that_names_its_settings(sho
         ({"was fragt er": "a", "it's": "b"}, 'prompt_feature: "was fragt er"'),
         ({"brief": "a"}, "data.text_feature=brief"),
         ({"prompt": "a"}, "data.text_feature=prompt"),
+        ({"review": "a", "label": "b"}, "data.text_feature=review data.label_feature=label"),
         ({"system": "s", "question": "a", "antwort": "b"}, "data.completion_feature=antwort"),
         ({"null": "a", "True": "b"}, "data.prompt_feature='\"'\"'null'\"'\"'"),
         ({"${q}": "a", "b": "b"}, "rename its columns"),

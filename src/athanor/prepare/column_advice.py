@@ -31,6 +31,12 @@ def _advice(value: dict[str, Any], columns: Columns) -> str:
     known = columns.parts(value, ("question", "answer", "system", "thought", "tools")).keys
     texts = [key for key, item in value.items() if isinstance(item, str) and not is_about(key)]
     texts = [key for key in texts if key not in known.values()]
+    label = columns.parts(value, ("label",)).keys.get("label")
+    texts_of_labels = [key for key in texts if key != label]
+    if label and texts_of_labels and not {"question", "answer"} & known.keys():
+        text = texts_of_labels[0]
+        named = _settings(text_feature=text, label_feature=label)
+        return f"if {text!r} has the text and {label!r} its label: {named}"
     question = known.get("question") or (texts.pop(0) if texts else None)
     answer = known.get("answer") or (texts.pop(0) if texts else None)
     is_nested = any(isinstance(item, dict | list) for item in value.values())

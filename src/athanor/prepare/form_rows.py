@@ -141,7 +141,8 @@ class RowBuilder:
             if layout.kind is not None and (empty := nulls.intersection(layout.keys.values())):
                 shown = ", ".join(map(repr, sorted(empty)))
                 return Fault(fault.name, f"{fault.text}, and null under {shown}")
-        if fault.name != "missing_key" or origin in self._with_known_columns:
+        is_template = self._configured[origin] == "template"
+        if fault.name != "missing_key" or is_template or origin in self._with_known_columns:
             self._with_known_columns.add(origin)
             return fault
         text = describe_first_row(fault, value, self._formats.columns)

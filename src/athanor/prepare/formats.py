@@ -275,7 +275,8 @@ class Formats:
             try:
                 fields[key] = template.render(value)
             except TemplateError as error:
-                raise Fault("missing_key", f"data.template.{key}: {error.message}") from None
+                text = f"data.template.{key}: {error.message}; the row has {', '.join(value)}"
+                raise Fault("missing_key", text[:300]) from None
             except Exception as error:  # filters raise anything for values of other types
                 raise Fault("wrong_type", f"data.template.{key}: {error}") from None
         if "text" in fields:
