@@ -54,7 +54,7 @@ def test_null_and_its_number_are_the_same_training(repo: Path, tmp_path: Path) -
     base = SimpleNamespace(
         workspace=workspace,
         source=SimpleNamespace(path="tiny", commit=None, digest="d"),
-        contract=SimpleNamespace(end=1, trains_end=False),
+        contract=SimpleNamespace(end=1, trains_end=False, rendering=SimpleNamespace(date=None)),
     )
     workspace.prepared.mkdir(parents=True)
     for split in ("train", "valid"):
