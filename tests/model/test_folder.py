@@ -185,6 +185,12 @@ REFUSED: list[tuple[str, Change, str, str]] = [
         WEIGHTS,
     ),
     ("a weight twice", duplicated, "weights_damaged", WEIGHTS),
+    (
+        "data of numbers",
+        header(lambda all: all.update(__metadata__={"a": 1})),
+        "weights_damaged",
+        "a",
+    ),
     ("an entry as a text", header(lambda all: all.update(a="b")), "weights_damaged", WEIGHTS),
     ("unknown dtype", edit(dtype="F12"), "weights_damaged", WEIGHTS),
     ("dtype as a list", edit(dtype=["F16"]), "weights_damaged", WEIGHTS),

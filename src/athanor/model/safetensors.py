@@ -54,7 +54,9 @@ def read_header(path: Path) -> dict[str, StoredWeight]:
         raise _damaged(path, f"its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, f"its header is {describe(header)} instead of an object")
-    header.pop("__metadata__", None)
+    texts = header.pop("__metadata__", None) or {}
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+        raise _damaged(path, f"its __metadata__ is {describe(texts)} instead of texts by name")
     spans: list[tuple[int, int, str]] = []
     weights = {}
     for name, entry in header.items():

@@ -97,9 +97,9 @@ def _compare_settings(
         "train.method": (recorded.get("fine_tune_type"), cfg.train.method),
         "train.rank": (parameters.get("rank"), settings.get("rank")),
         "train.scale": (parameters.get("scale"), settings.get("scale")),
-        "train.num_layers": (
-            recorded.get("num_layers"),
-            layers if cfg.train.num_layers == -1 else cfg.train.num_layers,
+        "train.num_layers": tuple(
+            layers if count == -1 else count
+            for count in (recorded.get("num_layers"), cfg.train.num_layers)
         ),
     }
     # mlx-lm's own adapters name their base by its path alone.
