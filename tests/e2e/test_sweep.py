@@ -172,19 +172,19 @@ def test_a_killed_sweep_goes_on_and_trains_no_trial_twice(prepared: Path, store:
 
 def test_trials_that_fail_are_named_and_the_rest_goes_on(prepared: Path, store: str) -> None:
     """One learning rate at which the training diverges."""
-    printed = run("train.learning_rate=1e-4,1e3", "train.iters=10")
+    printed = run("train.learning_rate=1e3,1e-4", "train.iters=10", SHORT)
     assert states(prepared) == {"FINISHED": 1, "FAILED": 1}
     [reason] = [note["reason"] for note in notes(prepared) if "reason" in note]
     assert "diverged" in reason
     assert "lr 1000 failed" in printed
     parent, children = recorded(store)
     assert parent.info.status == "FINISHED"
-    assert {child.info.run_name: child.info.status for child in children} == {
+    runs = {child.info.run_name: child for child in children}
+    assert {name: run.info.status for name, run in runs.items()} == {
         "lr 1e-4": "FINISHED",
         "lr 1000": "FAILED",
     }
-    [failed] = [child for child in children if child.info.status == "FAILED"]
-    assert failed.data.tags["failure"][:40] in reason
+    assert runs["lr 1000"].data.tags["failure"][:40] in reason
     assert "train.learning_rate=0.0001" in printed
 
 

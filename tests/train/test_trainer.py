@@ -43,7 +43,7 @@ from athanor.train.batches import Batch, Batches
 from athanor.train.build import build_trainer
 from athanor.train.checkpoints import Checkpoints
 from athanor.train.initial import load_initial_adapters
-from athanor.train.memory import predict_peak
+from athanor.train.memory import explain_out_of_memory, predict_peak
 from athanor.train.metrics import Metrics, history_csv
 from athanor.train.plan import Hooks, TrainingPlan
 from athanor.train.trainer import Trainer
@@ -612,6 +612,21 @@ def test_compiled_steps_learn_the_same(trainer: Callable[..., Trainer]) -> None:
         compile_kernels(False)
     for key, value in plain.items():
         np.testing.assert_allclose(value, weights[key], atol=1e-3, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "[malloc] Unable to allocate 230400000000 bytes.",
+        "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed",
+        "[METAL] Command buffer execution failed: Insufficient Memory (00000008)",
+    ],
+)
+def test_memory_that_mlx_does_not_get_is_named(error: str) -> None:
+    with refused("train.out_of_memory", error=error), explain_out_of_memory():
+        raise RuntimeError(error)
+    with pytest.raises(RuntimeError, match="shapes"), explain_out_of_memory():
+        raise RuntimeError("[matmul] the shapes do not fit")
 
 
 def test_mlx_lm_learns_a_stray_token_after_the_end_and_ours_does_not(
