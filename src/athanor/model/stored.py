@@ -44,7 +44,7 @@ def dequantize(weights: "dict[str, mx.array]", name: str, config: dict[str, Any]
     `config` is the model's config.json, which has the settings of quantization.
 
     Raises:
-        UserError: where it has none.
+        UserError: where it has none, or others than the weight was stored with.
     """
     import mlx.core as mx
 
@@ -52,15 +52,20 @@ def dequantize(weights: "dict[str, mx.array]", name: str, config: dict[str, Any]
     if part != "weight" or f"{layer}.scales" not in weights:
         return weights[name]
     usual = config.get("quantization") or config.get("quantization_config") or {}
-    settings = usual.get(layer) or usual
-    if "bits" not in settings:
+    of_layer = usual.get(layer)
+    settings = of_layer if isinstance(of_layer, dict) else usual
+    if "bits" not in settings or "group_size" not in settings:
         raise UserError("model.unknown_quantization", name=name)
-    return mx.dequantize(
-        weights[name],
-        weights[f"{layer}.scales"],
-        weights.get(f"{layer}.biases"),
-        settings["group_size"],
-        settings["bits"],
-        settings.get("mode", "affine"),
-        dtype=mx.float32,
-    )
+    try:
+        return mx.dequantize(
+            weights[name],
+            weights[f"{layer}.scales"],
+            weights.get(f"{layer}.biases"),
+            settings["group_size"],
+            settings["bits"],
+            settings.get("mode", "affine"),
+            dtype=mx.float32,
+        )
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError("model.other_quantization", name=name, error=reason) from error
