@@ -1,11 +1,13 @@
 """Weights as they are stored: quantized ones by the settings of config.json."""
 
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from athanor.model.stored import dequantize
+from athanor.model.stored import dequantize, read_weights
+from support.model_folders import copy_model, header
 from support.refused import refused
 
 USUAL = {"bits": 4, "group_size": 32}
@@ -39,3 +41,11 @@ def test_quantized_weights_fit_their_settings(settings: dict[str, Any], code: st
         return
     with refused(f"model.{code}", name="head.weight"):
         dequantize(stored(), "head.weight", config)
+
+
+def test_a_dtype_that_mlx_does_not_have_is_named(tiny: Path, tmp_path: Path) -> None:
+    folder = copy_model(tiny, tmp_path / "model")
+    empty = {"dtype": "F6_E2M3", "shape": [0], "data_offsets": [0, 0]}
+    header(lambda entries: entries.update(extra=empty))(folder)
+    with refused("model.not_loaded", folder=folder):
+        read_weights(folder)

@@ -36,6 +36,7 @@ HEADS = (
 )
 
 
+@np.errstate(invalid="ignore", divide="ignore")  # of a head of zeros
 def find_untrained_tokens(folder: Path, size: int, tokens: Iterable[int]) -> dict[int, str] | None:
     """Return the tokens that the base was never trained to say, each with the evidence.
 

@@ -12,12 +12,19 @@ if TYPE_CHECKING:
 
 
 def read_weights(folder: Path) -> "dict[str, mx.array]":
-    """Return the weights on disk by their names there; each is read when it is used."""
+    """Return the weights on disk by their names there; each is read when it is used.
+
+    Raises:
+        UserError: for a file that mlx cannot read, such as one of a dtype that it does not have.
+    """
     import mlx.core as mx
 
     weights: dict[str, mx.array] = {}
     for path in weight_files(folder):
-        weights |= cast("dict[str, mx.array]", mx.load(str(path)))
+        try:
+            weights |= cast("dict[str, mx.array]", mx.load(str(path)))
+        except (RuntimeError, ValueError) as error:
+            raise UserError("model.not_loaded", folder=folder, error=error) from error
     return weights
 
 
