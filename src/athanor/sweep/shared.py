@@ -1,5 +1,6 @@
 """The model, rows and base results that the trials of a sweep share in a process."""
 
+import json
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -73,7 +74,8 @@ def load_shared(folder: Path) -> Shared:
         warn_of_rows_without_targets(base.workspace, rows, tokens)
         forward = Forward(model, frozen.parts)
         outcomes = examine(cfg, model, tokenizer, splits, "base", forward)
-        files.write_json(path, msgspec.to_builtins(outcomes))
+        # The loss of a split without rows is NaN, which only Python's JSON has.
+        files.write_text(path, json.dumps(msgspec.to_builtins(outcomes), indent=2) + "\n")
     return Shared(cfg, base, model, frozen, tokenizer, tokens, splits, outcomes)
 
 
