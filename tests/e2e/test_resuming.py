@@ -295,7 +295,7 @@ def test_a_run_whose_process_is_gone_is_closed_by_the_next_start(
     # Killed this early, its journal may know more than the store does.
     assert [run.info.status for run in one.runs()] in ([], ["RUNNING"])
     said = one.run("train", "train.learning_rate=1e-5", "train.iters=4")
-    assert "holds checkpoints of 1 interrupted trainings" in said.replace("\n", " ")
+    assert "holds checkpoints of 1 interrupted trainings" in " ".join(said.split())
     closed = {run.data.params["train.iters"]: run.info.status for run in one.runs()}
     assert closed == {"2000": "KILLED", "4": "FINISHED"}
     # The one that died still has its checkpoint, for when it is run again.

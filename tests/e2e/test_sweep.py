@@ -171,7 +171,8 @@ def test_a_killed_sweep_goes_on_and_trains_no_trial_twice(prepared: Path, store:
 
 
 def test_trials_that_fail_are_named_and_the_rest_goes_on(prepared: Path, store: str) -> None:
-    """One learning rate at which the training diverges."""
+    """One learning rate at which the training diverges; no row fell to the split test."""
+    (prepared / "artifacts/prepare/test.jsonl").write_text("")
     printed = run("train.learning_rate=1e3,1e-4", "train.iters=10", SHORT)
     assert states(prepared) == {"FINISHED": 1, "FAILED": 1}
     [reason] = [note["reason"] for note in notes(prepared) if "reason" in note]
