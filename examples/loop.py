@@ -17,9 +17,9 @@ import mlx.optimizers as optim
 
 # isort: on
 from athanor.chat import templates, tokens
+from athanor.chat.base import load_with_tokenizer
 from athanor.chat.contract import resolve_contract
 from athanor.chat.conversation import chat
-from athanor.chat.load import load_with_tokenizer
 from athanor.compute.evaluation import generate_answers
 from athanor.compute.forward import Forward, trainable_weights
 from athanor.config.schema import TrainConfig

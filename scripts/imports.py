@@ -3,8 +3,8 @@
     uv run python scripts/imports.py
 
 A room is a package of src/athanor or a flat module. A floor is a step of the longest chain of
-imports between rooms. Imports inside functions count. Exits with 1 if there is a circle or there
-are more than 8 floors.
+imports, between rooms or between modules. Imports inside functions count. Exits with 1 if there is
+a circle, or more than 8 floors of rooms or 12 of modules.
 """
 
 import sys
@@ -12,7 +12,7 @@ from graphlib import CycleError, TopologicalSorter
 
 from athanor.code import read_imports, room
 
-MOST_FLOORS = 8
+MOST_FLOORS, MOST_OF_MODULES = 8, 12
 
 Graph = dict[str, set[str]]
 
@@ -40,7 +40,7 @@ def circles(graph: Graph) -> list[list[str]]:
 
 
 def floors(graph: Graph) -> dict[str, int]:
-    """Return the floor of each room, from 1; a room is above all rooms that it imports."""
+    """Return the floor of each room or module, from 1; it is above all that it imports."""
     floor: dict[str, int] = {}
     for name in TopologicalSorter(graph).static_order():
         floor[name] = 1 + max((floor[other] for other in graph[name]), default=0)
@@ -63,7 +63,11 @@ def main() -> None:
     print(f"floors: {max(floor.values())}")
     for number in range(1, max(floor.values()) + 1):
         print(f"  {number}: " + ", ".join(sorted(name for name in floor if floor[name] == number)))
-    sys.exit(bool(between) or max(floor.values()) > MOST_FLOORS)
+    if between:
+        sys.exit(1)
+    highest = max(floors(modules).values())
+    print(f"floors of modules: {highest}")
+    sys.exit(max(floor.values()) > MOST_FLOORS or highest > MOST_OF_MODULES)
 
 
 if __name__ == "__main__":

@@ -90,3 +90,9 @@ def message(code: str, facts: dict[str, Any]) -> str:
 def messages() -> dict[str, dict[str, str]]:
     """Return the messages by room and name."""
     return tomllib.loads(files("athanor").joinpath("messages.toml").read_text(encoding="utf-8"))
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's text in a line, with its kind where the text alone says little."""
+    text = " ".join(str(error).split())[:400]
+    return text if " " in text else f"{type(error).__name__} {text}".strip()

@@ -67,9 +67,9 @@ def ask(questions: list[str], system: str | None, cfg: Config) -> dict[str, list
     workspace = Workspace.here()
     source = read_base(workspace)
     from athanor.chat import templates  # MLX and the models' code take seconds
+    from athanor.chat.base import load_with_tokenizer
     from athanor.chat.contract import Contract
     from athanor.chat.conversation import Conversation, Turn
-    from athanor.chat.load import load_with_tokenizer
     from athanor.chat.rendering import limit_rendering
     from athanor.compute.evaluation import generate_answers
     from athanor.model.adapters import load_adapters

@@ -1,6 +1,7 @@
 """The folders and files of a project: each stage writes to artifacts/<stage>/."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +95,14 @@ class Workspace:
     def answered(self) -> Path:
         """The names of stores that have answered, one a line."""
         return self.runs / "stores.txt"
+
+    def locate(self, path: str) -> Path | None:
+        """Return the file or folder that a person names, from root or home; None if absent."""
+        for folder in (self.root, self.home):
+            with suppress(OSError, ValueError):  # too long a name, a NUL
+                if (folder / path).exists():
+                    return folder / path
+        return None
 
     def rows(self, split: str) -> Path:
         """Return the file of the prepared rows of a split, JSON Lines."""

@@ -63,9 +63,9 @@ def work(folder: Path) -> None:
     import mlx.core as mx
     import mlx.optimizers as optim
 
+    from athanor.chat.base import load_with_tokenizer
     from athanor.chat.contract import resolve_contract
     from athanor.chat.conversation import chat
-    from athanor.chat.load import load_with_tokenizer
     from athanor.chat.model_check import refuse_model_misfits
     from athanor.chat.templates import render_row
     from athanor.chat.tokens import tokenize_rows

@@ -23,9 +23,10 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from athanor import files
 from athanor.chat import vocabulary
+from athanor.chat.base import load_with_tokenizer
 from athanor.chat.contract import ASIDE, FAULT, NOTE, OK, Contract, resolve_contract
 from athanor.chat.conversation import Conversation
-from athanor.chat.load import load_tokenizer, load_with_tokenizer
+from athanor.chat.load import load_tokenizer
 from athanor.chat.tokens import tokenize_row
 from athanor.config.compose import compose_config
 from athanor.model.adapters import make_trainable

@@ -20,19 +20,15 @@ from athanor.chat.conversation import chat
 from athanor.chat.load import load_configured_tokenizer, load_tokenizer
 from athanor.chat.rendering import Rendering, TemplateUnending, merge_system, open_with_date
 from athanor.chat.templates import encode_prompt, render_rows, suggest_merge
+from support.chat_templates import CHATML, SILENT
 from support.refused import refused
 
 Make = Callable[..., Path]
 
-CHATML = """{%- for m in messages -%}
-{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
 STRICT = (
     "{% if messages | selectattr('role', 'equalto', 'system') | list %}"
     "{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 )
-SILENT = CHATML.replace("for m in messages", "for m in messages if m.role != 'system'")
 LLAMA32 = (
     "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
     "{% endif %}{{ 'Today: ' + date_string + '\\n' }}" + CHATML

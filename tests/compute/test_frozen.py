@@ -14,8 +14,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from athanor.chat.base import load_with_tokenizer
 from athanor.chat.conversation import chat
-from athanor.chat.load import load_tokenizer, load_with_tokenizer
+from athanor.chat.load import load_tokenizer
 from athanor.chat.tokens import tokenize_rows
 from athanor.compute.arrays import TokenizedText
 from athanor.compute.forward import probe_tokens

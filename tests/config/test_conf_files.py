@@ -1,14 +1,13 @@
 """Files of conf/ and params.yaml that editors, cut copies and slips of the hand leave."""
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 
-from athanor.config.check import ConfigError
 from athanor.config.compose import compose_config, load_config
 from athanor.config.params_file import write_params
+from athanor.config.rules import ConfigError
 from athanor.errors import Problem
 from athanor.paths import Workspace
 from support.refused import refused, refused_keys
@@ -17,15 +16,6 @@ LAUGHS = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
     f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n"
     for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
-
-
-@pytest.fixture
-def conf(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of conf/ beside the tiny model, in the current folder."""
-    shutil.copytree(repo / "conf", tmp_path / "conf")
-    (tmp_path / "models").symlink_to(repo / "models")
-    monkeypatch.chdir(tmp_path)
-    return Path("conf")
 
 
 # Contents of a file: the code of its problem, and the line that is named, None for no line.

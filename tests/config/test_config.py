@@ -2,7 +2,6 @@
 
 import ast
 import shlex
-import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,22 +10,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from athanor.config import schema
-from athanor.config.check import ConfigError
 from athanor.config.compose import compose_config, load_config
 from athanor.config.overrides import parse_override
 from athanor.config.params_file import write_params
+from athanor.config.rules import ConfigError
 from athanor.config.values import flatten
 from athanor.paths import Workspace
 from support.refused import refused, refused_keys
-
-
-@pytest.fixture
-def conf(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of conf/ beside the tiny model, in the current folder."""
-    shutil.copytree(repo / "conf", tmp_path / "conf")
-    (tmp_path / "models").symlink_to(repo / "models")
-    monkeypatch.chdir(tmp_path)
-    return Path("conf")
 
 
 def every_option() -> list[str]:

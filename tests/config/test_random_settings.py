@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from athanor.compute import optimizers
 from athanor.config import schema
-from athanor.config.check import ConfigError
 from athanor.config.compose import compose_config
+from athanor.config.rules import ConfigError
 from athanor.config.schema import Config
 from athanor.config.values import flatten, optimizer_options, to_dataclass
 from athanor.errors import UserError

@@ -74,7 +74,7 @@ def encode_prompt(messages: list[Any], tokenizer: Any) -> list[int]:
 
 def test_fused_model_answers_by_itself(finished: Workspace) -> None:
     from athanor.chat import templates
-    from athanor.chat.load import load_with_tokenizer
+    from athanor.chat.base import load_with_tokenizer
     from athanor.compute import evaluation
 
     model, tokenizer = load_with_tokenizer(finished.folder / "artifacts/fuse/model")
@@ -90,7 +90,7 @@ def test_fused_model_answers_by_itself(finished: Workspace) -> None:
 def test_llama_cpp_answers_as_the_tested_model_does(finished: Workspace) -> None:
     """The GGUF that the run left: the same tokens for fifty texts, and the same answers."""
     from athanor.chat import templates
-    from athanor.chat.load import load_with_tokenizer
+    from athanor.chat.base import load_with_tokenizer
     from athanor.compute import evaluation
     from support.llama import Llama
 

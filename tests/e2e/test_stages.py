@@ -9,9 +9,10 @@ import pytest
 
 from athanor import files
 from athanor.chat import templates
+from athanor.chat.base import load_with_tokenizer
 from athanor.chat.contract import Contract
 from athanor.chat.conversation import Conversation, read_line
-from athanor.chat.load import load_tokenizer, load_with_tokenizer
+from athanor.chat.load import load_tokenizer
 from athanor.chat.tokens import tokenize_rows
 from athanor.compute import evaluation
 from athanor.device import backend

@@ -21,7 +21,8 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from athanor import console, files
-from athanor.chat.load import load_tokenizer, load_with_tokenizer
+from athanor.chat.base import load_with_tokenizer
+from athanor.chat.load import load_tokenizer
 from athanor.compute import evaluation
 from athanor.fuse.export_gguf import write_gguf
 from athanor.model.gguf_architecture import architecture_fields

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from athanor.chat.load import load_with_tokenizer
+from athanor.chat.base import load_with_tokenizer
 from athanor.fuse.export_peft import write_peft
 from athanor.model.folder import read_config
 from support.random_adapters import EMBEDDING, load, save, train_config, untied

@@ -16,8 +16,8 @@ from mlx_lm.models import glm4_moe_lite
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from athanor import files
+from athanor.chat.base import load_with_tokenizer
 from athanor.chat.conversation import Conversation, chat
-from athanor.chat.load import load_with_tokenizer
 from athanor.chat.tokens import tokenize_rows
 from athanor.compute.forward import Forward, trainable_weights
 from athanor.config.compose import compose_config
@@ -30,7 +30,8 @@ from athanor.fuse.compare_weights import compare_weights, find_damage
 from athanor.fuse.parity import TrainedModel, ask_trained_model, compare_with_trained
 from athanor.fuse.weights import fuse_and_compare, write_fused_model
 from athanor.model.adapters import make_trainable, save_adapters
-from athanor.model.folder import is_quantized, read_config
+from athanor.model.config_values import is_quantized
+from athanor.model.folder import read_config
 from athanor.model.source import digest_model, resolve_source
 from support.refused import refused
 

@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 
 from athanor.chat import templates
+from athanor.chat.base import load_with_tokenizer
 from athanor.chat.conversation import Conversation
-from athanor.chat.load import load_with_tokenizer
 from athanor.fuse.export_peft import write_peft
 from athanor.fuse.weights import write_fused_model
 from support.random_adapters import EMBEDDING, save, train_config, untied

@@ -2,7 +2,7 @@
 
 import pytest
 
-from athanor.config.check import training_misfits
+from athanor.config.rules import training_misfits
 from athanor.config.schema import TrainConfig
 from athanor.model.adapters import make_trainable
 from support.models import ARCHITECTURES, COMMON, build_model

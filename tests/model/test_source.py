@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from athanor.chat.load import load_tokenizer, load_with_tokenizer
+from athanor.chat.base import load_with_tokenizer
+from athanor.chat.load import load_tokenizer
 from athanor.config.check import model_misfits
 from athanor.config.schema import ModelConfig, TrainConfig
 from athanor.model.source import Source, resolve_source

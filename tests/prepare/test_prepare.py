@@ -21,7 +21,7 @@ from athanor.chat.tokens import appends_end_token, tokenize_row
 from athanor.config.compose import compose_config
 from athanor.config.values import to_dataclass
 from athanor.paths import SPLITS
-from athanor.prepare import near_duplicates, origins, read_json
+from athanor.prepare import json_values, near_duplicates, origins, read_json
 from athanor.prepare.check_rows import CHUNKS_AHEAD, FirstPass
 from athanor.prepare.checks import Findings
 from athanor.prepare.near_duplicates import BETWEEN
@@ -540,7 +540,7 @@ def test_a_long_list_of_json_is_read_once(tmp_path: Path, monkeypatch: pytest.Mo
     rows = [pair(f"第{n}问", f"第{n}答") for n in range(500)]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
-    parsed = read_json.parse
+    parsed = json_values.parse
     monkeypatch.setattr(read_json, "parse", lambda text, start=0: parsed(Counting(text), start))
     [origin], _ = origins.find_files(tmp_path, len, 100, [], Limits(10**6, 10**8))
     assert [record.value for record in origin.read(frozenset())] == rows

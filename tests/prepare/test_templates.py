@@ -16,19 +16,15 @@ from athanor.chat.contract import Contract
 from athanor.config.compose import compose_config
 from athanor.config.values import to_dataclass
 from athanor.prepare.prepare import prepare
+from support.chat_templates import CHATML, SILENT
 from support.refused import refused
 
 Prepare = Callable[..., Any]
 
-CHATML = """{%- for m in messages -%}
-{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
 STRICT = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     + CHATML
 )
-SILENT = CHATML.replace("for m in messages", "for m in messages if m.role != 'system'")
 NO_ANSWER_FIRST = (
     "{% if messages[0].role == 'assistant' %}{{ raise_exception('a user begins') }}{% endif %}"
     + CHATML

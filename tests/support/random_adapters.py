@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from athanor.chat.load import load_with_tokenizer
+from athanor.chat.base import load_with_tokenizer
 from athanor.config.schema import TrainConfig
 from athanor.model.adapters import lora_parameters, make_trainable, save_adapters
 from athanor.model.source import resolve_source

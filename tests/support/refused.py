@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from athanor.config.check import ConfigError
+from athanor.config.rules import ConfigError
 from athanor.errors import UserError
 
 

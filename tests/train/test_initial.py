@@ -89,8 +89,8 @@ def test_a_training_goes_on_from_a_run_or_a_file(stages: Stages, tmp_path: Path)
     [
         ("artifacts/train/adapters", "train.own_adapters"),
         ("artifacts/train/adapters/adapters.safetensors", "train.own_adapters"),
-        ("no/such/folder", "train.no_such_adapters"),
-        ("x" * 5000, "train.no_such_adapters"),
+        ("no/such/folder", "runs.no_such_adapters"),
+        ("x" * 5000, "runs.no_such_adapters"),
         ("''", "config.empty_text"),
     ],
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from athanor.chat.load import load_with_tokenizer
+from athanor.chat.base import load_with_tokenizer
 from athanor.config.compose import compose_config
 from athanor.model.adapters import make_trainable
 from athanor.model.load import copy_sharing_weights

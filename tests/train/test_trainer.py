@@ -21,8 +21,9 @@ from mlx_lm.tuner.datasets import CacheDataset, create_dataset
 
 from athanor import files
 from athanor.chat import templates
+from athanor.chat.base import load_with_tokenizer
 from athanor.chat.conversation import Conversation, chat
-from athanor.chat.load import load_tokenizer, load_with_tokenizer
+from athanor.chat.load import load_tokenizer
 from athanor.chat.tokens import tokenize_rows
 from athanor.compute import optimizers
 from athanor.compute.arrays import TokenizedText

@@ -1,4 +1,4 @@
-"""Tokenizers with the stop tokens of their model and template, and models beside them."""
+"""Tokenizers with the stop tokens of their model and template."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,21 +8,12 @@ from athanor.chat.rendering import Rendering, choose_date, install_renderer
 from athanor.chat.template_probes import find_turn_end
 from athanor.chat.template_trial import refuse_faulty_template
 from athanor.config.rules import MERGE
-from athanor.errors import UserError
+from athanor.errors import UserError, one_line
 from athanor.model.folder import inspect_folder
-from athanor.model.load import load_model, one_line
 from athanor.model.tokenizer_files import refuse_missing_tokenizer
 
 if TYPE_CHECKING:
-    import mlx.nn as nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-
-def load_with_tokenizer(
-    folder: Path, rendering: Rendering | None = None
-) -> "tuple[nn.Module, TokenizerWrapper]":
-    """Load a model and its tokenizer, ready to compute on this machine."""
-    return load_model(folder), load_tokenizer(folder, rendering)
 
 
 def load_tokenizer(folder: Path, rendering: Rendering | None = None) -> "TokenizerWrapper":
@@ -40,6 +31,9 @@ def load_tokenizer(folder: Path, rendering: Rendering | None = None) -> "Tokeniz
     refuse_missing_tokenizer(folder)
     try:
         tokenizer = load_with_ends(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
+        if tokenizer.is_fast:  # a tokenizer.json may cut and pad as it did in a training
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
         _refuse_added_beyond(rows, folder, tokenizer)
         if rendering is None:
             refuse_faulty_template(folder, tokenizer)
@@ -57,13 +51,7 @@ def load_tokenizer(folder: Path, rendering: Rendering | None = None) -> "Tokeniz
 
 
 def _refuse_added_beyond(rows: int | None, folder: Path, tokenizer: "TokenizerWrapper") -> None:
-    """Raise UserError where each text gets a token that the embedding has no row for.
-
-    From then on it neither cuts nor pads texts, as its tokenizer.json may say from a training.
-    """
-    if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
+    """Raise UserError where each text gets a token that the embedding has no row for."""
     beyond = [id for id in tokenizer.encode("a") if rows is not None and id >= rows]
     if beyond:
         raise UserError(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from athanor.chat.rendering import Rendering
-from athanor.config.check import ConfigError, training_misfits
+from athanor.config.rules import ConfigError, training_misfits
 from athanor.config.schema import Config
 from athanor.errors import Problem, UserError
 from athanor.model.folder import read_config

@@ -11,10 +11,10 @@ is reported before any work, all of them together, each with its file and line.
 import os
 
 from athanor import console
-from athanor.config.check import ConfigError
 from athanor.config.command import read_overrides
 from athanor.config.compose import compose_config, load_config
 from athanor.config.params_file import write_params
+from athanor.config.rules import ConfigError
 from athanor.config.schema import SECTIONS
 from athanor.paths import Workspace
 

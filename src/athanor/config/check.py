@@ -8,15 +8,12 @@ from typing import Any, cast
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from athanor import console
 from athanor.config import schema
-from athanor.config.rules import impossible_values
-from athanor.config.schema import Config, DataConfig, ModelConfig, TrainConfig
+from athanor.config.rules import ConfigError, impossible_values, training_misfits
+from athanor.config.schema import RUN_ID, Config, DataConfig, ModelConfig, TrainConfig
 from athanor.config.values import flatten
 from athanor.errors import Problem, UserError, nearest
-from athanor.model.adapters import RUN_ID, locate_adapters
-from athanor.model.config_values import SECTIONS, count_experts
-from athanor.model.folder import inspect_folder, is_quantized, read_config
+from athanor.model.folder import inspect_folder, read_config
 from athanor.model.source import (
     find_local_copy,
     is_hub_repo,
@@ -29,20 +26,6 @@ from athanor.paths import Workspace
 # Characters of no text: NUL, and half a character that a cut text leaves.
 UNREADABLE = re.compile(r"[\x00\ud800-\udfff]")
 DEPTH = 8  # lists and names inside each other; no key of ours has more than three
-# The keys of config.json for the widths of layers that get adapters.
-WIDTHS = ("hidden_size", "n_embd", "d_model", "intermediate_size", "moe_intermediate_size")
-
-
-class ConfigError(UserError):
-    """One or more problems of a configuration, in the order in which they were found."""
-
-    def __init__(self, problems: list[Problem]) -> None:
-        super().__init__(
-            "config.problems",
-            count=console.counted(len(problems), "problem"),
-            problems="\n  ".join(map(str, problems)),
-        )
-        self.problems = problems
 
 
 def check_config(tree: dict[str, Any], places: dict[str, str], problems: list[Problem]) -> Config:
@@ -226,33 +209,5 @@ def adapter_misfits(path: str) -> Iterator[Problem]:
         return
     except (OSError, ValueError):  # no path at all
         pass
-    if locate_adapters(path, Workspace.here()) is None and not RUN_ID.fullmatch(path):
-        yield Problem("train.no_such_adapters", key, path=path)
-
-
-def training_misfits(config: dict[str, Any], train: TrainConfig) -> Iterator[Problem]:
-    """Yield the keys that the model of this config.json cannot be trained with."""
-    # Models that also see or hear have a section for their language model.
-    sizes = next((config[key] for key in SECTIONS if config.get(key)), config)
-    layers = sizes.get("num_hidden_layers")
-    if isinstance(layers, int) and train.num_layers > layers:
-        yield Problem(
-            "config.too_many_layers", "train.num_layers", layers=layers, value=train.num_layers
-        )
-    widths = {
-        name: sizes[name] for name in WIDTHS if isinstance(sizes.get(name), int) and sizes[name] > 0
-    }
-    if widths and train.method != "full":
-        name = min(widths, key=lambda name: widths[name])
-        if train.rank > widths[name]:
-            yield Problem(
-                "config.rank_above_width",
-                "train.rank",
-                width=widths[name],
-                name=name,
-                value=train.rank,
-            )
-    if train.method == "full" and is_quantized(config):
-        yield Problem("config.quantized", "train.method")
-    if train.method == "dora" and (experts := count_experts(config)) > 1:
-        yield Problem("config.dora_of_experts", "train.method", experts=experts)
+    if Workspace.here().locate(path) is None and not RUN_ID.fullmatch(path):
+        yield Problem("runs.no_such_adapters", key, path=path)

@@ -19,10 +19,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from athanor import console
-from athanor.config.check import ConfigError
 from athanor.config.compose import Composition, compose, load_config
 from athanor.config.conf_files import config_groups
 from athanor.config.overrides import parse_override, unreadable_override
+from athanor.config.rules import ConfigError
 from athanor.config.values import flatten
 from athanor.errors import UserError
 from athanor.paths import Workspace

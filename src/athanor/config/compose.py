@@ -22,9 +22,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from athanor import console
 from athanor.config import schema
-from athanor.config.check import ConfigError, check_config
+from athanor.config.check import check_config
 from athanor.config.conf_files import ConfFiles, config_groups
 from athanor.config.overrides import Overrides, sort_overrides
+from athanor.config.rules import ConfigError
 from athanor.config.schema import Config
 from athanor.config.values import flatten
 from athanor.config.yaml_files import MOST_BYTES, FileError, YamlFile, read_yaml

@@ -1,4 +1,4 @@
-"""The rules for values: what a value of the right type may be, and what cannot go together."""
+"""The rules for values: the limits of each, those that exclude each other, those of the model."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -8,8 +8,10 @@ from math import inf, isfinite
 from pathlib import PurePath
 from typing import Any
 
-from athanor.config.schema import all_keys, key_type
-from athanor.errors import Problem
+from athanor import console
+from athanor.config.schema import TrainConfig, all_keys, key_type
+from athanor.errors import Problem, UserError
+from athanor.model.config_values import SECTIONS, count_experts, is_quantized
 
 METHODS = ("lora", "dora", "full")
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "lion", "muon")
@@ -21,6 +23,20 @@ MODEL_NAME = re.compile(r"[\w.-]{1,250}")
 # What becomes of system messages: they stay, or are put into the questions after them.
 KEEP_SYSTEM, MERGE = "keep", "merge"
 END_TOKENS = ("auto", "template", "base", "train")
+# The keys of config.json for the widths of layers that get adapters.
+WIDTHS = ("hidden_size", "n_embd", "d_model", "intermediate_size", "moe_intermediate_size")
+
+
+class ConfigError(UserError):
+    """One or more problems of a configuration, in the order in which they were found."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__(
+            "config.problems",
+            count=console.counted(len(problems), "problem"),
+            problems="\n  ".join(map(str, problems)),
+        )
+        self.problems = problems
 
 
 def rule(
@@ -203,3 +219,31 @@ def impossible_values(values: dict[str, Any]) -> Iterator[Problem]:
             yield Problem("config.no_length", "train.epochs")
         elif iters is not None and epochs is not None:
             yield Problem("config.two_lengths", "train.epochs", iters=iters, epochs=epochs)
+
+
+def training_misfits(config: dict[str, Any], train: TrainConfig) -> Iterator[Problem]:
+    """Yield the keys that the model of this config.json cannot be trained with."""
+    # Models that also see or hear have a section for their language model.
+    sizes = next((config[key] for key in SECTIONS if config.get(key)), config)
+    layers = sizes.get("num_hidden_layers")
+    if isinstance(layers, int) and train.num_layers > layers:
+        yield Problem(
+            "config.too_many_layers", "train.num_layers", layers=layers, value=train.num_layers
+        )
+    widths = {
+        name: sizes[name] for name in WIDTHS if isinstance(sizes.get(name), int) and sizes[name] > 0
+    }
+    if widths and train.method != "full":
+        name = min(widths, key=lambda name: widths[name])
+        if train.rank > widths[name]:
+            yield Problem(
+                "config.rank_above_width",
+                "train.rank",
+                width=widths[name],
+                name=name,
+                value=train.rank,
+            )
+    if train.method == "full" and is_quantized(config):
+        yield Problem("config.quantized", "train.method")
+    if train.method == "dora" and (experts := count_experts(config)) > 1:
+        yield Problem("config.dora_of_experts", "train.method", experts=experts)

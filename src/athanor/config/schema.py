@@ -5,10 +5,14 @@ has one home, and a key that conf/ forgets is an error. `register` puts the type
 ConfigStore; the plugin in hydra_plugins/ calls it, so that DVC's own composition also knows them.
 """
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, get_origin
 
 from omegaconf import MISSING
+
+# The beginning of the id of a run in MLflow.
+RUN_ID = re.compile(r"[0-9a-fA-F]{4,32}")
 
 
 @dataclass

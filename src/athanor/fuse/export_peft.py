@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from athanor import console, files
 from athanor.errors import UserError
-from athanor.model.folder import is_quantized, read_config
+from athanor.model.config_values import is_quantized
+from athanor.model.folder import read_config
 from athanor.model.stored import read_weights
 
 if TYPE_CHECKING:

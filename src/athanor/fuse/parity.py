@@ -17,8 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from athanor.chat.base import load_with_tokenizer
 from athanor.chat.conversation import Conversation, chat
-from athanor.chat.load import load_with_tokenizer
 from athanor.chat.rendering import Rendering, rendering_of
 from athanor.compute import evaluation
 from athanor.device.backend import on_cpu

@@ -14,14 +14,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model, load_config, save_model
 
 from athanor import console, files
+from athanor.chat.base import load_with_tokenizer
 from athanor.chat.conversation import Conversation
-from athanor.chat.load import load_with_tokenizer
 from athanor.chat.rendering import Rendering
 from athanor.errors import UserError
 from athanor.fuse import parity
 from athanor.fuse.media_weights import save_with_media
 from athanor.model.adapters import load_adapters, merge_adapters
-from athanor.model.folder import is_quantized, read_config, stated_stop_ids
+from athanor.model.config_values import is_quantized
+from athanor.model.folder import read_config, stated_stop_ids
 from athanor.model.stored import read_dtypes
 
 # Files besides config.json, generation_config.json and the weights.

@@ -1,7 +1,5 @@
 """Adapters: the weights that are trained on a base model, and their files in mlx-lm's format."""
 
-import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -9,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from athanor import files
 from athanor.errors import UserError
 from athanor.model.source import Source
-from athanor.paths import Workspace
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -17,8 +14,6 @@ if TYPE_CHECKING:
 
 
 WEIGHTS = "adapters.safetensors"
-# The beginning of the id of a run in MLflow.
-RUN_ID = re.compile(r"[0-9a-fA-F]{4,32}")
 
 
 class AdapterOptions(Protocol):
@@ -195,15 +190,6 @@ def find_outside_layers(model: "nn.Module") -> "tuple[dict[str, mx.array], list[
         if factor not in modules[name].trainable_parameters()
     }
     return selectors, sorted(inside) + outside if outside else []
-
-
-def locate_adapters(path: str, workspace: Workspace) -> Path | None:
-    """Return the file or folder of adapters that a path names; None where there is none."""
-    for folder in (workspace.root, workspace.home):
-        with suppress(OSError, ValueError):  # too long a name, a NUL
-            if (folder / path).exists():
-                return folder / path
-    return None
 
 
 def load_adapters(model: "nn.Module", folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 from athanor.errors import UserError
 from athanor.model.json_files import describe, refuse_value
-from athanor.model.safetensors import LARGEST, StoredWeight, iterate_shapes
+from athanor.model.weight_files import LARGEST, StoredWeight
 
 # Keys by which config.json names Python code of the folder.
 CODE = ("model_file", "auto_map")
@@ -96,7 +96,7 @@ def check_against_weights(
     """
     text = _language_model(config)
     _check_layers(path, text, weights)
-    largest = max(iterate_shapes(weights), default=0)
+    largest = max((size for weight in weights.values() for size in weight.shape), default=0)
     for key in EXPERTS:
         if isinstance(count := text.get(key), int) and count > max(largest, 1):
             refuse_value(path, key, count, f"at most {largest}, the weights' largest dimension")
@@ -124,6 +124,11 @@ def check_against_weights(
                 "model.other_width", path=path, key=key, width=width, place=place, shape=shape
             )
     return fitting[0][1].shape[0]
+
+
+def is_quantized(config: dict[str, Any]) -> bool:
+    """Return whether a config.json says that weights are quantized."""
+    return "quantization" in config or "quantization_config" in config
 
 
 def count_experts(config: dict[str, Any]) -> int:

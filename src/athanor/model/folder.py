@@ -19,8 +19,9 @@ from athanor.model.config_values import (
     refuse_code,
 )
 from athanor.model.json_files import read_object, read_text, refuse_irregular
-from athanor.model.safetensors import StoredWeight, read_header
+from athanor.model.safetensors import read_header
 from athanor.model.tokenizer_files import check_tokenizer
+from athanor.model.weight_files import StoredWeight, list_names
 
 # The files of a model, from the repository's top folder; none of them can be run.
 PATTERNS = ["*.json", "model*.safetensors", "*.txt", "*.jinja", "tokenizer.model", "*.tiktoken"]
@@ -96,7 +97,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.exists() and not path.is_symlink():
-        names = _names(folder)
+        names = list_names(folder)
         if "adapter_config.json" in names:
             raise UserError("model.adapters_folder", folder=folder)
         raise UserError("model.no_config", folder=folder, files=names or "no files")
@@ -114,11 +115,6 @@ def stated_stop_ids(config: dict[str, Any]) -> list[int]:
     """Return the end tokens that a config.json or generation_config.json states."""
     stated = config.get("eos_token_id")
     return [stated] if isinstance(stated, int) else [id for id in stated or [] if id is not None]
-
-
-def is_quantized(config: dict[str, Any]) -> bool:
-    """Return whether a config.json says that weights are quantized."""
-    return "quantization" in config or "quantization_config" in config
 
 
 def list_files(folder: Path) -> dict[str, Path]:
@@ -170,24 +166,6 @@ def _link_places(folder: Path) -> list[Path]:
 
         places.append(Path(constants.HF_HUB_CACHE).resolve())
     return places
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors of a model, in the order of their names.
-
-    Raises:
-        UserError: where there are none.
-    """
-    paths = sorted(folder.glob("model*.safetensors"))
-    if not paths:
-        raise UserError("model.no_weights", folder=folder, files=_names(folder) or "no files")
-    return paths
-
-
-def _names(folder: Path) -> list[str]:
-    """Return the names of a folder's files, for a message that lists them."""
-    names = sorted(path.name for path in folder.iterdir() if not path.is_dir())
-    return names if len(names) <= 12 else [*names[:12], f"and {len(names) - 12} others"]
 
 
 def _read_weights(folder: Path, files: dict[str, Path]) -> dict[str, StoredWeight]:

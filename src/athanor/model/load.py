@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from athanor import console
 from athanor.device.backend import compile_kernels, on_cpu
-from athanor.errors import UserError
-from athanor.model.folder import inspect_folder, weight_files
+from athanor.errors import UserError, one_line
+from athanor.model.folder import inspect_folder
+from athanor.model.weight_files import weight_files
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -39,12 +40,6 @@ def load_model(folder: Path) -> "nn.Module":
         mx.eval(model.parameters())
     refuse_not_finite(model, folder)
     return model
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's text in a line, with its kind where the text alone says little."""
-    text = " ".join(str(error).split())[:400]
-    return text if " " in text else f"{type(error).__name__} {text}".strip()
 
 
 def refuse_not_finite(model: "nn.Module", folder: Path) -> None:

@@ -1,13 +1,12 @@
 """Headers of safetensors, parsed and held against the length of their file."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from athanor.errors import UserError
 from athanor.model.json_files import describe, explain_kind, open_file, parse_unique
+from athanor.model.weight_files import LARGEST, StoredWeight
 
 # Bits of a value, by the format's names of dtypes.
 BITS = {
@@ -21,17 +20,6 @@ BITS = {
 }
 # The format's own limit, in bytes.
 LONGEST_HEADER = 100_000_000
-# The largest dimension of an array in mlx.
-LARGEST = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """A weight as the header of its file describes it."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def read_header(path: Path) -> dict[str, StoredWeight]:
@@ -114,9 +102,3 @@ def _refuse_gaps(path: Path, spans: list[tuple[int, int, str]], size: int) -> No
 
 def _damaged(path: Path, reason: str) -> UserError:
     return UserError("model.weights_damaged", path=path, reason=reason)
-
-
-def iterate_shapes(weights: dict[str, StoredWeight]) -> Iterator[int]:
-    """Yield every dimension of every weight."""
-    for weight in weights.values():
-        yield from weight.shape

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from athanor import files
 from athanor.errors import UserError
-from athanor.model.folder import PATTERNS, inspect_folder, weight_files
+from athanor.model.folder import PATTERNS, inspect_folder
+from athanor.model.weight_files import weight_files
 from athanor.paths import Workspace
 
 # Repositories as huggingface_hub takes them: letters and digits, single - . _ between them.

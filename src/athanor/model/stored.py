@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from athanor.errors import UserError
-from athanor.model.folder import weight_files
+from athanor.model.weight_files import weight_files
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from athanor import files
+from athanor.chat.base import load_with_tokenizer
 from athanor.chat.contract import Contract
 from athanor.chat.conversation import Conversation, read_line
-from athanor.chat.load import load_with_tokenizer
 from athanor.chat.model_check import refuse_model_misfits
 from athanor.chat.tokens import tokenize_rows
 from athanor.compute.arrays import TokenizedText

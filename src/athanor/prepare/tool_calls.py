@@ -7,7 +7,7 @@ from typing import Any
 from athanor.chat.conversation import Call, Function, Tool, Turn
 from athanor.prepare.checks import Fault
 from athanor.prepare.columns import is_about, is_empty
-from athanor.prepare.read_json import parse
+from athanor.prepare.json_values import parse
 
 ARGUMENTS = ("arguments", "parameters", "args", "input")
 KEYS_OF_A_CALL = frozenset(["function", "id", "type", "index", "name", *ARGUMENTS])

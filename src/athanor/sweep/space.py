@@ -10,10 +10,10 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 
-from athanor.config.check import ConfigError
 from athanor.config.compose import compose_config, load_config, multirun_config
 from athanor.config.conf_files import ConfFiles, config_groups
 from athanor.config.overrides import parse_override, unknown_option, unreadable_override
+from athanor.config.rules import ConfigError
 from athanor.config.schema import Config
 from athanor.config.values import flatten
 from athanor.errors import Problem, UserError

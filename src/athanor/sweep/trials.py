@@ -38,6 +38,7 @@ from athanor.errors import UserError
 from athanor.model.adapters import InitialAdapters, load_adapters, read_adapter_names
 from athanor.model.load import copy_sharing_weights
 from athanor.paths import SPLITS, Workspace
+from athanor.runs.initial import find_initial_adapters
 from athanor.runs.run import Run, resume_run
 from athanor.runs.stage_records import (
     record_test,
@@ -55,7 +56,6 @@ from athanor.test.predictions import as_columns, read_predictions
 from athanor.train import checkpoints
 from athanor.train.fit import fit
 from athanor.train.identity import training_identity
-from athanor.train.initial import find_initial_adapters
 from athanor.train.metrics import Metrics
 from athanor.train.result import write_result
 

@@ -21,6 +21,7 @@ from athanor.errors import UserError
 from athanor.paths import Workspace
 from athanor.prepare.result import Prepared
 from athanor.runs import lineage, mlflow_views, tracking_store
+from athanor.runs.initial import find_initial_adapters
 from athanor.runs.run import Run, send_left_journals, start_run
 from athanor.runs.stage_records import LAYERS, list_datasets
 from athanor.sweep import choice, naming, recording, summary, trials
@@ -31,7 +32,6 @@ from athanor.sweep.supervise import COMMAND, ENDED_BY, LOST
 from athanor.sweep.trial_record import TrialStatus
 from athanor.train import checkpoints
 from athanor.train.identity import training_identity
-from athanor.train.initial import find_initial_adapters
 
 WRITTEN = ("summary.html", "points.csv", "heatmap.svg", "curves.svg")
 

@@ -17,11 +17,11 @@ from athanor.device import blas
 from athanor.paths import Workspace
 from athanor.prepare import result
 from athanor.prepare.result import Prepared
+from athanor.runs.initial import find_initial_adapters
 from athanor.runs.stage_records import name_run, record_training, start_training
 from athanor.train.checkpoints import Checkpoints
 from athanor.train.fit import fit, warn_of_rows_without_targets
 from athanor.train.identity import run_of, training_identity
-from athanor.train.initial import find_initial_adapters
 from athanor.train.plan import refuse_too_many_iterations
 from athanor.train.result import describe_metrics, write_result
 

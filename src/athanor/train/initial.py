@@ -1,22 +1,17 @@
-"""The adapters that a training begins with, of an earlier run or of a folder."""
+"""The adapters that a training begins with, held against it and loaded."""
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from athanor import files
 from athanor.config.schema import Config
 from athanor.errors import UserError
 from athanor.model.adapters import (
-    RUN_ID,
-    WEIGHTS,
     InitialAdapters,
-    locate_adapters,
     lora_parameters,
 )
-from athanor.model.json_files import read_object, refuse_irregular
-from athanor.model.safetensors import StoredWeight, read_header
+from athanor.model.json_files import read_object
+from athanor.model.safetensors import read_header
 from athanor.model.source import Source
-from athanor.paths import Workspace
+from athanor.model.weight_files import StoredWeight
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -24,34 +19,6 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 # Weights that an error names.
 NAMED = 3
-
-
-def find_initial_adapters(cfg: Config, workspace: Workspace) -> InitialAdapters | None:
-    """Return the adapters that train.resume_adapter_file names, None where it is null.
-
-    It names a file of weights, a folder that holds one, or the beginning of a run's id.
-
-    Raises:
-        UserError: where they cannot be found, or DVC removes them before the stage runs.
-    """
-    asked = cfg.train.resume_adapter_file
-    return None if asked is None else _find(asked, workspace)
-
-
-@lru_cache(maxsize=64)
-def _find(asked: str, workspace: Workspace) -> InitialAdapters:
-    run, place = None, locate_adapters(asked, workspace)
-    if place is None and RUN_ID.fullmatch(asked):
-        from athanor.runs.compare import fetch_adapters
-
-        run, place = fetch_adapters(asked, workspace.initial_adapters)
-    if place is None:
-        raise UserError("train.no_such_adapters", path=asked)
-    weights = place / WEIGHTS if place.is_dir() else place
-    if not weights.exists():
-        raise UserError("train.no_adapters_in_folder", path=weights)
-    refuse_irregular(weights)
-    return InitialAdapters(weights, files.digest([weights]), run)
 
 
 def load_initial_adapters(
